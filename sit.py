@@ -1,0 +1,251 @@
+"""sit.py: the diffusion transformer over the latents, and the norm between it and the VAE.
+
+SiT (arXiv 2401.08740) is DiT (arXiv 2212.09748) predicting a velocity; parameter names are those of the released
+checkpoints. Latents are [B, C, h, w]; tokens [B, N, D] with N = (h / patch) * (w / patch); t is [B] in [0, 1],
+unscaled. It knows nothing of encoders: the projectors are handed in and read the hidden state of one block.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.layers import Attention, Mlp, PatchEmbed
+
+from vae import UserError
+
+SIZES = {  # blocks, width D, heads. T is the tiny preset's; S to XL are the papers'.
+    "T": (8, 256, 4),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+
+
+def parse_model(name):
+    """'SiT-XL/2' -> (blocks, width, heads, patch). Raises UserError."""
+    size, _, patch = name.removeprefix("SiT-").partition("/")
+    if not name.startswith("SiT-") or size not in SIZES or not patch.isdecimal() or int(patch) < 1:
+        raise UserError(f"--model {name}: unknown; write SiT-SIZE/PATCH with SIZE one of {', '.join(SIZES)}")
+    return *SIZES[size], int(patch)
+
+
+class LatentNorm(nn.Module):
+    """Batch norm without affine over latents [B, C, h, w] (paper, 3.2): what keeps the moving latents normalised.
+
+    Called, it normalises with the statistics of the batch over all processes (biased variance) and moves the running
+    ones (unbiased variance). `normalize` and `denormalize` use the running ones. No gradient flows through any
+    statistic: the VAE's pass uses the running ones and SiT's pass a detached z. So there is nothing for a backward
+    pass to communicate, and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL.
+    """
+
+    def __init__(self, channels, momentum=0.1, eps=1e-4):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, z):
+        z = z.detach().float()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        shift = self.running_mean.clone()                   # moments about it: no cancellation in float32
+        d = z - shift.view(1, -1, 1, 1)
+        moments = torch.stack([d.mean((0, 2, 3)), d.square().mean((0, 2, 3))])
+        if world > 1:                                       # every process holds an equal share of the batch
+            dist.all_reduce(moments)
+            moments /= world
+        mean, var = moments[0], moments[1] - moments[0].square()
+        n = z.numel() // z.shape[1] * world
+        self.running_mean.lerp_(shift + mean, self.momentum)
+        self.running_var.lerp_(var * (n / max(n - 1, 1)), self.momentum)
+        self.num_batches_tracked += 1
+        return (d - mean.view(1, -1, 1, 1)) / (var + self.eps).sqrt().view(1, -1, 1, 1)
+
+    def _running(self):
+        return self.running_mean.view(1, -1, 1, 1), (self.running_var + self.eps).sqrt().view(1, -1, 1, 1)
+
+    def normalize(self, z):
+        mean, std = self._running()
+        return (z - mean) / std
+
+    def denormalize(self, z):
+        """The exact inverse of `normalize` (the release forgets eps here)."""
+        mean, std = self._running()
+        return z * std + mean
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t [B] -> [B, D]: 128 frequencies from 1 to 1/10000, cosines then sines, then an MLP."""
+
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        half = frequencies // 2
+        self.register_buffer("freqs", torch.exp(-math.log(10000) * torch.arange(half) / half), persistent=False)
+
+    def forward(self, t):
+        args = t.float()[:, None] * self.freqs                                 # [B, 128]
+        return self.mlp(torch.cat([args.cos(), args.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """y [B] -> [B, D]; the last row, if labels are dropped in training, is the null class of guidance."""
+
+    def __init__(self, rows, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class SiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: c [B, D] gives shift, scale, gate for the attention, then for the MLP."""
+
+    def __init__(self, width, heads, qk_norm):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(width, heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(width, 4 * width, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)     # [B, D] each
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))             # [B, N, D]
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def sincos_positions(width, grid):
+    """Fixed 2D positions [1, grid*grid, D]: the first half of the width encodes the column, the second the row, each
+    sines first, then cosines (MAE's, arXiv 2111.06377)."""
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega                       # [grid, D/4]
+    one = torch.cat([angles.sin(), angles.cos()], dim=1)                                    # [grid, D/2]
+    column, row = one.expand(grid, -1, -1), one[:, None].expand(-1, grid, -1)               # [grid, grid, D/2]
+    return torch.cat([column, row], dim=2).reshape(1, grid * grid, width).float()
+
+
+class SiT(nn.Module):
+    """model: e.g. 'SiT-XL/2'; size: latent height = width; channels: of the latents; projectors: modules D -> C_i,
+    one per alignment target, reading the raw output of block `encoder_depth` (counted from 1).
+
+    `null_class` is the label that stands for "no label" (num_classes), or None when cfg_prob is 0.
+    Raises UserError for an unknown model, a latent size the patch does not divide, or a depth out of range."""
+
+    def __init__(self, model, size, channels, num_classes, cfg_prob=0.1, qk_norm=False, encoder_depth=8,
+                 projectors=(), bn_momentum=0.1):
+        super().__init__()
+        depth, width, heads, patch = parse_model(model)
+        if size % patch:
+            raise UserError(f"--model {model}: patch {patch} does not divide the latents' {size}x{size}")
+        if not 1 <= encoder_depth <= depth:
+            raise UserError(f"--encoder-depth {encoder_depth}: {model} has blocks 1 to {depth}")
+        self.patch, self.channels, self.width = patch, channels, width
+        self.encoder_depth, self.num_classes = encoder_depth, num_classes
+        self.null_class = num_classes if cfg_prob > 0 else None
+        self.x_embedder = PatchEmbed(size, patch, channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes + (cfg_prob > 0), width)
+        # A Parameter, as released, but one that never trains: in the release a switch turned its gradient on.
+        self.pos_embed = nn.Parameter(sincos_positions(width, size // patch), requires_grad=False)
+        self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
+        self.projectors = nn.ModuleList(projectors)
+        self.final_layer = FinalLayer(width, patch * patch * channels)
+        self.bn = LatentNorm(channels, bn_momentum)
+        self.initialize()
+
+    def initialize(self):
+        """DiT's: Xavier linears, N(0, 0.02) embeddings, and zeros that make every block start as the identity."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
+                       self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for m in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
+                  self.final_layer.linear):
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
+
+    def compile_blocks(self):
+        """torch.compile on the blocks (one graph serves all of them) and nothing else: no graph break anywhere."""
+        for block in self.blocks:
+            block.compile()
+
+    def embed(self, x, t, y):
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)      # [B, N, D], [B, D]
+
+    def project(self, h):
+        return [projector(h) for projector in self.projectors]                                   # [B, N, C_i] each
+
+    def align(self, x, t, y):
+        """The alignment-only pass: blocks 1 to encoder_depth and the projectors; no later block, no head."""
+        h, c = self.embed(x, t, y)
+        for block in self.blocks[:self.encoder_depth]:
+            h = block(h, c)
+        return self.project(h)
+
+    def forward(self, x, t, y):
+        """Normalised noisy latents [B, C, h, w], t [B], labels [B] -> velocity [B, C, h, w] and, per projector, the
+        projected hidden state [B, N, C_i]."""
+        h, c = self.embed(x, t, y)
+        projected = []
+        for i, block in enumerate(self.blocks, start=1):
+            h = block(h, c)
+            if i == self.encoder_depth:
+                projected = self.project(h)
+        return self.unpatchify(self.final_layer(h, c)), projected
+
+    def unpatchify(self, tokens):
+        b, n, _ = tokens.shape
+        grid, p = math.isqrt(n), self.patch
+        x = tokens.view(b, grid, grid, p, p, self.channels)                    # [B, h, w, p, q, C]
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(b, self.channels, grid * p, grid * p)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt
+# ---------------------------------------------------------------------------------------------------------------
+
+def path(t, kind):
+    """alpha, sigma and their derivatives at t, for kind 'linear' or 'cosine'; data at t = 0, noise at t = 1."""
+    if kind == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    a = t * (math.pi / 2)
+    return a.cos(), a.sin(), a.sin() * (-math.pi / 2), a.cos() * (math.pi / 2)
+
+
+def interpolate(z, t, eps, kind):
+    """(x_t, velocity) for latents z, noise eps, both [B, C, h, w], and t [B]."""
+    alpha, sigma, d_alpha, d_sigma = path(t.view(-1, 1, 1, 1), kind)
+    return alpha * z + sigma * eps, d_alpha * z + d_sigma * eps
+
+
+def draw_times(shape, kind, weighting, generator, device):
+    """Training times: uniform on [0, 1], or 'lognormal' (EDM's, arXiv 2206.00364) mapped onto the path."""
+    if weighting == "uniform":
+        return torch.rand(shape, generator=generator, device=device)
+    s = torch.randn(shape, generator=generator, device=device).exp()           # sigma / alpha
+    return s / (1 + s) if kind == "linear" else torch.atan(s) * (2 / math.pi)

@@ -1,0 +1,501 @@
+"""vae.py: where pixels meet latents.
+
+The floor of the house (it imports nothing of ours). From top to bottom: the one-line error that every command
+ends in, reading and writing files, pictures, then the autoencoder: AutoencoderKL with the released architectures
+(f8d4 = SD-VAE, f16d32 = VA-VAE/IN-VAE) and a small one, the PatchGAN discriminator, the perceptual distances.
+
+Images are float tensors [B, 3, H, W] in [-1, 1]; latents are [B, C, h, w].
+"""
+import argparse
+import importlib.util
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands: a mistake of the person at the keyboard is one line on stderr and exit code 2, never a traceback
+# ---------------------------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """A mistake in a flag, a path or a file: the message says what was wrong and what to type instead."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without the usage block: a bad flag is one line too."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def run_command(main):
+    """Run `main()`; print a UserError as one line and exit 2; leave other exceptions (bugs) their traceback."""
+    try:
+        main()
+    except UserError as e:
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name):
+    """'auto' is the first of cuda, mps, cpu that is there; under torchrun, this process's own GPU."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; take cpu, cuda, cuda:N, mps or auto") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------
+
+def write_atomic(path, write):
+    """Write a file whole or not at all: `write(temporary path)`, then sync, then rename to `path`."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(tmp)
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:                      # torch.save reports a full disk as RuntimeError
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def load_tensors(path):
+    """Read a .pt / .pth / .safetensors file to CPU; nothing is unpickled but tensors, plain containers and the
+    argparse.Namespace of released checkpoints. Raises UserError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file              # comes with timm
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        reason = "it holds pickled objects other than tensors, refused" if "Unsupported" in str(e) else "damaged"
+        raise UserError(f"{path}: not a readable weights file ({reason})") from None
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as e:
+        raise UserError(f"{path}: not a readable weights file ({type(e).__name__})") from None
+    except Exception as e:                                       # safetensors raises a class of its own
+        raise UserError(f"{path}: not a readable weights file ({str(e).splitlines()[0][:80]})") from None
+
+
+def load_into(module, state, what):
+    """load_state_dict, where a mismatch is one line that names the first offending tensor."""
+    own = module.state_dict()
+    if not isinstance(state, dict):
+        raise UserError(f"{what}: expected a state dict, found {type(state).__name__}")
+    for name in own.keys() | state.keys():
+        if name not in own:
+            raise UserError(f"{what}: unexpected tensor {name}; is this a checkpoint of another model?")
+        if name not in state:
+            raise UserError(f"{what}: tensor {name} is missing; is this a checkpoint of another model?")
+        if own[name].shape != state[name].shape:
+            raise UserError(f"{what}: {name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
+    module.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def list_images(folder):
+    """Every image file under `folder`, any nesting, sorted. Raises UserError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = [Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names
+             if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+    if not found:
+        raise UserError(f"{folder}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(found)
+
+
+def center_crop(image, size):
+    """ADM's crop: halve with a box filter while both sides stay >= 2 * size, bicubic to `size`, crop the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path, size=None):
+    """An image file as uint8 [3, H, W]; transparency goes onto white; with `size`, ADM's centre crop.
+    Raises OSError or ValueError when the file cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            if size is not None:
+                image.draft("RGB", (2 * size, 2 * size))         # lets the JPEG decoder skip what is halved away
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            image = image if size is None else center_crop(image, size)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except (SyntaxError, Image.DecompressionBombError) as e:      # what Pillow raises for some broken files
+        raise ValueError(str(e)) from None
+
+
+def to_float(images):
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.float().div(127.5).sub(1)
+
+
+def to_uint8(images):
+    """Float [-1, 1] -> uint8, rounded (the release truncates, which darkens by half a level)."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def image_grid(images, columns, scale=1, gap=2):
+    """Tile uint8 images [N, 3, H, W] row by row into one PIL image, each enlarged `scale` times."""
+    n, _, h, w = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        canvas[top:top + h, left:left + w] = image
+    grid = Image.fromarray(canvas)
+    return grid.resize((grid.width * scale, grid.height * scale), Image.NEAREST)
+
+
+def save_png(image, path):
+    """Write a PIL image as PNG, whole or not at all."""
+    write_atomic(path, lambda tmp: image.save(tmp, format="PNG", optimize=True))
+
+
+def latents_in_colour(z, basis=None):
+    """The first three principal components of latents [B, C, h, w] as uint8 RGB [B, 3, h, w].
+
+    Signs are fixed (largest loading positive) so that pictures of one run can be compared."""
+    x = z.float().permute(0, 2, 3, 1).flatten(0, 2)                            # [B*h*w, C]
+    x = x - x.mean(0)
+    _, vectors = torch.linalg.eigh(x.T @ x)                                    # ascending eigenvalues
+    axes = vectors[:, -3:].flip(1)                                             # [C, 3]
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    x = x @ axes
+    x = x / (2.5 * x.std(0, correction=0) + 1e-6)                              # +-2.5 sigma fills the range
+    return to_uint8(x.unflatten(0, (z.shape[0], *z.shape[2:])).permute(0, 3, 1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The autoencoder (parameter names of CompVis' latent-diffusion, as the released checkpoints have them)
+# ---------------------------------------------------------------------------------------------------------------
+
+# Attention levels are fixed when built (they name a level, not an input size): f16d32 was built for 256 pixels
+# with attention at 16x16. The last row is the tiny preset's.
+VAES = {
+    "f8d4":   dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), latent_channels=4, groups=32),
+    "f16d32": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), latent_channels=32,
+                   groups=32),
+    "f4d8":   dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=8, groups=8),
+}
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, cin, cout, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).mT.unsqueeze(1) for conv in (self.q, self.k, self.v))     # [B, 1, HW, C]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.squeeze(1).mT.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _level(cin, cout, blocks, attention, groups):
+    level = nn.Module()
+    level.block = nn.ModuleList(ResnetBlock(cin if j == 0 else cout, cout, groups) for j in range(blocks))
+    level.attn = nn.ModuleList(AttnBlock(cout, groups) for _ in range(blocks if attention else 0))
+    return level
+
+
+def _middle(c, groups):
+    mid = nn.Module()
+    mid.block_1, mid.attn_1, mid.block_2 = ResnetBlock(c, c, groups), AttnBlock(c, groups), ResnetBlock(c, c, groups)
+    return mid
+
+
+def _run_level(level, h):
+    for j, block in enumerate(level.block):
+        h = block(h)
+        if len(level.attn):
+            h = level.attn[j](h)
+    return h
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] -> moments [B, 2C, h, w]."""
+
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (cin, cout) in enumerate(zip([ch] + widths, widths)):
+            level = _level(cin, cout, num_res_blocks, i in attn_levels, groups)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(cout)
+            self.down.append(level)
+        self.mid = _middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down:
+            h = _run_level(level, h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latents [B, C, h, w] -> images [B, 3, H, W]; `up.0` is the level of full resolution and runs last."""
+
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        self.mid = _middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, (cin, cout) in enumerate(zip(widths[1:] + widths[-1:], widths)):
+            level = _level(cin, cout, num_res_blocks + 1, i in attn_levels, groups)
+            if i > 0:
+                level.upsample = Upsample(cout)
+            self.up.append(level)
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        for level in reversed(self.up):
+            h = _run_level(level, h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class DiagonalGaussian:
+    """The posterior q(z|x): N(mean, exp(logvar)) per latent value, from moments [B, 2C, h, w]."""
+
+    def __init__(self, moments):
+        self.mean, logvar = moments.float().chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30, 20)
+
+    def sample(self, noise):
+        """mean + std * noise, with noise ~ N(0, I) of the mean's shape [B, C, h, w]."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def mode(self):
+        return self.mean
+
+    def kl(self):
+        """KL(q || N(0, I)) in nats, summed over the latent's dimensions: [B]."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class AutoencoderKL(nn.Module):
+    """VAE of latent diffusion (arXiv 2112.10752), by name: 'f8d4', 'f16d32' or 'f4d8'.
+
+    stride: pixels per latent position; latent_channels: C."""
+
+    def __init__(self, name):
+        super().__init__()
+        if name not in VAES:
+            raise UserError(f"--vae {name}: unknown architecture; take one of {', '.join(VAES)}")
+        cfg = VAES[name]
+        c = self.latent_channels = cfg["latent_channels"]
+        self.stride = 2 ** (len(cfg["ch_mult"]) - 1)
+        self.encoder, self.decoder = Encoder(**cfg), Decoder(**cfg)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    def encode(self, x):
+        """Images [B, 3, H, W] in [-1, 1] -> DiagonalGaussian over [B, C, H/stride, W/stride]."""
+        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z):
+        """Latents [B, C, h, w] -> images [B, 3, h*stride, w*stride], about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, x, noise):
+        """One pass for training: (posterior, z = its sample with `noise`, reconstruction of z)."""
+        posterior = self.encode(x)
+        z = posterior.sample(noise)
+        return posterior, z, self.decode(z)
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB, [B], of images in [-1, 1] (so of peak 2), clamped to that range."""
+    mse = (x.clamp(-1, 1).float() - y.clamp(-1, 1).float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The discriminator and the VAE's losses
+# ---------------------------------------------------------------------------------------------------------------
+
+class Discriminator(nn.Module):
+    """PatchGAN (arXiv 1611.07004): images [B, 3, H, W] -> logits [B, 1, h, w]. Its batch norm stays in train mode
+    always, as in the release, and is not synchronised over processes."""
+
+    def __init__(self, ch=64, layers=3):
+        super().__init__()
+        widths = [ch * 2 ** i for i in range(layers + 1)]
+        main = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (cin, cout) in enumerate(zip(widths, widths[1:])):
+            stride = 2 if i < layers - 1 else 1
+            main += [nn.Conv2d(cin, cout, 4, stride=stride, padding=1, bias=False), nn.BatchNorm2d(cout),
+                     nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for m in self.main:
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0, 0.02)
+            elif isinstance(m, nn.BatchNorm2d):
+                nn.init.normal_(m.weight, 1, 0.02)
+
+    def forward(self, x):
+        return self.main(x)
+
+
+def hinge_loss(real, fake):
+    """Discriminator's loss on the logits of real and reconstructed images (spec: 0.5 * (relu(1-r) + relu(1+f)))."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def unit_channels(f, eps=1e-10):
+    """Feature maps [B, C, h, w], each position scaled to unit length, in float32."""
+    f = f.float()
+    return f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + eps)      # its gradient at 0 is 0, not NaN
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (arXiv 1801.03924): VGG16 features, unit length per position, squared
+    differences weighted by linear heads, averaged over positions, summed over five layers.
+
+    heads: path of the linear heads' state dict (lin0.model.1.weight ...), the `lpips` package's own copy when None;
+    vgg: path of torchvision's VGG16 weights, timm's hub copy when None. Raises UserError when either is not there.
+    """
+    LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}                  # relu1_2 ... relu5_3 -> channels
+
+    def __init__(self, heads=None, vgg=None, random=False):
+        super().__init__()
+        try:
+            net = timm.create_model("vgg16.tv_in1k", pretrained=vgg is None and not random)
+        except Exception as e:                                           # hub errors come in many classes
+            raise UserError(f"LPIPS: VGG16 weights cannot be fetched ({type(e).__name__}); give torchvision's "
+                            "vgg16 file by --vgg-ckpt, or take --perceptual encoder") from None
+        self.features = net.features[:30]
+        for m in self.features:
+            m.inplace = False                                            # the taps are read after the next layer
+        if vgg is not None:
+            state = load_tensors(vgg)
+            load_into(self.features, {k[9:]: v for k, v in state.items() if k.startswith("features.")}, vgg)
+        self.heads = nn.ParameterList(torch.ones(c) / c for c in self.LAYERS.values())
+        if heads is None and not random:
+            spec = importlib.util.find_spec("lpips")                     # found, not imported
+            if spec is None:
+                raise UserError("LPIPS: its linear heads are not here; pip install lpips, or give the file by "
+                                "--lpips-ckpt, or take --perceptual encoder")
+            heads = Path(spec.origin).parent / "weights/v0.1/vgg.pth"
+        if heads is not None:
+            state = load_tensors(heads)
+            for i, head in enumerate(self.heads):
+                weight = state.get(f"lin{i}.model.1.weight") if isinstance(state, dict) else None
+                if weight is None or weight.numel() != head.numel():
+                    raise UserError(f"{heads}: no LPIPS heads for VGG16 in it (lin{i}.model.1.weight)")
+                head.data.copy_(weight.flatten())
+        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+
+    def levels(self, x):
+        """Images [B, 3, H, W] in [-1, 1] -> the five unit-length feature maps. (The release scales its images to
+        [-3, 1] first, a mistake fixed there later.)"""
+        h, taps = (x - self.shift) / self.scale, []
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in self.LAYERS:
+                taps.append(unit_channels(h))
+        return taps
+
+    def forward(self, levels, target):
+        """Distance [] (mean over the batch) of two results of `levels`; the target's is best made without graph."""
+        return sum(((a - b).square() * head.view(1, -1, 1, 1)).sum(1).mean()
+                   for a, b, head in zip(levels, target, self.heads))
