@@ -1,0 +1,286 @@
+"""sample.py: pictures from a checkpoint.
+
+    python sample.py                                        a grid from the newest checkpoint under exps/
+    python sample.py --ckpt X.pt --num-samples 50000 --mode sde --num-steps 250 --out X.npz
+    torchrun --nproc_per_node=8 sample.py ...               the same pictures, the work split
+
+Model, sizes, VAE and latent statistics all come from the checkpoint; no encoder is loaded. Image i depends on
+(seed, i) alone: its label, its first noise and every later one come from a generator of its own.
+"""
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from sit import SiT, path
+from vae import (AutoencoderKL, Parser, UserError, image_grid, load_into, load_tensors, pick_device, run_command,
+                 save_png, to_uint8, write_atomic)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samplers: integrate from noise at t = 1 to data at t = 0
+# ---------------------------------------------------------------------------------------------------------------
+
+def time_grid(mode, num_steps):
+    """The times of `num_steps` steps (SiT's settings): the SDE's last step, 0.04 to 0, is the one without noise."""
+    if mode == "ode":
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    return torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]
+
+
+def sde_drift(x, v, t, kind):
+    """Drift of the reverse SDE with diffusion w(t) = 2t, the score taken from the velocity (SiT, eq. 9)."""
+    alpha, sigma, d_alpha, d_sigma = (float(a) for a in path(torch.tensor(t, dtype=torch.float64), kind))
+    ratio = alpha / d_alpha
+    score = (ratio * v - x) / (sigma ** 2 - ratio * d_sigma * sigma)
+    return v - 0.5 * (2 * t) * score
+
+
+def integrate(velocity, x, mode="ode", num_steps=50, heun=False, kind="linear", noise=None):
+    """Integrate dx = v dt (ode: Euler or Heun) or the reverse SDE (sde: Euler-Maruyama) from t = 1 to 0.
+
+    velocity(x, t, start) -> v: start is the time at which the step began (Heun's second evaluation keeps the first
+    one's guidance by it). x: float64 [B, C, h, w]; noise() -> standard normal like x, for the SDE."""
+    times = time_grid(mode, num_steps)
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        v, dt = velocity(x, t, t), s - t
+        if mode == "sde":
+            x = x + sde_drift(x, v, t, kind) * dt
+            if i < num_steps - 1:
+                x = x + (2 * t * -dt) ** 0.5 * noise()
+        elif heun and s > 0:
+            x = x + 0.5 * (v + velocity(x + v * dt, s, t)) * dt
+        else:
+            x = x + v * dt
+    return x
+
+
+def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
+    """SiT's velocity with classifier-free guidance inside low <= t <= high (arXiv 2404.07724). Guiding v is guiding
+    the drift of either sampler: the drift is affine in v and the two weights sum to 1."""
+    null = torch.full_like(y, sit.null_class or 0)
+
+    def velocity(x, t, start):
+        x, times = x.float(), torch.full((len(y),), t, device=y.device)
+        if cfg_scale <= 1 or not low <= start <= high:
+            return sit(x, times, y)[0].double()
+        v, v_null = sit(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))[0].double().chunk(2)
+        return v_null + cfg_scale * (v - v_null)
+
+    return velocity
+
+
+def label_of(i, seed, num_classes, classes=None, labels="equal"):
+    """Image i's label: i mod the number of classes ('equal', as the paper's later tables), or drawn at random."""
+    classes = classes or range(num_classes)
+    k = i % len(classes) if labels == "equal" else int(np.random.default_rng((seed, i, 1)).integers(len(classes)))
+    return classes[k]
+
+
+@torch.no_grad()
+def sample_latents(sit, indices, y, size, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0, guidance_low=0.0,
+                   guidance_high=1.0, seed=0, kind="linear"):
+    """Normalised latents float64 [B, C, h, w] of the images `indices` with labels y [B]."""
+    generators = [np.random.default_rng((seed, i)) for i in indices]
+
+    def noise(dtype=np.float64):
+        return torch.from_numpy(np.stack([g.standard_normal((sit.channels, size, size), dtype=dtype)
+                                          for g in generators])).to(y.device)
+
+    velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
+    return integrate(velocity, noise(np.float32).double(), mode, num_steps, heun, kind, noise)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Model:
+    """What sampling needs: the averaged SiT (its latent statistics included), the VAE, the settings, the step."""
+    sit: SiT
+    vae: AutoencoderKL
+    args: dict
+    step: int
+    device: torch.device
+
+
+def newest_checkpoint(root="exps"):
+    """The newest checkpoint of the newest run under `root`. Raises UserError where there is none."""
+    found = [p for p in Path(root).glob("*/checkpoints/*.pt") if p.stem.isdecimal()]
+    if not found:
+        raise UserError(f"no checkpoint under {root}/; run python train.py first, or give --ckpt FILE")
+    run = max(found, key=lambda p: p.stat().st_mtime).parent
+    return max(run.glob("[0-9]*.pt"), key=lambda p: int(p.stem))
+
+
+def read_checkpoint(file):
+    """The checkpoint's dict, its args as a plain dict. Raises UserError for anything else."""
+    ckpt = load_tensors(file)
+    if not isinstance(ckpt, dict) or not {"model", "ema", "args", "steps"} <= ckpt.keys():
+        raise UserError(f"{file}: not a training checkpoint (it needs model, ema, vae, args and steps)")
+    if isinstance(ckpt["args"], argparse.Namespace):              # as the authors' release writes it
+        ckpt["args"] = vars(ckpt["args"])
+    return ckpt
+
+
+def load_checkpoint(file, device="cpu"):
+    """Build the sampling Model of a checkpoint, sizes from its args and, where they are silent, its tensors."""
+    ckpt = read_checkpoint(file)
+    args, state = ckpt["args"], {k: v for k, v in ckpt["ema"].items() if not k.startswith("projectors.")}
+    if "vae" not in ckpt:
+        raise UserError(f"{file}: no VAE in this checkpoint")
+    try:
+        rows = state["y_embedder.embedding_table.weight"].shape[0]
+        vae = AutoencoderKL(args["vae"])
+        sit = SiT(args["model"], args["resolution"] // vae.stride, vae.latent_channels,
+                  num_classes=args.get("num_classes", rows - 1), cfg_prob=args.get("cfg_prob", 0.1),
+                  qk_norm=args.get("qk_norm", "blocks.0.attn.q_norm.weight" in state), encoder_depth=1)
+    except KeyError as e:
+        raise UserError(f"{file}: the checkpoint lacks {e.args[0]}") from None
+    load_into(sit, state, f"{file}: ema")
+    load_into(vae, ckpt["vae"], f"{file}: vae")
+    for module in (sit, vae):
+        module.to(device).eval().requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)
+    return Model(sit, vae, args, ckpt["steps"], torch.device(device))
+
+
+@torch.no_grad()
+def sample_images(model, indices, labels=None, *, mixed_precision="no", **sampler):
+    """Images `indices` (any integers) as uint8 [n, 3, H, W] on the CPU; labels: one each, i mod classes by default.
+    sampler: the keywords of `sample_latents`."""
+    num_classes = model.sit.num_classes
+    labels = [label_of(i, 0, num_classes) for i in indices] if labels is None else labels
+    if sampler.get("cfg_scale", 1.0) > 1 and model.sit.null_class is None:
+        raise UserError("--cfg-scale above 1: this model was trained with --cfg-prob 0, it has no null class")
+    y = torch.tensor(labels, device=model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+        z = sample_latents(model.sit, indices, y, model.args["resolution"] // model.vae.stride,
+                           kind=model.args.get("path_type", "linear"), **sampler)
+        return to_uint8(model.vae.decode(model.sit.bn.denormalize(z.float()))).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------
+
+def add_sampler_flags(parser):
+    parser.add_argument("--num-steps", type=int, default=50, help="steps of the sampler (the paper: 250 with sde)")
+    parser.add_argument("--mode", choices=["ode", "sde"], default="ode")
+    parser.add_argument("--heun", action="store_true", help="second order for --mode ode")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
+    parser.add_argument("--guidance-low", type=float, default=0.0, help="guide only where low <= t <= high")
+    parser.add_argument("--guidance-high", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
+
+
+def sampler_settings(args):
+    """The sampler's keywords from parsed flags, checked."""
+    if args.num_steps < (2 if args.mode == "sde" else 1):
+        raise UserError(f"--num-steps {args.num_steps}: at least 1 (ode) or 2 (sde)")
+    if args.heun and args.mode == "sde":
+        raise UserError("--heun goes with --mode ode")
+    if args.cfg_scale < 1:
+        raise UserError(f"--cfg-scale {args.cfg_scale}: 1 (no guidance) or more")
+    if not 0 <= args.guidance_low <= args.guidance_high <= 1:
+        raise UserError("--guidance-low and --guidance-high: 0 <= low <= high <= 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: 0 or more")
+    names = ("num_steps", "mode", "heun", "cfg_scale", "guidance_low", "guidance_high", "seed", "mixed_precision")
+    return {name: getattr(args, name) for name in names}
+
+
+def start_processes(device):
+    """Join torchrun's process group, if there is one (NCCL on CUDA, gloo elsewhere); returns (rank, world size)."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def main():
+    parser = Parser(description="Draw pictures from a checkpoint.")
+    parser.add_argument("--ckpt", help="default: the newest under exps/")
+    parser.add_argument("--num-samples", type=int, help="default: 8 of each class, 80 at most")
+    parser.add_argument("--out", help="X.png: a grid; X.npz: arr_0 as ADM's evaluator reads it; else a folder of PNGs")
+    parser.add_argument("--classes", help="labels to draw, e.g. 3,5 (default: all)")
+    parser.add_argument("--label-sampling", choices=["equal", "random"], default="equal")
+    parser.add_argument("--batch-size", type=int, default=64, help="per process")
+    parser.add_argument("--device", default="auto")
+    add_sampler_flags(parser)
+    args = parser.parse_args()
+    settings = sampler_settings(args)
+    if args.batch_size < 1 or (args.num_samples is not None and args.num_samples < 1):
+        raise UserError("--batch-size and --num-samples: at least 1")
+    device = pick_device(args.device)
+    ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
+    model = load_checkpoint(ckpt, device)
+    num_classes = model.sit.num_classes
+    try:
+        classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(num_classes))
+    except ValueError:
+        raise UserError(f"--classes {args.classes}: write numbers with commas, e.g. 3,5") from None
+    if not all(0 <= c < num_classes for c in classes):
+        raise UserError(f"--classes {args.classes}: this model's classes are 0 to {num_classes - 1}")
+    n = args.num_samples or min(8 * len(classes), 80)
+    out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
+    is_folder = out.suffix not in (".png", ".npz")
+    if is_folder and out.is_dir() and any(out.glob("*.png")):
+        raise UserError(f"--out {out}: the folder holds pictures already; name another")
+
+    rank, world = start_processes(device)
+    resolution = model.args["resolution"]
+    shared = out.with_name(f".{out.name}.samples.npy")              # every process writes its own rows
+    if rank == 0:
+        (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
+        if not is_folder:
+            np.lib.format.open_memmap(shared, "w+", np.uint8, (n, resolution, resolution, 3)).flush()
+    if world > 1:
+        dist.barrier()
+    rows = None if is_folder else np.lib.format.open_memmap(shared, "r+")
+    mine = list(range(rank, n, world))
+    with tqdm(total=len(mine), unit="img", disable=rank > 0, desc="sampling") as bar:
+        for start in range(0, len(mine), args.batch_size):
+            indices = mine[start:start + args.batch_size]
+            labels = [label_of(i, args.seed, num_classes, classes, args.label_sampling) for i in indices]
+            images = sample_images(model, indices, labels, **settings).permute(0, 2, 3, 1).numpy()
+            for i, image in zip(indices, images):
+                if is_folder:
+                    Image.fromarray(image).save(out / f"{i:06d}.png")
+                else:
+                    rows[i] = image
+            bar.update(len(indices))
+    if not is_folder:
+        rows.flush()
+    if world > 1:
+        dist.barrier()
+    if rank == 0 and not is_folder:
+        try:
+            rows = np.lib.format.open_memmap(shared, "r")
+            if out.suffix == ".npz":
+                def write(tmp):
+                    with open(tmp, "wb") as f:
+                        np.savez(f, arr_0=rows)
+                write_atomic(out, write)
+            else:
+                columns = len(classes) if args.label_sampling == "equal" and len(classes) <= 20 else 10
+                save_png(image_grid(torch.from_numpy(rows.copy()).permute(0, 3, 1, 2), columns,
+                                    scale=max(1, 64 // resolution)), out)
+        finally:
+            shared.unlink()
+    if rank == 0:
+        print(f"{n} samples of {ckpt} (step {model.step}) -> {out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)
