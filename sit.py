@@ -14,7 +14,7 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from vae import UserError
 
 SIZES = {  # blocks, width D, heads. T is the tiny preset's; S to XL are the papers'.
-    "T": (8, 256, 4),
+    "T": (6, 256, 4),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),

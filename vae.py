@@ -223,7 +223,7 @@ VAES = {
     "f8d4":   dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), latent_channels=4, groups=32),
     "f16d32": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), latent_channels=32,
                    groups=32),
-    "f4d8":   dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=8, groups=8),
+    "f4d8":   dict(ch=24, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=8, groups=8),
 }
 
 
