@@ -1,0 +1,673 @@
+"""What must be true of REPA-E, checked against closed forms and independent code: python -m pytest test_repae.py"""
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import fid
+import repa
+import sample
+import sit
+import train
+import vae
+from vae import UserError
+
+ROOT = Path(__file__).parent
+torch.set_num_threads(2)
+
+
+def tiny_config(*flags):
+    return train.parse_config(["--batch-size", "4", "--mixed-precision", "no", "--seed", "1", *flags])
+
+
+@pytest.fixture
+def tiny():
+    """make(*flags) -> (networks, config, one step's arguments), float32, random weights with every gate open."""
+    def make(*flags):
+        cfg = tiny_config(*flags)
+        m = train.build(cfg, torch.device("cpu"))
+        train.wrap(m, cfg, torch.device("cpu"), 1)
+        g = torch.Generator().manual_seed(0)
+        for net in (m.sit, m.ema):                                # adaLN-Zero starts as the identity: open it
+            for name, p in net.named_parameters():
+                if "adaLN" in name or "final_layer.linear" in name:
+                    p.data.normal_(0, 0.05, generator=g)
+        x = torch.rand(4, 3, 32, 32, generator=g) * 2 - 1
+        y = torch.tensor([0, 1, 2, 3])
+        return m, cfg, (x, y, *train.draw_noise(cfg, 0, (8, 8, 8), 0, 1, torch.device("cpu")))
+    return make
+
+
+def run(*command, cwd, env=None, code=0, timeout=600):
+    """Run a command in a folder; check its exit code; return its output."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **(env or {})}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 2 classes x 12 little pictures."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name in ("one", "two words"):
+        (folder / name).mkdir()
+        for i in range(12):
+            Image.fromarray(rng.integers(0, 255, (40, 36, 3), np.uint8)).resize((50, 44)).save(folder / name / f"{i}.png")
+    return folder
+
+
+# --- the heart: which loss reaches which parameters -------------------------------------------------------------
+
+def step_gradients(monkeypatch, m, cfg, args, step=0):
+    """Run train_step with `update` replaced by one that records gradients: [(loss's optimizer, {parameter: grad})]."""
+    seen = []
+    nets = dict(vae=m.vae, sit=m.sit, disc=m.disc)
+
+    def record(optimizer, params, loss, cfg):
+        loss.backward()
+        seen.append({f"{net}.{name}": p.grad.clone() for net, module in nets.items()
+                     for name, p in module.named_parameters() if p.grad is not None})
+        for module in nets.values():
+            module.zero_grad(set_to_none=True)
+        return torch.tensor(0.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", record)
+        train.train_step(m, cfg, step, *args)
+    return seen
+
+
+def names_of(module, prefix):
+    return {f"{prefix}.{name}" for name, p in module.named_parameters() if name != "pos_embed"}
+
+
+def test_each_update_touches_its_own_network(tiny, monkeypatch):
+    m, cfg, args = tiny("--disc-start", "0")
+    vae_grads, disc_grads, sit_grads = step_gradients(monkeypatch, m, cfg, args)
+    assert set(vae_grads) == names_of(m.vae, "vae")                    # and no gradient in SiT, projector, D
+    assert set(disc_grads) == names_of(m.disc, "disc")
+    assert set(sit_grads) == names_of(m.sit, "sit")                    # pos_embed gets none
+    assert all(g.abs().sum() > 0 for g in sit_grads.values())
+    assert not m.sit.pos_embed.requires_grad and all(p.requires_grad for p in m.sit_params)
+
+
+def part(name):
+    """The column of the paper's routing table that a parameter belongs to (depth 2)."""
+    if name.startswith("vae.") and ("encoder." in name or ".quant_conv" in name):
+        return "encoder"
+    if name.startswith("vae."):
+        return "decoder"
+    if name.startswith("sit.projectors"):
+        return "projector"
+    if re.match(r"sit\.(blocks\.[2-9]|final_layer)", name):
+        return "later"
+    return "early" if name.startswith("sit.") else "D"
+
+
+@pytest.mark.parametrize("flag, value, which, reached", [
+    (None, None, 0, {"encoder", "decoder"}),                           # L1 alone
+    ("perceptual_weight", 1.0, 0, {"encoder", "decoder"}),
+    ("disc_weight", 0.1, 0, {"encoder", "decoder"}),
+    ("kl_weight", 1e-2, 0, {"encoder"}),
+    ("vae_align_proj_coeff", 1.5, 0, {"encoder"}),
+    (None, None, -1, {"early", "later"}),                              # diffusion alone
+    ("proj_coeff", 0.5, -1, {"early", "projector"}),
+])
+def test_routing_table(tiny, monkeypatch, flag, value, which, reached):
+    """Gradients are linear in the losses, so a term's own is the difference between a step with and without it."""
+    m, cfg, args = tiny("--disc-start", "0")
+    for name in ("perceptual_weight", "kl_weight", "vae_align_proj_coeff", "proj_coeff"):
+        setattr(cfg, name, 0.0)
+    cfg.disc_weight = 1e-12                                            # D's forward stays, its pull does not
+    # batch statistics of D and of the latent norm change nothing here: neither feeds a gradient of the first update
+    without = step_gradients(monkeypatch, m, cfg, args)[which]
+    if flag:
+        m, _, args = tiny("--disc-start", "0")
+        setattr(cfg, flag, value)
+        with_it = step_gradients(monkeypatch, m, cfg, args)[which]
+        grads = {name: with_it[name] - without[name] for name in with_it}
+    else:
+        grads = without
+    size = {}
+    for name, g in grads.items():
+        size[part(name)] = size.get(part(name), 0.0) + g.abs().sum().item()
+    largest = max(size.values())
+    assert largest > 0 and {k for k, v in size.items() if v > 1e-6 * largest} == reached, size
+
+
+def test_diffusion_loss_would_reach_the_vae_if_not_stopped(tiny):
+    m, cfg, (x, y, noise, eps, t, _) = tiny()
+    for stop in (False, True):
+        _, z, _ = m.vae(x, noise)
+        x_t, v = sit.interpolate(m.sit.bn.normalize(z.detach() if stop else z), t, eps, "linear")
+        (m.sit(x_t, t, y)[0] - v).square().mean().backward()
+        assert all((p.grad is None) == stop for p in m.vae.encoder.parameters())
+        m.vae.zero_grad(set_to_none=True)
+
+
+def test_vae_pass_leaves_statistics_alone_and_sit_pass_moves_them(tiny, monkeypatch):
+    m, cfg, args = tiny()
+    before, seen = m.sit.bn.running_mean.clone(), []
+    plain = train.update
+
+    def spy(*a):
+        seen.append(m.sit.bn.running_mean.clone())
+        return plain(*a)
+
+    monkeypatch.setattr(train, "update", spy)
+    train.train_step(m, cfg, 0, *args)
+    assert torch.equal(seen[0], before)                                # at the VAE's update
+    assert not torch.equal(seen[-1], before)                           # at SiT's
+    assert m.sit.bn.num_batches_tracked == 1
+
+
+def test_align_pass_equals_the_full_forward_and_stops_early(tiny):
+    m, cfg, (x, y, noise, eps, t, _) = tiny()
+    full = m.sit(noise, t, y)[1]
+
+    def fail(*_):
+        raise AssertionError("a block behind encoder_depth or the head ran")
+
+    for module in (*m.sit.blocks[cfg.encoder_depth:], m.sit.final_layer):
+        module.register_forward_pre_hook(fail)
+    assert torch.equal(m.sit.align(noise, t, y)[0], full[0])
+
+
+def test_gan_waits_for_disc_start_and_is_off_at_weight_zero(tiny, monkeypatch):
+    m, cfg, args = tiny("--disc-start", "5")
+    m2, cfg2, args2 = tiny("--disc-weight", "0")
+    early, off = (step_gradients(monkeypatch, *x)[0] for x in ((m, cfg, args), (m2, cfg2, args2)))
+    assert all(torch.allclose(early[k], off[k], atol=1e-7) for k in off)
+    assert "disc_loss" not in train.train_step(m2, cfg2, 0, *args2)
+
+
+def test_ema_follows_parameters_and_statistics(tiny):
+    m, cfg, args = tiny("--ema-decay", "0.9")
+    before = {k: v.clone() for k, v in m.ema.state_dict().items()}
+    train.train_step(m, cfg, 0, *args)
+    now = m.sit.state_dict()
+    for k, v in m.ema.state_dict().items():
+        if v.is_floating_point():
+            assert torch.allclose(v, 0.9 * before[k] + 0.1 * now[k], atol=1e-6), k
+    assert torch.equal(m.ema.pos_embed, m.sit.pos_embed)
+
+
+def test_gradients_are_clipped_one_network_at_a_time():
+    p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    norm = train.update(optimizer, [p], (p * torch.tensor([30.0, 40.0])).sum(), argparse.Namespace(max_grad_norm=1.0))
+    assert norm.item() == pytest.approx(50) and torch.allclose(p.data, torch.tensor([3 - 0.6, 4 - 0.8]), atol=1e-4)
+    assert p.grad is None
+
+
+# --- losses and parts against formulas written out --------------------------------------------------------------
+
+def test_losses_in_float64():
+    rng = np.random.default_rng(0)
+    mean, logvar = rng.normal(size=(2, 3, 4, 4)), rng.normal(size=(2, 3, 4, 4))
+    q = vae.DiagonalGaussian(torch.tensor(np.concatenate([mean, logvar], 1)))
+    kl = [sum(0.5 * (m * m + math.exp(s) - 1 - s) for m, s in zip(mean[b].flat, logvar[b].flat)) for b in range(2)]
+    assert np.allclose(q.kl(), kl, rtol=1e-5)
+    assert np.allclose(q.sample(torch.ones(2, 3, 4, 4)), mean + np.exp(logvar / 2), atol=1e-5)
+    assert vae.DiagonalGaussian(torch.tensor([0.0, 99.0]).view(1, 2, 1, 1)).logvar.item() == 20
+
+    real, fake = rng.normal(size=50) * 2, rng.normal(size=50) * 2
+    hinge = 0.5 * (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean())
+    assert vae.hinge_loss(torch.tensor(real), torch.tensor(fake)).item() == pytest.approx(hinge, rel=1e-9)
+
+    p, f = [rng.normal(size=(2, 5, 7)) for _ in range(2)], [rng.normal(size=(2, 5, 7)) for _ in range(2)]
+    cosines = [np.dot(a[i, j], b[i, j]) / np.linalg.norm(a[i, j]) / np.linalg.norm(b[i, j])
+               for a, b in zip(p, f) for i in range(2) for j in range(5)]
+    loss = repa.alignment_loss([torch.tensor(a) for a in p], [torch.tensor(b) for b in f])
+    assert loss.item() == pytest.approx(-np.mean(cosines), rel=1e-5)
+
+    x, y = rng.uniform(-1, 1, (1, 3, 8, 8)), rng.uniform(-1, 1, (1, 3, 8, 8))
+    expected = 10 * math.log10(255 ** 2 / np.mean(((x - y) * 127.5) ** 2))
+    assert vae.psnr(torch.tensor(x), torch.tensor(y)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_interpolant_ends_and_velocity(kind):
+    z, eps = torch.randn(2, 3, 1, 1, 1, dtype=torch.float64)
+    t = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
+    x_t, v = sit.interpolate(z.double(), t, eps.double(), kind)
+    slope, = torch.autograd.grad(x_t.sum(), t)                           # velocity = dx_t / dt
+    assert torch.allclose(slope, v.flatten().detach(), atol=1e-12)
+    for end, value in ((0.0, z), (1.0, eps)):
+        assert torch.allclose(sit.interpolate(z, torch.full((3,), end), eps, kind)[0].float(), value.float(), atol=1e-6)
+    s = sit.draw_times((4000,), kind, "lognormal", torch.Generator().manual_seed(0), "cpu")
+    alpha, sigma, _, _ = sit.path(s, kind)
+    assert abs((sigma / alpha).log().mean()) < 0.06 and abs((sigma / alpha).log().std() - 1) < 0.05
+
+
+def test_latent_norm_is_batch_norm_with_its_own_inverse():
+    ours, theirs = sit.LatentNorm(5), torch.nn.BatchNorm2d(5, eps=1e-4, momentum=0.1, affine=False)
+    for _ in range(3):
+        z = torch.randn(4, 5, 6, 6) * 3 + 20
+        assert torch.allclose(ours(z), theirs(z), atol=1e-4)
+    assert all(torch.allclose(v, theirs.state_dict()[k], rtol=1e-4) for k, v in ours.state_dict().items())
+    assert torch.allclose(ours.normalize(z), theirs.eval()(z), atol=1e-4)
+    assert torch.allclose(ours.denormalize(ours.normalize(z)), z, atol=1e-4)
+
+
+def test_positions_and_times():
+    pos = sit.sincos_positions(16, 3)[0].view(3, 3, 16)                   # [row, column, D]
+    omega = [10000 ** (-k / 4) for k in range(4)]
+    expected = [*(math.sin(2 * w) for w in omega), *(math.cos(2 * w) for w in omega),        # column 2
+                *(math.sin(1 * w) for w in omega), *(math.cos(1 * w) for w in omega)]        # row 1
+    assert np.allclose(pos[1, 2], expected, atol=1e-6)
+    embedder, got = sit.TimestepEmbedder(8), {}
+    embedder.mlp.register_forward_pre_hook(lambda _, args: got.update(x=args[0]))
+    embedder(torch.tensor([0.7]))
+    args = [0.7 * 10000 ** (-k / 128) for k in range(128)]
+    assert np.allclose(got["x"][0], [*map(math.cos, args), *map(math.sin, args)], atol=1e-5)
+
+
+def test_unpatchify_inverts_patchify():
+    net = sit.SiT("SiT-T/2", 8, 3, 10)
+    x = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8)
+    tokens = x.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 12)           # (h, w), (p, q, c)
+    assert torch.equal(net.unpatchify(tokens), x)
+
+
+def test_perceptual_distances():
+    lpips = vae.LPIPS(random=True)
+    encoder = repa.Encoder(repa.EMBEDDED, 8)
+    x, noise = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 3, 64, 64)
+    for distance in (lpips, repa.EncoderDistance(encoder)):
+        target = distance.levels(x)
+        near, far = (distance(distance.levels(x + s * noise), target).item() for s in (0.05, 0.5))
+        assert distance(target, target) == 0 and 0 < near < far
+        flat = torch.zeros(1, 3, 64, 64, requires_grad=True)              # all-zero features: the gradient stays finite
+        distance(distance.levels(flat), distance.levels(x[:1])).backward()
+        assert flat.grad.isfinite().all()
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------
+
+def test_transformer_features_are_the_normalised_patch_tokens():
+    encoder = repa.Encoder("vit_tiny_patch16_224", grid=4, random=True)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    tokens = encoder.net.forward_features(encoder.prepare(x, 64))[:, encoder.net.num_prefix_tokens:]
+    assert encoder.size == 64 and torch.allclose(encoder(x), tokens, atol=1e-5)
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_embedded_encoder_knows_its_classes(tmp_path):
+    """The zipped names are right: its classifier finds ImageNet's traffic light, strawberry, ... in emoji."""
+    net = repa.embedded_efficientnet().eval()
+    encoder = repa.Encoder(repa.EMBEDDED, 8)
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 112)
+    assert torch.equal(encoder.net.conv_stem.weight, net.conv_stem.weight)
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------
+
+MEAN, STD = 1.5, 0.5                                                     # data ~ N(MEAN, STD^2)
+
+
+def gaussian_velocity(kind):
+    """E[velocity | x_t] for Gaussian data, in closed form."""
+    def velocity(x, t, start):
+        a, s, da, ds = (float(v) for v in sit.path(torch.tensor(t, dtype=torch.float64), kind))
+        return da * MEAN + (da * a * STD ** 2 + ds * s) / (a * a * STD ** 2 + s * s) * (x - a * MEAN)
+    return velocity
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_ode_solvers_reach_the_closed_form_at_their_order(kind):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
+    exact = MEAN + STD * x                                               # the flow of a Gaussian is affine
+    for heun, order in ((False, 1), (True, 2)):
+        errors = [(sample.integrate(gaussian_velocity(kind), x, "ode", n, heun, kind) - exact).abs().max().item()
+                  for n in (40, 80, 160)]
+        assert errors[-1] < 2e-2
+        for coarse, fine in zip(errors, errors[1:]):
+            assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_sde_has_the_right_marginal(kind):
+    g = torch.Generator().manual_seed(0)
+    noise = lambda: torch.randn(40000, 1, 1, 1, generator=g, dtype=torch.float64)
+    x = sample.integrate(gaussian_velocity(kind), noise(), "sde", 250, False, kind, noise)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02) and x.std().item() == pytest.approx(STD, abs=0.02)
+
+
+def test_time_grids():
+    sde = sample.time_grid("sde", 250)
+    assert len(sde) == 251 and sde[0] == 1 and sde[249] == pytest.approx(0.04) and sde[250] == 0
+    assert sample.time_grid("ode", 4) == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_guidance(tiny):
+    m, _, (x, y, noise, *_) = tiny()
+    x = noise.double()
+    plain = sample.guided_velocity(m.sit, y)(x, 0.5, 0.5)
+    null = sample.guided_velocity(m.sit, torch.full_like(y, 10))(x, 0.5, 0.5)
+    guided = sample.guided_velocity(m.sit, y, 3.0, 0.2, 0.6)
+    assert torch.allclose(sample.guided_velocity(m.sit, y, 1.0)(x, 0.5, 0.5), plain)
+    assert torch.allclose(guided(x, 0.5, 0.5), null + 3 * (plain - null), atol=1e-5)
+    assert torch.equal(guided(x, 0.5, 0.61), plain) and torch.equal(guided(x, 0.5, 0.19), plain)
+    for edge in (0.2, 0.6):                                              # both ends in, by the step's start
+        assert not torch.allclose(guided(x, 0.5, edge), plain, atol=1e-3)
+
+
+def test_images_depend_on_seed_and_index_alone(tiny):
+    m, cfg, _ = tiny()
+    model = sample.Model(m.ema, m.vae, vars(cfg), 0, torch.device("cpu"))
+    for mode in ("ode", "sde"):
+        kwargs = dict(num_steps=4, mode=mode, cfg_scale=2.0, seed=3)
+        together = sample.sample_images(model, [0, 1, 7, 12], **kwargs)
+        apart = torch.cat([sample.sample_images(model, [i], **kwargs) for i in (0, 1, 7, 12)])
+        assert (together.int() - apart.int()).abs().max() <= 1
+        assert (together[0].int() - together[1].int()).abs().max() > 1
+    assert [sample.label_of(i, 0, 3) for i in range(5)] == [0, 1, 2, 0, 1]
+    assert [sample.label_of(i, 0, 9, [4, 2]) for i in range(3)] == [4, 2, 4]
+
+
+# --- randomness, data, formats ----------------------------------------------------------------------------------
+
+def test_noise_and_order_do_not_depend_on_the_number_of_processes():
+    cfg = tiny_config("--flip")
+    whole = train.draw_noise(cfg, 7, (8, 8, 8), 0, 1, "cpu")
+    halves = [train.draw_noise(cfg, 7, (8, 8, 8), r, 2, "cpu") for r in range(2)]
+    assert all(torch.equal(w, torch.cat(h)) for w, *h in zip(whole, *halves))
+    assert not torch.equal(train.draw_noise(cfg, 8, (8, 8, 8), 0, 1, "cpu")[0], whole[0])
+    cfg.max_train_steps = 9
+    order = lambda step, rank, world: list(train.StepSampler(10, cfg, step, rank, world))
+    assert order(0, 0, 1) == [a + b for a, b in zip(order(0, 0, 2), order(0, 1, 2))]
+    assert order(0, 0, 1)[5:] == order(5, 0, 1)                          # a resumed run sees the same batches
+    seen = [i for batch in order(0, 0, 1) for i, _ in batch]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))   # each epoch holds each image once
+    assert {flip for batch in order(0, 0, 1) for _, flip in batch} == {True, False}
+
+
+def test_center_crop_by_hand():
+    """A 12x8 image to 2: box-halved once to 6x4, once more to 3x2 (both sides still >= 2 * 2), then the middle 2 columns."""
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8)
+    got = np.array(vae.center_crop(Image.fromarray(pixels), 2)).astype(int)
+    half = np.floor(pixels.reshape(4, 2, 6, 2, 3).mean((1, 3)) + 0.5)
+    quarter = np.floor(half.reshape(2, 2, 3, 2, 3).mean((1, 3)) + 0.5)
+    assert np.abs(got - quarter[:, 0:2]).max() <= 1
+
+
+def test_pixels_round_trip_and_round():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(vae.to_uint8(vae.to_float(levels)), levels)
+    assert vae.to_uint8(torch.tensor([-3.0, 3.0, (200.6 / 127.5) - 1])).tolist() == [0, 255, 201]
+
+
+def test_transparent_and_grey_images(tmp_path):
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (32, 32), 77).save(tmp_path / "grey.png")
+    assert vae.read_image(tmp_path / "clear.png", 32).min() == 255
+    assert (vae.read_image(tmp_path / "grey.png", 16) == 77).all()
+
+
+def test_openmoji_folder(tmp_path):
+    train.draw_openmoji(tmp_path / "om", 16)
+    sets = {s: {p.stem for p in (tmp_path / "om" / s).glob("*/*.png")} for s in ("train", "val")}
+    bases = {s: {name.split("-")[0] for name in names} for s, names in sets.items()}
+    assert len(sets["train"]) > 3900 and len(sets["val"]) > 100 and not bases["train"] & bases["val"]
+    classes = {p.name for p in (tmp_path / "om/train").iterdir()}
+    assert classes == set(train.OPENMOJI_CLASSES)
+    for name, code in (("faces", 0x1F600), ("flags", 0x1F1E9), ("animals", 0x1F415), ("food", 0x1F355),
+                       ("travel", 0x1F697), ("hands", 0x1F44D), ("people", 0x1F469), ("symbols", 0x2764)):
+        assert train.openmoji_class(code) == name
+    face = vae.read_image(next((tmp_path / "om/train/faces").glob("1F60*.png"))).float()
+    assert face[0].mean() > face[2].mean() + 40                           # yellow: drawn in colour
+
+
+def digest(module):
+    lines = sorted(f"{name} {tuple(t.shape)}" for name, t in module.state_dict().items())
+    return len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def test_state_dicts_are_the_released_ones():
+    """Digests of the sorted lines 'name shape' of the released checkpoints."""
+    with torch.device("meta"):
+        assert digest(vae.AutoencoderKL("f8d4")) == (248, "50f3b11a29b71571")
+        assert digest(vae.AutoencoderKL("f16d32")) == (342, "5be5c896fe9232de")
+        assert digest(vae.Discriminator()) == (22, "df0b62c8c55bdab0")
+        b2 = sit.SiT("SiT-B/2", 32, 4, 1000, projectors=[repa.projector(768, 768)])
+        assert digest(b2) == (141, "7a480aff60336788")
+        xl2 = sit.SiT("SiT-XL/2", 32, 4, 1000, projectors=[repa.projector(1152, 768)])
+        xl1 = sit.SiT("SiT-XL/1", 16, 32, 1000, projectors=[repa.projector(1152, 768)])
+        assert sum(p.numel() for p in xl2.parameters()) == 683_242_512
+        assert sum(p.numel() for p in xl1.parameters()) == 683_279_392
+        norm = sit.SiT("SiT-B/2", 32, 4, 1000, qk_norm=True).state_dict()
+        assert norm["blocks.3.attn.q_norm.weight"].shape == (64,)
+        assert sit.SiT("SiT-B/2", 32, 4, 1000, cfg_prob=0).y_embedder.embedding_table.weight.shape == (1000, 768)
+        for size in "SBLX":
+            sit.SiT(f"SiT-{size}{'L' if size == 'X' else ''}/2", 32, 4, 1000)(
+                torch.empty(2, 4, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long))
+
+
+def test_initialisation():
+    net = sit.SiT("SiT-T/1", 8, 8, 10, projectors=[repa.projector(256, 112, 64)])
+    assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0     # zero head
+    limit = math.sqrt(6 / (64 + 112))
+    assert net.projectors[0][4].weight.abs().max() <= limit and net.projectors[0][4].weight.std() > 0.5 * limit
+    assert net.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(net.pos_embed, sit.sincos_positions(256, 8))
+
+
+def test_pickled_code_is_refused_and_namespace_is_not(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="refused"):
+        vae.load_tensors(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+    torch.save({"args": argparse.Namespace(model="SiT-B/2")}, tmp_path / "fine.pt")
+    assert vae.load_tensors(tmp_path / "fine.pt")["args"].model == "SiT-B/2"
+
+
+# --- compiled, in bf16, on several processes, resumed -----------------------------------------------------------
+
+def losses(folder):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "loss" in k or k == "step"} for row in rows]
+
+
+SHORT = ["--num-classes", "2", "--batch-size", "4", "--log-steps", "1", "--sampling-steps", "100", "--num-workers", "0",
+         "--max-train-steps", "4", "--mixed-precision", "no", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def short_run(pictures, tmp_path_factory):
+    """Four steps without GAN in one process, checkpoints at 2 and 4."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--exp-name", "a", "--disc-weight", "0",
+        "--checkpointing-steps", "2", *SHORT, cwd=folder)
+    return folder
+
+
+def test_two_processes_give_the_losses_of_one(pictures, short_run):
+    run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", ROOT / "train.py",
+        "--data-dir", pictures, "--exp-name", "two", "--disc-weight", "0", *SHORT, cwd=short_run,
+        env={"OMP_NUM_THREADS": "1"})
+    one, two = losses(short_run / "exps/a"), losses(short_run / "exps/two")
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4] and len(one[0]) > 5
+    for a, b in zip(one, two):
+        assert "disc_loss" not in a and all(b[k] == pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in a.items())
+
+
+def test_a_killed_run_resumes_where_it_was(pictures, short_run):
+    whole = losses(short_run / "exps/a")
+    import shutil
+    shutil.copytree(short_run / "exps/a", short_run / "exps/b")
+    (short_run / "exps/b/checkpoints/0000004.pt").unlink()               # killed after step 3: its line stays behind
+    run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--exp-name", "b", "--disc-weight", "0", "--resume",
+        "--checkpointing-steps", "2", *SHORT, cwd=short_run)
+    assert losses(short_run / "exps/b") == whole
+    a, b = (vae.load_tensors(short_run / f"exps/{x}/checkpoints/0000004.pt") for x in "ab")
+    for key in ("model", "ema", "vae", "discriminator"):
+        assert all(torch.equal(v, b[key][k]) for k, v in a[key].items()), key
+    assert set(a) == {"model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "args", "steps"}
+    assert type(a["args"]) is dict and a["steps"] == 4
+
+
+def test_sampling_files_and_processes(short_run):
+    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
+    common = [ROOT / "sample.py", "--ckpt", ckpt, "--num-samples", "6", "--num-steps", "2", "--device", "cpu"]
+    run(sys.executable, *common, "--out", "one.npz", cwd=short_run)
+    run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29534", *common, "--out",
+        "two.npz", "--batch-size", "2", cwd=short_run, env={"OMP_NUM_THREADS": "1"})
+    run(sys.executable, *common, "--out", "folder", cwd=short_run)
+    one, two = (np.load(short_run / name)["arr_0"] for name in ("one.npz", "two.npz"))
+    assert one.shape == (6, 32, 32, 3) and one.dtype == np.uint8
+    assert np.abs(one.astype(int) - two).max() <= 1
+    folder = np.stack([np.array(Image.open(p)) for p in sorted((short_run / "folder").glob("*.png"))])
+    assert np.abs(one.astype(int) - folder).max() <= 1
+    assert not list(short_run.glob(".*samples.npy"))
+
+
+def test_vae_from_a_checkpoint_brings_its_statistics(short_run):
+    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
+    m = train.build(tiny_config("--vae-ckpt", str(ckpt), "--num-classes", "2"), torch.device("cpu"))
+    saved = vae.load_tensors(ckpt)
+    assert torch.equal(m.sit.bn.running_mean, saved["ema"]["bn.running_mean"])
+    assert torch.equal(m.vae.encoder.conv_in.weight, saved["vae"]["encoder.conv_in.weight"])
+
+
+@pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="no C++ compiler")
+def test_compiled_blocks_and_bf16_agree_with_eager(tiny):
+    m, cfg, (x, y, noise, eps, t, _) = tiny()
+    eager = copy.deepcopy(m.sit)
+    expected, expected_p = eager(noise, t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, _ = eager(noise, t, y)
+    assert 0 < (low.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    m.sit.compile_blocks()
+    torch._dynamo.utils.counters.clear()
+    v, p = m.sit(noise, t, y)
+    assert torch.allclose(v, expected, atol=1e-4) and torch.allclose(p[0], expected_p[0], atol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert set(m.sit.state_dict()) == set(eager.state_dict())
+
+
+# --- mistakes: one line, exit code 2, no traceback --------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    ("--preset huge", "unknown; take one of tiny"),
+    ("--model SiT-Q/2", "write SiT-SIZE/PATCH"),
+    ("--vae f9d9", "take one of f8d4"),
+    ("--enc-type resnet999", "not a timm model"),
+    ("--resolution 30", "not divisible by the VAE's stride 4"),
+    ("--model SiT-T/3", "does not divide"),
+    ("--encoder-depth 9", "has blocks 1 to 6"),
+    ("--batch-size 0", "must be above 0"),
+    ("--ema-decay 1.5", r"must lie in \[0, 1\]"),
+    ("--seed -1", "must not be negative"),
+    ("--learning-rate nan", "must be above 0"),
+    ("--data-dir nowhere", "no such folder"),
+    ("--vae-ckpt nowhere.pt", "no such file"),
+    ("--preset sdvae-xl2", "needs --data-dir"),
+    ("--preset sdvae-xl2 --data-dir .", "--vae-ckpt FILE, or --vae-from-scratch"),
+    ("--mixed-precision fp16", "invalid choice"),
+    ("--no-such-flag", "unrecognized"),
+    ("--resume --overwrite", "exclude each other"),
+])
+def test_bad_flags(flags, message):
+    with pytest.raises(UserError, match=message):
+        train.parse_config(flags.split())
+
+
+def test_batch_must_divide_over_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="not divisible by the 3 processes"):
+        train.parse_config([])
+
+
+def one_line(output, *words):
+    lines = [line for line in output.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "Traceback" not in output and all(w in lines[0] for w in words), output
+
+
+def test_mistakes_end_in_one_line(short_run, pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "flat/a.png")
+    (tmp_path / "notes.pt").write_text("hello")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    train_py, sample_py = (sys.executable, ROOT / "train.py"), (sys.executable, ROOT / "sample.py")
+    for command, words in (
+        ((*train_py, "--data-dir", "empty"), ["no class folders"]),
+        ((*train_py, "--data-dir", "flat"), ["no class folders"]),
+        ((*sample_py, "--ckpt", "notes.pt"), ["notes.pt", "not a readable weights file"]),
+        ((*sample_py, "--ckpt", "other.pt"), ["not a training checkpoint"]),
+        ((*sample_py,), ["no checkpoint under exps"]),
+        ((*train_py, "--data-dir", pictures, "--output-dir", short_run / "exps", "--exp-name", "a"),
+         ["already holds checkpoints", "--resume", "--overwrite"]),
+    ):
+        one_line(run(*command, cwd=tmp_path, code=2), *words)
+    assert len(train.checkpoints(short_run / "exps/a")) == 2              # nothing lost
+
+
+def test_corrupt_images_are_skipped_or_refused(pictures, tmp_path):
+    import shutil
+    many = tmp_path / "many"
+    shutil.copytree(pictures, many)
+    for i in range(120):
+        shutil.copy(many / "one/0.png", many / f"one/copy{i}.png")
+    (many / "one/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    data = train.ImageFolder(many, 32)
+    index = next(i for i, (path, _) in enumerate(data.files) if path.name == "broken.png")
+    image, label, bad = data[index, False]
+    assert image.shape == (3, 32, 32) and bad.endswith("broken.png")
+    few = tmp_path / "few"
+    shutil.copytree(pictures, few)
+    (few / "one/0.png").write_bytes(b"rubbish")
+    out = run(sys.executable, ROOT / "train.py", "--data-dir", few, *SHORT, "--max-train-steps", "20", cwd=tmp_path, code=2)
+    one_line(out, "more than 1 in 100", "0.png")
+
+
+# --- the README -------------------------------------------------------------------------------------------------
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    parts = [part.strip() for line in lines for part in re.sub(r"\s#.*", "", line).split("&&")]
+    return [shlex.split(p) for p in parts if re.search(r"\b(train|sample|fid|vae)\.py", p)]
+
+
+def test_readme_flags_exist():
+    commands, helps = readme_commands(), {}
+    assert len(commands) >= 6
+    for words in commands:
+        script = next(w for w in words if w in ("train.py", "sample.py", "fid.py", "vae.py"))
+        if script not in helps:
+            helps[script] = run(sys.executable, ROOT / script, "--help", cwd=ROOT)
+        for word in words[words.index(script) + 1:]:
+            if word.startswith("--"):
+                assert re.search(re.escape(word.partition("=")[0]) + r"\b", helps[script]), (script, word)
+
+
+def test_readme_train_sample_evaluate(tmp_path):
+    """The first commands of the README, their steps cut down, from drawing the data to evaluating the run."""
+    run(sys.executable, ROOT / "train.py", "--max-train-steps", "2", "--log-steps", "1", "--batch-size", "8", cwd=tmp_path)
+    exp = tmp_path / "exps/tiny"
+    assert {p.name for p in (exp / "pictures").iterdir()} == {"samples-0000002.png", "reconstructions-0000002.png"}
+    assert "val_psnr" in json.loads((exp / "metrics.jsonl").read_text().splitlines()[-1])
+    assert json.loads((exp / "args.json").read_text())["model"] == "SiT-T/1"
+    assert "samples-0000002.png" in run(sys.executable, ROOT / "sample.py", "--num-samples", "10", "--num-steps", "2",
+                                        cwd=tmp_path)
+    assert Image.open(exp / "samples-0000002.png").size[0] > 600
