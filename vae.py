@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def save_png(image, path):
     write_atomic(path, lambda tmp: image.save(tmp, format="PNG", optimize=True))
 
 
-def latents_in_colour(z, basis=None):
+def latents_in_colour(z):
     """The first three principal components of latents [B, C, h, w] as uint8 RGB [B, 3, h, w].
 
     Signs are fixed (largest loading positive) so that pictures of one run can be compared."""
