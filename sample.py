@@ -8,6 +8,7 @@ Model, sizes, VAE and latent statistics all come from the checkpoint; no encoder
 (seed, i) alone: its label, its first noise and every later one come from a generator of its own.
 """
 import argparse
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,18 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from sit import SiT, path
-from vae import (AutoencoderKL, Parser, UserError, image_grid, load_into, load_tensors, pick_device, run_command,
-                 save_png, to_uint8, write_atomic)
+from sit import SIZES, SiT, path
+from vae import (AutoencoderKL, Parser, UserError, build_vae, image_grid, load_into, load_tensors, load_vae,
+                 pick_device, run_command, save_png, to_uint8, write_atomic)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samplers: integrate from noise at t = 1 to data at t = 0
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def time_grid(mode, num_steps):
-    """The times of `num_steps` steps (SiT's settings): the SDE's last step, 0.04 to 0, is the one without noise."""
+    """The times of `num_steps` steps (SiT's settings): the SDE's last step, 0.04 to 0, is the one without
+    noise."""
     if mode == "ode":
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     return torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]
@@ -45,8 +47,8 @@ def sde_drift(x, v, t, kind):
 def integrate(velocity, x, mode="ode", num_steps=50, heun=False, kind="linear", noise=None):
     """Integrate dx = v dt (ode: Euler or Heun) or the reverse SDE (sde: Euler-Maruyama) from t = 1 to 0.
 
-    velocity(x, t, start) -> v: start is the time at which the step began (Heun's second evaluation keeps the first
-    one's guidance by it). x: float64 [B, C, h, w]; noise() -> standard normal like x, for the SDE."""
+    velocity(x, t, start) -> v: start is the time at which the step began (Heun's second evaluation keeps the
+    first one's guidance by it). x: float64 [B, C, h, w]; noise() -> standard normal like x, for the SDE."""
     times = time_grid(mode, num_steps)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         v, dt = velocity(x, t, t), s - t
@@ -62,8 +64,8 @@ def integrate(velocity, x, mode="ode", num_steps=50, heun=False, kind="linear", 
 
 
 def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
-    """SiT's velocity with classifier-free guidance inside low <= t <= high (arXiv 2404.07724). Guiding v is guiding
-    the drift of either sampler: the drift is affine in v and the two weights sum to 1."""
+    """SiT's velocity with classifier-free guidance inside low <= t <= high (arXiv 2404.07724). Guiding v is
+    guiding the drift of either sampler: the drift is affine in v and the two weights sum to 1."""
     null = torch.full_like(y, sit.null_class or 0)
 
     def velocity(x, t, start):
@@ -77,15 +79,17 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
 
 
 def label_of(i, seed, num_classes, classes=None, labels="equal"):
-    """Image i's label: i mod the number of classes ('equal', as the paper's later tables), or drawn at random."""
+    """Image i's label: i mod the number of classes ('equal', as the paper's later tables), or drawn at
+    random."""
     classes = classes or range(num_classes)
-    k = i % len(classes) if labels == "equal" else int(np.random.default_rng((seed, i, 1)).integers(len(classes)))
-    return classes[k]
+    if labels == "equal":
+        return classes[i % len(classes)]
+    return classes[np.random.default_rng((seed, i, 1)).integers(len(classes))]
 
 
 @torch.no_grad()
-def sample_latents(sit, indices, y, size, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0, guidance_low=0.0,
-                   guidance_high=1.0, seed=0, kind="linear"):
+def sample_latents(sit, indices, y, size, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0,
+                   guidance_low=0.0, guidance_high=1.0, seed=0, kind="linear"):
     """Normalised latents float64 [B, C, h, w] of the images `indices` with labels y [B]."""
     generators = [np.random.default_rng((seed, i)) for i in indices]
 
@@ -97,13 +101,14 @@ def sample_latents(sit, indices, y, size, *, num_steps=50, mode="ode", heun=Fals
     return integrate(velocity, noise(np.float32).double(), mode, num_steps, heun, kind, noise)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Model:
-    """What sampling needs: the averaged SiT (its latent statistics included), the VAE, the settings, the step."""
+    """What sampling needs: the averaged SiT (its latent statistics included), the VAE, the settings, the
+    step."""
     sit: SiT
     vae: AutoencoderKL
     args: dict
@@ -125,37 +130,53 @@ def read_checkpoint(file):
     ckpt = load_tensors(file)
     if not isinstance(ckpt, dict) or not {"model", "ema", "args", "steps"} <= ckpt.keys():
         raise UserError(f"{file}: not a training checkpoint (it needs model, ema, vae, args and steps)")
-    if isinstance(ckpt["args"], argparse.Namespace):              # as the authors' release writes it
-        ckpt["args"] = vars(ckpt["args"])
-    return ckpt
+    args = ckpt["args"]
+    return ckpt | dict(args=vars(args) if isinstance(args, argparse.Namespace) else args)   # the release's
 
 
-def load_checkpoint(file, device="cpu"):
-    """Build the sampling Model of a checkpoint, sizes from its args and, where they are silent, its tensors."""
+def load_checkpoint(file, device="cpu", vae_ckpt=None):
+    """Build the sampling Model of a checkpoint, ours or the release's; sizes come from its tensors. vae_ckpt:
+    the VAE of a second-stage checkpoint, which holds none (anything `load_vae` takes). Raises UserError."""
     ckpt = read_checkpoint(file)
     args, state = ckpt["args"], {k: v for k, v in ckpt["ema"].items() if not k.startswith("projectors.")}
-    if "vae" not in ckpt:
-        raise UserError(f"{file}: no VAE in this checkpoint")
+    if vae_ckpt:
+        vae, stats = load_vae(vae_ckpt)
+    elif "vae" in ckpt:
+        vae, stats = build_vae(ckpt["vae"], f"{file}: vae"), None
+    else:
+        raise UserError(f"{file}: no VAE in this checkpoint, it was frozen; give its file by --vae-ckpt")
     try:
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        size = patch * math.isqrt(state["pos_embed"].shape[1])
         rows = state["y_embedder.embedding_table.weight"].shape[0]
-        vae = AutoencoderKL(args["vae"])
-        sit = SiT(args["model"], args["resolution"] // vae.stride, vae.latent_channels,
-                  num_classes=args.get("num_classes", rows - 1), cfg_prob=args.get("cfg_prob", 0.1),
-                  qk_norm=args.get("qk_norm", "blocks.0.attn.q_norm.weight" in state), encoder_depth=1)
-    except KeyError as e:
-        raise UserError(f"{file}: the checkpoint lacks {e.args[0]}") from None
+        name = next(name for name, (blocks, wide, _) in SIZES.items() if (blocks, wide) == (depth, width))
+    except (KeyError, ValueError, StopIteration):
+        raise UserError(f"{file}: ema is not a SiT of the sizes {', '.join(SIZES)}") from None
+    num_classes = args.get("num_classes", rows - (args.get("cfg_prob", 0.1) > 0))
+    sit = SiT(f"SiT-{name}/{patch}", size, channels, num_classes, cfg_prob=float(rows > num_classes),
+              qk_norm="blocks.0.attn.q_norm.weight" in state, encoder_depth=1)
+    if channels != vae.latent_channels:
+        raise UserError(f"{file}: its SiT draws {channels} channels, the VAE has {vae.latent_channels}")
+    if "bn.running_mean" not in state:
+        if stats is None:
+            raise UserError(f"{file}: no latent statistics in it, nor beside the VAE (config.json, or "
+                            "NAME-latents-stats.pt beside NAME.pt)")
+        sit.bn.start(*stats)
+        state |= {f"bn.{name}": value for name, value in sit.bn.state_dict().items()}
     load_into(sit, state, f"{file}: ema")
-    load_into(vae, ckpt["vae"], f"{file}: vae")
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{file}: ema holds values that are not finite")
     for module in (sit, vae):
         module.to(device).eval().requires_grad_(False)
     vae.to(memory_format=torch.channels_last)
-    return Model(sit, vae, args, ckpt["steps"], torch.device(device))
+    return Model(sit, vae, args | dict(resolution=size * vae.stride), ckpt["steps"], torch.device(device))
 
 
 @torch.no_grad()
 def sample_images(model, indices, labels=None, *, mixed_precision="no", **sampler):
-    """Images `indices` (any integers) as uint8 [n, 3, H, W] on the CPU; labels: one each, i mod classes by default.
-    sampler: the keywords of `sample_latents`."""
+    """Images `indices` (any integers) as uint8 [n, 3, H, W] on the CPU; labels: one each, i mod classes by
+    default. sampler: the keywords of `sample_latents`."""
     num_classes = model.sit.num_classes
     labels = [label_of(i, 0, num_classes) for i in indices] if labels is None else labels
     if sampler.get("cfg_scale", 1.0) > 1 and model.sit.null_class is None:
@@ -167,12 +188,12 @@ def sample_images(model, indices, labels=None, *, mixed_precision="no", **sample
         return to_uint8(model.vae.decode(model.sit.bn.denormalize(z.float()))).cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def add_sampler_flags(parser):
-    parser.add_argument("--num-steps", type=int, default=50, help="steps of the sampler (the paper: 250 with sde)")
+    parser.add_argument("--num-steps", type=int, default=50, help="sampler's (the paper: 250 with sde)")
     parser.add_argument("--mode", choices=["ode", "sde"], default="ode")
     parser.add_argument("--heun", action="store_true", help="second order for --mode ode")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
@@ -194,12 +215,13 @@ def sampler_settings(args):
         raise UserError("--guidance-low and --guidance-high: 0 <= low <= high <= 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: 0 or more")
-    names = ("num_steps", "mode", "heun", "cfg_scale", "guidance_low", "guidance_high", "seed", "mixed_precision")
-    return {name: getattr(args, name) for name in names}
+    names = "num_steps mode heun cfg_scale guidance_low guidance_high seed mixed_precision"
+    return {name: getattr(args, name) for name in names.split()}
 
 
 def start_processes(device):
-    """Join torchrun's process group, if there is one (NCCL on CUDA, gloo elsewhere); returns (rank, world size)."""
+    """Join torchrun's process group, if there is one (NCCL on CUDA, gloo elsewhere); returns (rank, world
+    size)."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -208,9 +230,10 @@ def start_processes(device):
 
 def main():
     parser = Parser(description="Draw pictures from a checkpoint.")
-    parser.add_argument("--ckpt", help="default: the newest under exps/")
+    parser.add_argument("--ckpt", help="a checkpoint, ours or the release's; default: the newest in exps/")
+    parser.add_argument("--vae-ckpt", help="the VAE, where the checkpoint has none: file, folder or hub id")
     parser.add_argument("--num-samples", type=int, help="default: 8 of each class, 80 at most")
-    parser.add_argument("--out", help="X.png: a grid; X.npz: arr_0 as ADM's evaluator reads it; else a folder of PNGs")
+    parser.add_argument("--out", help="X.png: a grid; X.npz: arr_0 as ADM's evaluator; else a folder of PNGs")
     parser.add_argument("--classes", help="labels to draw, e.g. 3,5 (default: all)")
     parser.add_argument("--label-sampling", choices=["equal", "random"], default="equal")
     parser.add_argument("--batch-size", type=int, default=64, help="per process")
@@ -222,7 +245,7 @@ def main():
         raise UserError("--batch-size and --num-samples: at least 1")
     device = pick_device(args.device)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
-    model = load_checkpoint(ckpt, device)
+    model = load_checkpoint(ckpt, device, args.vae_ckpt)
     num_classes = model.sit.num_classes
     try:
         classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(num_classes))

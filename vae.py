@@ -1,15 +1,22 @@
 """vae.py: where pixels meet latents.
 
+    python vae.py export CKPT DIR              the VAE of a training checkpoint as a diffusers AutoencoderKL
+    python vae.py reconstruct VAE IMAGES       what a VAE makes of images: pictures, PSNR, SSIM, LPIPS
+
 The floor of the house (it imports nothing of ours). From top to bottom: the one-line error that every command
-ends in, reading and writing files, pictures, then the autoencoder: AutoencoderKL with the released architectures
-(f8d4 = SD-VAE, f16d32 = VA-VAE/IN-VAE) and a small one, the PatchGAN discriminator, the perceptual distances.
+ends in, reading and writing files, pictures, then the autoencoder: AutoencoderKL with the released
+architectures (f8d4 = SD-VAE, f16d32 = VA-VAE/IN-VAE) and a small one, the PatchGAN discriminator, the
+perceptual distances.
 
 Images are float tensors [B, 3, H, W] in [-1, 1]; latents are [B, C, h, w].
 """
 import argparse
 import importlib.util
+import json
 import os
 import pickle
+import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -19,12 +26,16 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Commands: a mistake of the person at the keyboard is one line on stderr and exit code 2, never a traceback
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake in a flag, a path or a file: the message says what was wrong and what to type instead."""
@@ -38,7 +49,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Run `main()`; print a UserError as one line and exit 2; leave other exceptions (bugs) their traceback."""
+    """Run `main()`; print a UserError as one line and exit 2; leave other exceptions (bugs) their
+    traceback."""
     try:
         main()
     except UserError as e:
@@ -70,9 +82,9 @@ def pick_device(name):
     return device
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def write_atomic(path, write):
     """Write a file whole or not at all: `write(temporary path)`, then sync, then rename to `path`."""
@@ -91,24 +103,27 @@ def write_atomic(path, write):
 
 
 def load_tensors(path):
-    """Read a .pt / .pth / .safetensors file to CPU; nothing is unpickled but tensors, plain containers and the
-    argparse.Namespace of released checkpoints. Raises UserError naming the file."""
+    """Read a .pt / .pth / .safetensors file to CPU; nothing is unpickled but tensors, plain containers and
+    the argparse.Namespace of released checkpoints. Raises UserError naming the file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file              # comes with timm
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = "it holds pickled objects other than tensors, refused" if "Unsupported" in str(e) else "damaged"
+        reason = "it holds pickled code, refused" if "Unsupported" in str(e) else "damaged"
         raise UserError(f"{path}: not a readable weights file ({reason})") from None
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as e:
         raise UserError(f"{path}: not a readable weights file ({type(e).__name__})") from None
-    except Exception as e:                                       # safetensors raises a class of its own
-        raise UserError(f"{path}: not a readable weights file ({str(e).splitlines()[0][:80]})") from None
+    except SafetensorError as e:
+        raise UserError(f"{path}: not a readable weights file ({one_line(e)})") from None
+
+
+def one_line(e):
+    return (str(e).splitlines() or [type(e).__name__])[0][:80]
 
 
 def load_into(module, state, what):
@@ -122,13 +137,13 @@ def load_into(module, state, what):
         if name not in state:
             raise UserError(f"{what}: tensor {name} is missing; is this a checkpoint of another model?")
         if own[name].shape != state[name].shape:
-            raise UserError(f"{what}: {name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
+            raise UserError(f"{what}: {name} is {list(state[name].shape)}, expected {list(own[name].shape)}")
     module.load_state_dict(state)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -146,7 +161,8 @@ def list_images(folder):
 
 
 def center_crop(image, size):
-    """ADM's crop: halve with a box filter while both sides stay >= 2 * size, bicubic to `size`, crop the middle."""
+    """ADM's crop: halve with a box filter while both sides stay >= 2 * size, bicubic to `size`, crop the
+    middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -161,7 +177,7 @@ def read_image(path, size=None):
     try:
         with Image.open(path) as image:
             if size is not None:
-                image.draft("RGB", (2 * size, 2 * size))         # lets the JPEG decoder skip what is halved away
+                image.draft("RGB", (2 * size, 2 * size))      # lets the JPEG decoder skip what is halved away
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -213,17 +229,19 @@ def latents_in_colour(z):
     return to_uint8(x.unflatten(0, (z.shape[0], *z.shape[2:])).permute(0, 3, 1, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The autoencoder (parameter names of CompVis' latent-diffusion, as the released checkpoints have them)
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Attention levels are fixed when built (they name a level, not an input size): f16d32 was built for 256 pixels
-# with attention at 16x16. The last row is the tiny preset's.
+LATENT_EPS = 1e-4                                          # of the latent norm between VAE and SiT
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+
+# Attention is fixed to levels, whatever the input's size: f16d32 was built for 256 pixels with attention at
+# 16x16. The last row is the tiny preset's.
 VAES = {
-    "f8d4":   dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), latent_channels=4, groups=32),
-    "f16d32": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), latent_channels=32,
-                   groups=32),
-    "f4d8":   dict(ch=24, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=8, groups=8),
+    "f8d4": dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), latent_channels=4),
+    "f16d32": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), latent_channels=32),
+    "f4d8": dict(ch=24, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=8, groups=8),
 }
 
 
@@ -253,7 +271,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).mT.unsqueeze(1) for conv in (self.q, self.k, self.v))     # [B, 1, HW, C]
+        q, k, v = (conv(h).flatten(2).mT.unsqueeze(1) for conv in (self.q, self.k, self.v))    # [B, 1, HW, C]
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.squeeze(1).mT.reshape(x.shape))
 
@@ -285,7 +303,8 @@ def _level(cin, cout, blocks, attention, groups):
 
 def _middle(c, groups):
     mid = nn.Module()
-    mid.block_1, mid.attn_1, mid.block_2 = ResnetBlock(c, c, groups), AttnBlock(c, groups), ResnetBlock(c, c, groups)
+    mid.block_1, mid.block_2 = ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)
+    mid.attn_1 = AttnBlock(c, groups)
     return mid
 
 
@@ -300,7 +319,7 @@ def _run_level(level, h):
 class Encoder(nn.Module):
     """Images [B, 3, H, W] -> moments [B, 2C, h, w]."""
 
-    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups=32):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
@@ -327,7 +346,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents [B, C, h, w] -> images [B, 3, H, W]; `up.0` is the level of full resolution and runs last."""
 
-    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups=32):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
@@ -381,7 +400,8 @@ class AutoencoderKL(nn.Module):
             raise UserError(f"--vae {name}: unknown architecture; take one of {', '.join(VAES)}")
         cfg = VAES[name]
         c = self.latent_channels = cfg["latent_channels"]
-        self.stride = 2 ** (len(cfg["ch_mult"]) - 1)
+        self.name, self.levels = name, len(cfg["ch_mult"])
+        self.stride = 2 ** (self.levels - 1)
         self.encoder, self.decoder = Encoder(**cfg), Decoder(**cfg)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
@@ -401,19 +421,171 @@ class AutoencoderKL(nn.Module):
         return posterior, z, self.decode(z)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The autoencoder's file formats
+# ------------------------------------------------------------------------------------------------------------
+
+def diffusers_name(name, levels):
+    """A parameter's name in diffusers' AutoencoderKL, from ours (CompVis'), for a VAE of so many levels."""
+    for ours, theirs in ((r"\.up\.(\d)", lambda m: f".up_blocks.{levels - 1 - int(m[1])}"), # from the end
+                         (r"\.down\.", ".down_blocks."), (r"\.block\.", ".resnets."),
+                         (r"\.attn\.", ".attentions."),
+                         (r"\.(down|up)sample\.", r".\1samplers.0."), ("nin_shortcut", "conv_shortcut"),
+                         (r"\.mid\.block_(\d)", lambda m: f".mid_block.resnets.{int(m[1]) - 1}"),
+                         (r"\.mid\.attn_1", ".mid_block.attentions.0"), (r"\.norm_out\.", ".conv_norm_out."),
+                         (r"(attentions\.\d)\.norm\.", r"\1.group_norm."), (r"\.([qkv])\.", r".to_\1."),
+                         (r"\.proj_out\.", ".to_out.0.")):
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def from_diffusers(state, own, levels):
+    """diffusers' state dict -> one with the names of `own`, attention's linear layers as 1x1 convolutions.
+    Names that are not known stay, for `load_into` to report."""
+    older = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")         # before diffusers 0.18
+    ours, out = {diffusers_name(name, levels): name for name in own}, {}
+    for name, tensor in state.items():
+        name = re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{older[m[1]]}.", name)
+        name = ours.get(name, name)
+        out[name] = tensor[..., None, None] if tensor.ndim == 2 else tensor
+    return out
+
+
+def build_vae(state, what, name=None):
+    """AutoencoderKL from a state dict of CompVis' or diffusers' names, of architecture `name` or whichever
+    fits. Raises UserError, naming the first tensor that is wrong."""
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{what}: no state dict of a VAE in it")
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{what}: {key} holds values that are not finite")
+    for candidate in [name] if name else VAES:
+        with torch.device("meta"):
+            vae = AutoencoderKL(candidate)
+        own, ours = vae.state_dict(), state
+        if "encoder.mid.block_1.conv1.weight" not in state:
+            ours = from_diffusers(state, own, vae.levels)
+        if name or {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in ours.items()}:
+            load_into(vae := vae.to_empty(device="cpu"), ours, what)
+            return vae
+    raise UserError(f"{what}: its tensors fit none of the VAEs {', '.join(VAES)}")
+
+
+def load_vae(path, name=None):
+    """(AutoencoderKL, its latents' (mean [C], std [C]) or None) from a state dict (.pt, .safetensors;
+    CompVis' or diffusers' names), a training checkpoint, a diffusers directory or a hub id. name: as in
+    `build_vae`.
+
+    The statistics come from the checkpoint's latent norm, the directory's config.json, or from the release's
+    NAME-latents-stats.pt beside NAME.pt (latents_scale = 1 / std, latents_bias = mean). Raises UserError."""
+    file, stats = Path(path), None
+    if not file.exists() and is_hub_id(path):
+        try:
+            file = Path(snapshot_download(str(path), allow_patterns=["config.json", DIFFUSERS_FILE]))
+        except Exception as e:                                           # hub errors come in many classes
+            raise UserError(f"{path}: no such folder here, and not to be fetched from the hub "
+                            f"({type(e).__name__}); without network give a local path") from None
+    beside = file.with_name(f"{file.stem}-latents-stats.pt")
+    if file.is_dir():
+        try:
+            config = json.loads((file / "config.json").read_text())
+            scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+            ones = torch.ones(config["latent_channels"])
+            mean, std = (torch.tensor(config.get(key) or default) for key, default in
+                         (("latents_mean", shift), ("latents_std", 1.0)))
+            stats = mean * ones, std * ones / scale                  # pipelines decode z * std / scale + mean
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+            raise UserError(f"{path}: not a diffusers AutoencoderKL (config.json: {one_line(e)})") from None
+        file = file / DIFFUSERS_FILE
+    elif beside.is_file():
+        try:
+            saved = load_tensors(beside)
+            stats = saved["latents_bias"].flatten().float(), 1 / saved["latents_scale"].flatten().float()
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f"{beside}: latents_scale and latents_bias are not in it") from None
+    state = load_tensors(file)
+    if isinstance(state, dict) and "ema" in state and "args" in state:
+        if "vae" not in state:
+            raise UserError(f"{path}: no VAE in this checkpoint, it was frozen; give the VAE's own file")
+        stats = norm_statistics(state["ema"]) or stats
+        state = state["vae"]
+    vae = build_vae(state, path, name)
+    if stats and not all(s.shape == (vae.latent_channels,) and s.isfinite().all() for s in stats):
+        raise UserError(f"{path}: its latent statistics are not {vae.latent_channels} finite numbers")
+    return vae, stats
+
+
+def norm_statistics(state):
+    """(mean [C], std [C]) of the latents as the latent norm in a SiT's state dict has them, or None."""
+    if "bn.running_mean" not in state:
+        return None
+    return state["bn.running_mean"], (state["bn.running_var"] + LATENT_EPS).sqrt()
+
+
+def is_hub_id(path):
+    """Whether it reads as OWNER/NAME rather than as a file."""
+    suffixes = (".pt", ".pth", ".ckpt", ".safetensors")
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", str(path))) and Path(path).suffix not in suffixes
+
+
+def export_vae(vae, stats, resolution, folder):
+    """Write a diffusers AutoencoderKL directory, whole or not at all. With latents_mean and latents_std in
+    it, scaling_factor is 1: pipelines decode z * std / scaling_factor + mean. Raises UserError where `folder`
+    is."""
+    folder, cfg = Path(folder), dict(num_res_blocks=2, attn_levels=(), groups=32) | VAES[vae.name]
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; name a new folder")
+    kinds = ["Attn" if i in cfg["attn_levels"] else "" for i in range(vae.levels)]
+    config = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu",
+              "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in kinds],
+              "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
+              "block_out_channels": [cfg["ch"] * m for m in cfg["ch_mult"]],
+              "layers_per_block": cfg["num_res_blocks"], "latent_channels": vae.latent_channels,
+              "norm_num_groups": cfg["groups"], "sample_size": resolution,
+              "scaling_factor": 1.0, "shift_factor": None, "latents_mean": stats[0].tolist(),
+              "latents_std": stats[1].tolist(), "force_upcast": True, "use_quant_conv": True,
+              "use_post_quant_conv": True, "mid_block_add_attention": True}
+    state = {diffusers_name(name, vae.levels): tensor for name, tensor in vae.state_dict().items()}
+    state = {name: (tensor[..., 0, 0] if ".attentions." in name and tensor.ndim == 4 else tensor).contiguous()
+             for name, tensor in state.items()}
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        write_atomic(tmp / DIFFUSERS_FILE, lambda file: save_file(state, file, metadata={"format": "pt"}))
+        write_atomic(tmp / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+        tmp.rename(folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB, [B], of images in [-1, 1] (so of peak 2), clamped to that range."""
     mse = (x.clamp(-1, 1).float() - y.clamp(-1, 1).float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def ssim(x, y):
+    """Structural similarity [B] of images [B, C, H, W] in [-1, 1], averaged over channels and the positions
+    where the Gaussian window (11 x 11, sigma 1.5) fits (Wang et al. 2004)."""
+    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
+    g, c = g / g.sum(), x.shape[1]
+    kernel = torch.outer(g, g).expand(c, 1, 11, 11)
+
+    def blur(z):
+        return F.conv2d(z, kernel, groups=c)
+
+    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2
+    mx, my, c1, c2 = blur(x), blur(y), 0.01 ** 2, 0.03 ** 2
+    vx, vy, cov = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
+    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The discriminator and the VAE's losses
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Discriminator(nn.Module):
-    """PatchGAN (arXiv 1611.07004): images [B, 3, H, W] -> logits [B, 1, h, w]. Its batch norm stays in train mode
-    always, as in the release, and is not synchronised over processes."""
+    """PatchGAN (arXiv 1611.07004): images [B, 3, H, W] -> logits [B, 1, h, w]. Its batch norm stays in train
+    mode always, as in the release, and is not synchronised over processes."""
 
     def __init__(self, ch=64, layers=3):
         super().__init__()
@@ -435,7 +607,8 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(real, fake):
-    """Discriminator's loss on the logits of real and reconstructed images (spec: 0.5 * (relu(1-r) + relu(1+f)))."""
+    """Discriminator's loss on the logits of real and reconstructed images (spec: 0.5 * (relu(1-r) +
+    relu(1+f)))."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -449,8 +622,9 @@ class LPIPS(nn.Module):
     """Learned perceptual distance (arXiv 1801.03924): VGG16 features, unit length per position, squared
     differences weighted by linear heads, averaged over positions, summed over five layers.
 
-    heads: path of the linear heads' state dict (lin0.model.1.weight ...), the `lpips` package's own copy when None;
-    vgg: path of torchvision's VGG16 weights, timm's hub copy when None. Raises UserError when either is not there.
+    heads: path of the linear heads' state dict (lin0.model.1.weight ...), the `lpips` package's own copy when
+    None; vgg: path of torchvision's VGG16 weights, timm's hub copy when None. Raises UserError when either is
+    not there.
     """
     LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}                  # relu1_2 ... relu5_3 -> channels
 
@@ -459,11 +633,11 @@ class LPIPS(nn.Module):
         try:
             net = timm.create_model("vgg16.tv_in1k", pretrained=vgg is None and not random)
         except Exception as e:                                           # hub errors come in many classes
-            raise UserError(f"LPIPS: VGG16 weights cannot be fetched ({type(e).__name__}); give torchvision's "
-                            "vgg16 file by --vgg-ckpt, or take --perceptual encoder") from None
+            raise UserError(f"LPIPS: VGG16 weights cannot be fetched ({type(e).__name__}); give "
+                            "torchvision's vgg16 file by --vgg-ckpt, or take --perceptual encoder") from None
         self.features = net.features[:30]
         for m in self.features:
-            m.inplace = False                                            # the taps are read after the next layer
+            m.inplace = False                                         # the taps are read after the next layer
         if vgg is not None:
             state = load_tensors(vgg)
             load_into(self.features, {k[9:]: v for k, v in state.items() if k.startswith("features.")}, vgg)
@@ -471,8 +645,8 @@ class LPIPS(nn.Module):
         if heads is None and not random:
             spec = importlib.util.find_spec("lpips")                     # found, not imported
             if spec is None:
-                raise UserError("LPIPS: its linear heads are not here; pip install lpips, or give the file by "
-                                "--lpips-ckpt, or take --perceptual encoder")
+                raise UserError("LPIPS: its linear heads are not here; pip install lpips, or give the file "
+                                "by --lpips-ckpt, or take --perceptual encoder")
             heads = Path(spec.origin).parent / "weights/v0.1/vgg.pth"
         if heads is not None:
             state = load_tensors(heads)
@@ -486,8 +660,8 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def levels(self, x):
-        """Images [B, 3, H, W] in [-1, 1] -> the five unit-length feature maps. (The release scales its images to
-        [-3, 1] first, a mistake fixed there later.)"""
+        """Images [B, 3, H, W] in [-1, 1] -> the five unit-length feature maps. (The release scales its images
+        to [-3, 1] first, a mistake fixed there later.)"""
         h, taps = (x - self.shift) / self.scale, []
         for i, layer in enumerate(self.features):
             h = layer(h)
@@ -496,6 +670,78 @@ class LPIPS(nn.Module):
         return taps
 
     def forward(self, levels, target):
-        """Distance [] (mean over the batch) of two results of `levels`; the target's is best made without graph."""
+        """Distance [] (mean over the batch) of two results of `levels`; the target's is best made without
+        graph."""
         return sum(((a - b).square() * head.view(1, -1, 1, 1)).sum(1).mean()
                    for a, b, head in zip(levels, target, self.heads))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
+
+def export_command(args):
+    vae, stats = load_vae(args.vae)
+    if stats is None:
+        raise UserError(f"{args.vae}: no latent statistics in it nor in NAME-latents-stats.pt beside it; "
+                        "give a training checkpoint")
+    export_vae(vae, stats, args.resolution, args.out)
+    print(f"{args.out}: diffusers AutoencoderKL of {args.vae}, {vae.name}")
+
+
+@torch.no_grad()
+def reconstruct_command(args):
+    vae, _ = load_vae(args.vae)
+    if args.resolution % vae.stride:
+        raise UserError(f"--resolution {args.resolution}: not divisible by the VAE's stride {vae.stride}")
+    device = pick_device(args.device)
+    vae.to(device, memory_format=torch.channels_last).eval()
+    files = [Path(args.images)] if Path(args.images).is_file() else list_images(args.images)
+    try:
+        lpips = LPIPS(args.lpips_ckpt, args.vgg_ckpt).to(device)
+    except UserError as e:
+        lpips = print(f"no LPIPS: {e}")
+    shown, scores = [], []
+    for file in tqdm(files, unit="img"):
+        try:
+            image = read_image(file, args.resolution)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{file}: cannot be read ({one_line(e)})") from None
+        x = to_float(image[None]).to(device)
+        y = to_uint8(vae.decode(vae.encode(x).mode()))
+        pair = [x.cpu(), to_float(y).cpu()]
+        scores.append([psnr(*pair).item(), ssim(*pair).item()]
+                      + ([lpips(lpips.levels(to_float(y)), lpips.levels(x)).item()] if lpips else []))
+        if len(shown) < 48:
+            shown += [image, y[0].cpu()]
+    save_png(image_grid(torch.stack(shown), 8, max(1, 64 // args.resolution)), args.out)
+    for name, value in zip(("PSNR (dB)", "SSIM", "LPIPS"), np.mean(scores, 0)):
+        print(f"  {name:<12}{value:.4f}")
+    print(f"{len(files)} images; originals beside reconstructions in {args.out}")
+
+
+def main():
+    parser = Parser(description="Export a VAE, or look at what it makes of images.")
+    commands = parser.add_subparsers(required=True, metavar="export|reconstruct", parser_class=Parser)
+    export = commands.add_parser("export", help="write a diffusers AutoencoderKL directory")
+    export.add_argument("vae", metavar="CKPT", help="a training checkpoint, ours or the release's")
+    export.add_argument("out", metavar="DIR", help="a new folder")
+    export.set_defaults(run=export_command)
+    reconstruct = commands.add_parser("reconstruct", help="pictures, PSNR, SSIM, LPIPS of reconstructions")
+    reconstruct.add_argument("vae", metavar="VAE", help="checkpoint, weights, diffusers folder or hub id")
+    reconstruct.add_argument("images", metavar="IMAGES", help="a folder of images, or one")
+    reconstruct.add_argument("--out", default="reconstructions.png")
+    reconstruct.add_argument("--device", default="auto")
+    reconstruct.add_argument("--lpips-ckpt", help="LPIPS' linear heads, in place of the lpips package's")
+    reconstruct.add_argument("--vgg-ckpt", help="torchvision's VGG16 weights, in place of the hub's")
+    reconstruct.set_defaults(run=reconstruct_command)
+    for command in (export, reconstruct):
+        command.add_argument("--resolution", type=int, default=256, help="pixels (256)")
+    args = parser.parse_args()
+    if args.resolution < 1:
+        raise UserError(f"--resolution {args.resolution}: must be above 0")
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run_command(main)
