@@ -1,15 +1,19 @@
 """What must be true of REPA-E, checked against closed forms and independent code: python -m pytest test_repae.py"""
 import argparse
 import copy
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,7 +86,7 @@ def step_gradients(monkeypatch, m, cfg, args, step=0):
     seen = []
     nets = dict(vae=m.vae, sit=m.sit, disc=m.disc)
 
-    def record(optimizer, params, loss, cfg):
+    def record(loss, params, cfg):
         loss.backward()
         seen.append({f"{net}.{name}": p.grad.clone() for net, module in nets.items()
                      for name, p in module.named_parameters() if p.grad is not None})
@@ -91,7 +95,7 @@ def step_gradients(monkeypatch, m, cfg, args, step=0):
         return torch.tensor(0.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", record)
+        patch.setattr(train, "backward", record)
         train.train_step(m, cfg, step, *args)
     return seen
 
@@ -167,15 +171,15 @@ def test_diffusion_loss_would_reach_the_vae_if_not_stopped(tiny):
 def test_vae_pass_leaves_statistics_alone_and_sit_pass_moves_them(tiny, monkeypatch):
     m, cfg, args = tiny()
     before, seen = m.sit.bn.running_mean.clone(), []
-    plain = train.update
+    plain = train.backward
 
     def spy(*a):
         seen.append(m.sit.bn.running_mean.clone())
         return plain(*a)
 
-    monkeypatch.setattr(train, "update", spy)
+    monkeypatch.setattr(train, "backward", spy)
     train.train_step(m, cfg, 0, *args)
-    assert torch.equal(seen[0], before)                                # at the VAE's update
+    assert torch.equal(seen[0], before)                                # at the VAE's backward
     assert not torch.equal(seen[-1], before)                           # at SiT's
     assert m.sit.bn.num_batches_tracked == 1
 
@@ -211,12 +215,40 @@ def test_ema_follows_parameters_and_statistics(tiny):
     assert torch.equal(m.ema.pos_embed, m.sit.pos_embed)
 
 
-def test_gradients_are_clipped_one_network_at_a_time():
+def test_gradients_are_clipped():
     p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = torch.optim.SGD([p], lr=1.0)
-    norm = train.update(optimizer, [p], (p * torch.tensor([30.0, 40.0])).sum(), argparse.Namespace(max_grad_norm=1.0))
-    assert norm.item() == pytest.approx(50) and torch.allclose(p.data, torch.tensor([3 - 0.6, 4 - 0.8]), atol=1e-4)
-    assert p.grad is None
+    norm = train.backward((p * torch.tensor([30.0, 40.0])).sum(), [p], argparse.Namespace(max_grad_norm=1.0))
+    assert norm.item() == pytest.approx(50) and torch.allclose(p.grad, torch.tensor([0.6, 0.8]), atol=1e-4)
+
+
+def everything(m):
+    nets = dict(sit=m.sit, ema=m.ema, vae=m.vae, disc=m.disc)
+    return {f"{net}.{name}": t.clone() for net, module in nets.items() for name, t in module.state_dict().items()}
+
+
+def test_a_step_that_is_not_finite_leaves_nothing_behind(tiny):
+    m, cfg, (x, *rest) = tiny("--disc-start", "0", "--ema-decay", "0")
+    train.train_step(m, cfg, 0, x, *rest)
+    before, moments = everything(m), copy.deepcopy([o.state_dict()["state"] for o in (m.opt, m.opt_vae, m.opt_disc)])
+    bad = x.clone()
+    bad[0, 0, 0, 0] = math.nan
+    for count in (1, 2):
+        metrics = train.train_step(m, cfg, count, bad, *rest)
+        assert metrics["skipped"] == metrics["skipped_in_a_row"] == count
+    assert all(torch.equal(t, before[name]) for name, t in everything(m).items())
+    for optimizer, old in zip((m.opt, m.opt_vae, m.opt_disc), moments):
+        for i, state in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(t, old[i][k]) for k, t in state.items())
+    metrics = train.train_step(m, cfg, 3, x, *rest)
+    assert metrics["skipped"] == 2 and metrics["skipped_in_a_row"] == 0
+    assert any(not torch.equal(t, before[name]) for name, t in everything(m).items())
+
+
+def test_zero_gradients_are_counted(tiny):
+    m, _, _ = tiny()
+    for norm, run_length in ((0.0, 1), (0.0, 2), (1.0, 0), (0.0, 1)):
+        train.update(m, [torch.tensor(1.0), torch.tensor(norm)], [b.clone() for b in m.statistics])
+        assert m.health["zero_gradients_in_a_row"] == run_length
 
 
 # --- losses and parts against formulas written out --------------------------------------------------------------
@@ -820,31 +852,6 @@ def test_the_releases_encoder_names():
 
 # --- mistakes: one line, exit code 2, no traceback --------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, message", [
-    ("--preset huge", "unknown; take one of tiny"),
-    ("--model SiT-Q/2", "write SiT-SIZE/PATCH"),
-    ("--vae f9d9", "take one of f8d4"),
-    ("--enc-type resnet999", "not a timm model"),
-    ("--resolution 30", "not divisible by the VAE's stride 4"),
-    ("--model SiT-T/3", "does not divide"),
-    ("--encoder-depth 9", "has blocks 1 to 6"),
-    ("--batch-size 0", "must be above 0"),
-    ("--ema-decay 1.5", r"must lie in \[0, 1\]"),
-    ("--seed -1", "must not be negative"),
-    ("--learning-rate nan", "must be above 0"),
-    ("--data-dir nowhere", "no such folder"),
-    ("--vae-ckpt nowhere.pt", "no such file"),
-    ("--preset sdvae-xl2", "needs --data-dir"),
-    ("--preset sdvae-xl2 --data-dir .", "--vae-ckpt FILE, or --vae-from-scratch"),
-    ("--mixed-precision fp16", "invalid choice"),
-    ("--no-such-flag", "unrecognized"),
-    ("--resume --overwrite", "exclude each other"),
-])
-def test_bad_flags(flags, message):
-    with pytest.raises(UserError, match=message):
-        train.parse_config(flags.split())
-
-
 def test_batch_must_divide_over_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="not divisible by the 3 processes"):
@@ -856,24 +863,11 @@ def one_line(output, *words):
     assert len(lines) == 1 and "Traceback" not in output and all(w in lines[0] for w in words), output
 
 
-def test_mistakes_end_in_one_line(short_run, pictures, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "flat").mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "flat/a.png")
-    (tmp_path / "notes.pt").write_text("hello")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    train_py, sample_py = (sys.executable, ROOT / "train.py"), (sys.executable, ROOT / "sample.py")
-    for command, words in (
-        ((*train_py, "--data-dir", "empty"), ["no class folders"]),
-        ((*train_py, "--data-dir", "flat"), ["no class folders"]),
-        ((*sample_py, "--ckpt", "notes.pt"), ["notes.pt", "not a readable weights file"]),
-        ((*sample_py, "--ckpt", "other.pt"), ["not a training checkpoint"]),
-        ((*sample_py,), ["no checkpoint under exps"]),
-        ((*train_py, "--data-dir", pictures, "--output-dir", short_run / "exps", "--exp-name", "a"),
-         ["already holds checkpoints", "--resume", "--overwrite"]),
-    ):
-        one_line(run(*command, cwd=tmp_path, code=2), *words)
-    assert len(train.checkpoints(short_run / "exps/a")) == 2              # nothing lost
+def test_a_run_is_not_overwritten(short_run, pictures):
+    before = {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
+    out = run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--exp-name", "a", cwd=short_run, code=2)
+    one_line(out, "already holds checkpoints", "--resume", "--overwrite")
+    assert before == {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
 
 
 def test_corrupt_images_are_skipped_or_refused(pictures, tmp_path):
@@ -891,6 +885,284 @@ def test_corrupt_images_are_skipped_or_refused(pictures, tmp_path):
     (few / "one/0.png").write_bytes(b"rubbish")
     out = run(sys.executable, ROOT / "train.py", "--data-dir", few, *SHORT, "--max-train-steps", "20", cwd=tmp_path, code=2)
     one_line(out, "more than 1 in 100", "0.png")
+
+
+# --- survival: kills, bad disks, bad files ----------------------------------------------------------------------
+
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes long: SLOW=1 runs it")
+
+
+def start(*flags, cwd, log, processes=1):
+    """A short training run in the background."""
+    command = [sys.executable, ROOT / "train.py"] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29541",
+        ROOT / "train.py"]
+    return subprocess.Popen([*map(str, command), *map(str, flags)], cwd=cwd, stdout=open(log, "w"),
+                            stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+def wait_for_step(folder, step, process):
+    metrics, deadline = folder / "metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
+def test_sigterm_saves_and_resuming_goes_on(pictures, tmp_path, processes):
+    flags = ["--data-dir", pictures, *SHORT, "--max-train-steps", "100000", "--num-workers", "1"]
+    process = start(*flags, cwd=tmp_path, log=tmp_path / "log", processes=processes)
+    wait_for_step(tmp_path / "exps/tiny", 3, process)
+    os.killpg(process.pid, signal.SIGTERM)                          # to the loader's workers too
+    code = process.wait(60)
+    assert code == 0 or processes == 2                              # torchrun itself reports the signal
+    found = train.checkpoints(tmp_path / "exps/tiny")
+    assert len(found) == 1 and "--resume goes on" in (tmp_path / "log").read_text()
+    step = vae.load_tensors(found[0])["steps"]
+    flags[flags.index("100000")] = str(step + 1)
+    run(sys.executable, ROOT / "train.py", *flags, "--resume", cwd=tmp_path)
+    assert [row["step"] for row in losses(tmp_path / "exps/tiny")] == list(range(1, step + 2))
+
+
+@slow
+def test_25_kills_change_nothing(pictures, tmp_path):
+    flags = ["--data-dir", pictures, *SHORT, "--disc-weight", "0.1", "--disc-start", "0", "--max-train-steps", "150",
+             "--checkpointing-steps", "3", "--resume"]
+    run(sys.executable, ROOT / "train.py", *flags, "--exp-name", "whole", cwd=tmp_path)
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        process = start(*flags, "--exp-name", "killed", cwd=tmp_path, log=tmp_path / "log")
+        try:
+            code = process.wait(rng.uniform(4, 11) if kills < 25 else 300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert code == 0, (tmp_path / "log").read_text()[-2000:]
+        break
+    assert kills >= 10
+    assert losses(tmp_path / "exps/whole") == losses(tmp_path / "exps/killed")
+    a, b = (vae.load_tensors(tmp_path / f"exps/{name}/checkpoints/0000150.pt") for name in ("whole", "killed"))
+    for key in train.STATE:
+        for (name, x), (_, y) in zip(flatten(a[key]), flatten(b[key])):
+            assert torch.equal(x, y), (key, name)
+    assert not list(tmp_path.glob("exps/*/checkpoints/*.damaged"))
+
+
+def flatten(tree, prefix=""):
+    if isinstance(tree, dict):
+        return [pair for k, v in tree.items() for pair in flatten(v, f"{prefix}.{k}")]
+    return [(prefix, tree)] if isinstance(tree, torch.Tensor) else []
+
+
+def test_damaged_checkpoints_are_set_aside(short_run, tmp_path, capsys):
+    folder = tmp_path / "run/checkpoints"
+    shutil.copytree(short_run / "exps/a/checkpoints", folder)
+    data = bytearray((folder / "0000004.pt").read_bytes())
+    data[len(data) // 2] ^= 1                                       # one bit of one weight
+    (folder / "0000004.pt").write_bytes(data)
+    (folder / "0000006.pt").write_bytes(data[:1000])
+    assert train.newest_complete(tmp_path / "run").name == "0000002.pt"
+    assert sorted(p.name for p in folder.iterdir()) == ["0000002.pt", "0000004.damaged", "0000006.damaged"]
+    assert capsys.readouterr().out.count("set aside") == 2
+    assert train.newest_complete(tmp_path / "nothing") is None
+
+
+def test_old_checkpoints_go_but_for_the_last_and_every_nth(tiny, tmp_path, monkeypatch):
+    m, cfg, _ = tiny("--keep-last", "2", "--keep-every", "4")
+    for step in range(1, 9):
+        train.save_checkpoint(m, cfg, tmp_path, step)
+    assert [int(p.stem) for p in train.checkpoints(tmp_path)] == [4, 7, 8]
+
+    def full(state, file):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="cannot write .*0000009.pt: .*No space left"):
+        train.save_checkpoint(m, cfg, tmp_path, 9)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["0000004.pt", "0000007.pt", "0000008.pt"]
+
+
+def test_a_folder_in_use_is_refused(pictures, tmp_path):
+    held = train.lock(tmp_path / "exps/tiny")
+    flags = ("--data-dir", pictures, *SHORT)
+    one_line(run(sys.executable, ROOT / "train.py", *flags, cwd=tmp_path, code=2), "another run is writing to it")
+    held.close()
+    train.lock(tmp_path / "exps/tiny").close()
+
+
+def test_resuming_with_other_settings(short_run):
+    cfg = tiny_config("--num-classes", "2", "--resume", "--learning-rate", "1e-5")
+    m, said = train.build(cfg, torch.device("cpu")), []
+    path = short_run / "exps/a/checkpoints/0000004.pt"
+    assert train.load_run(m, cfg, path, said.append) == 4
+    assert any("learning_rate: 0.002 -> 1e-05" in line for line in said)
+    cfg.projector_dim = 64
+    with pytest.raises(UserError, match="trained with --projector-dim 512; it cannot go on with 64"):
+        train.load_run(m, cfg, path, said.append)
+
+
+def test_odd_images(tmp_path):
+    folder = tmp_path / "it's a \"class\" \u00fc"
+    folder.mkdir()
+    Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)).save(folder / "sixteen.png")
+    Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save(folder / "cmyk.jpg")
+    frames = [Image.new("P", (40, 40), i) for i in range(3)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (3, 500)).save(folder / "thin.png")
+    (folder / "empty.png").touch()
+    Image.new("1", (14000, 14000)).save(folder / "bomb.png")        # 196 million pixels: Pillow refuses it
+    data = train.ImageFolder(tmp_path, 32)
+    items = {Path(path).name: data[i, False] for i, (path, _) in enumerate(data.files)}
+    assert {name for name, (_, _, bad) in items.items() if bad} == {"empty.png", "bomb.png"}
+    sixteen = vae.read_image(folder / "sixteen.png").int()
+    assert sixteen.max() > 250 and len(sixteen.unique()) > 200      # scaled, not clipped
+    red = vae.read_image(folder / "cmyk.jpg", 32).float().mean((1, 2))
+    assert red[0] > 200 and red[1] < 60 and red[2] < 60
+
+
+BAD_COMMANDS = [
+    ("train", "--preset huge", "unknown; take one of tiny"),
+    ("train", "--model SiT-Q/2", "write SiT-SIZE/PATCH"),
+    ("train", "--model SiT-T/3", "does not divide"),
+    ("train", "--vae f9d9", "take one of f8d4"),
+    ("train", "--enc-type resnet999", "not a timm model"),
+    ("train", "--enc-type mocov3-vit-b", "no MoCo-v3 weights"),
+    ("train", "--resolution 30", "not divisible by the VAE's stride 4"),
+    ("train", "--resolution zero", "invalid int value"),
+    ("train", "--encoder-depth 9", "has blocks 1 to 6"),
+    ("train", "--batch-size 0", "must be above 0"),
+    ("train", "--max-train-steps -5", "must be above 0"),
+    ("train", "--ema-decay 1.5", "must lie in [0, 1]"),
+    ("train", "--cfg-prob nan", "must lie in [0, 1]"),
+    ("train", "--cfg-prob 0", "needs labels dropped"),
+    ("train", "--seed -1", "must not be negative"),
+    ("train", "--learning-rate nan", "must be above 0"),
+    ("train", "--learning-rate inf", "must be above 0"),
+    ("train", "--kl-weight -1", "must not be negative"),
+    ("train", "--data-dir nowhere", "no such folder"),
+    ("train", "--data-dir empty", "no class folders"),
+    ("train", "--data-dir flat", "no class folders"),
+    ("train", "--data-dir hollow", "no images in it"),
+    ("train", "--data-dir many", "12 classes: give --num-classes 12"),
+    ("train", "--val-dir nowhere", "no such folder"),
+    ("train", "--vae-ckpt nowhere.pt", "no such file"),
+    ("train", "--init-from nowhere.pt", "no such file"),
+    ("train", "--vae-ckpt notes.pt --data-dir few", "not a readable weights file"),
+    ("train", "--vae-ckpt other.pt --data-dir few", "encoder.conv_in"),
+    ("train", "--preset sdvae-xl2", "needs --data-dir"),
+    ("train", "--preset sdvae-xl2 --data-dir few", "--vae-ckpt FILE, or --vae-from-scratch"),
+    ("train", "--mixed-precision fp16", "invalid choice"),
+    ("train", "--no-such-flag", "unrecognized"),
+    ("train", "--resume --overwrite", "exclude each other"),
+    ("train", "--device abacus", "no such device"),
+    ("sample", "", "no checkpoint under exps"),
+    ("sample", "--ckpt nowhere.pt", "no such file"),
+    ("sample", "--ckpt notes.pt", "not a readable weights file"),
+    ("sample", "--ckpt other.pt", "not a training checkpoint"),
+    ("sample", "--ckpt evil.pt", "refused"),
+    ("sample", "--num-steps 0", "at least 1"),
+    ("sample", "--mode sde --heun", "--heun goes with --mode ode"),
+    ("sample", "--cfg-scale 0.5", "or more"),
+    ("sample", "--guidance-low 0.9 --guidance-high 0.1", "0 <= low <= high <= 1"),
+    ("sample", "--num-samples 0", "at least 1"),
+    ("sample", "--mode euler", "invalid choice"),
+    ("fid", "few", "SAMPLES is missing"),
+    ("fid", "few nowhere", "no such"),
+    ("fid", "few empty", "no images in it"),
+    ("fid", "few junk.npz", "not a readable .npz"),
+    ("fid", "few few --metrics fdi", "unknown"),
+    ("fid", "few few --features vit_of_no_one", "unknown"),
+    ("fid", "few few --batch-size 0", "at least 1"),
+    ("vae", "export notes.pt out", "not a readable weights file"),
+    ("vae", "export good.pt out", "no latent statistics"),
+    ("vae", "export good.pt few", "no latent statistics"),
+    ("vae", "reconstruct other.pt few", "fit none of the VAEs"),
+    ("vae", "reconstruct good.pt nowhere", "no such folder"),
+    ("vae", "reconstruct good.pt few --resolution 33", "not divisible"),
+    ("vae", "polish good.pt", "invalid choice"),
+]
+
+
+@pytest.fixture(scope="session")
+def bad_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("empty", "flat", "few/a", "hollow/a", *(f"many/{i}" for i in range(12))):
+        (folder / name).mkdir(parents=True)
+        if name not in ("empty", "hollow/a"):
+            Image.new("RGB", (32, 32)).save(folder / name / "a.png")
+    (folder / "notes.pt").write_text("hello")
+    (folder / "junk.npz").write_bytes(b"PK junk")
+    torch.save({"weights": torch.zeros(3)}, folder / "other.pt")
+    torch.save({"model": Evil()}, folder / "evil.pt")
+    torch.save(vae.AutoencoderKL("f4d8").state_dict(), folder / "good.pt")
+    return folder
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+@pytest.mark.parametrize("script, flags, message", BAD_COMMANDS)
+def test_bad_commands_end_in_one_line(script, flags, message, bad_folder, monkeypatch, capfd):
+    contents = lambda: sorted((str(p), p.stat().st_size) for p in bad_folder.rglob("*"))
+    monkeypatch.chdir(bad_folder)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    before = contents()
+    with pytest.raises(SystemExit) as stop:
+        vae.run_command(dict(train=train, sample=sample, fid=fid, vae=vae)[script].main)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert stop.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    if (bad_folder / "exps").exists():                               # an empty run's folder with its lock at most
+        assert {p.name for p in (bad_folder / "exps").rglob("*") if p.is_file()} <= {".lock"}
+        shutil.rmtree(bad_folder / "exps")
+    assert contents() == before
+
+
+@slow
+def test_mutated_files_crash_nothing(tmp_path, short_run):
+    """3,000 mutated files through the readers: an error of ours or a result, no crash, no hang, no GBs."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8))
+    for suffix in ("png", "jpg", "gif", "webp", "bmp", "tif"):
+        picture.save(tmp_path / f"a.{suffix}")
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), mu=np.zeros(4), sigma=np.eye(4))
+    torch.save({"a": torch.zeros(50), "args": argparse.Namespace(x=1)}, tmp_path / "a.pt")
+    vae.save_file({"a": torch.zeros(50)}, tmp_path / "a.safetensors")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").write_text(json.dumps(dict(latent_channels=8, scaling_factor=0.2,
+                                                                 latents_mean=[0.0] * 8, latents_std=[1.0] * 8)))
+    vae.save_file({"a": torch.zeros(50)}, tmp_path / "folder" / vae.DIFFUSERS_FILE)
+
+    def npz(path):
+        source = fid.ImageSet(path)
+        list(source.batches(range(len(source)), 2))
+
+    readers = {path: reader for pattern, reader in (("a.???", vae.read_image), ("a.webp", vae.read_image),
+               ("a.npz", npz), ("a.pt", vae.load_tensors), ("a.safetensors", vae.load_tensors))
+               for path in tmp_path.glob(pattern)} | {tmp_path / "folder/config.json": lambda p: vae.load_vae(p.parent)}
+    refused, total = 0, 0
+    for path, reader in readers.items():
+        good = path.read_bytes()
+        target = path if path.name == "config.json" else path.with_name("mutated" + path.suffix)
+        for _ in range(3000 // len(readers)):
+            data = bytearray(good)
+            for _ in range(rng.integers(1, 6)):
+                data[rng.integers(len(data))] = rng.integers(256)
+            target.write_bytes(bytes(data[:rng.integers(1, len(data))] if rng.random() < 0.3 else data))
+            total += 1
+            try:
+                reader(target)
+            except (UserError, OSError, ValueError):
+                refused += 1
+        path.write_bytes(good)
+    assert refused > total / 4
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 6e6   # KB: torch, the fixtures, and no more
 
 
 # --- fid.py ---------------------------------------------------------------------------------------------------

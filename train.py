@@ -12,8 +12,11 @@ import json
 import math
 import os
 import shutil
-import sys
+import signal
 import time
+import zipfile
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +29,20 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, alignment_loss, build_encoders, projector, timm_name
 from sample import read_checkpoint, sample_images, start_processes
 from sit import SiT, draw_times, interpolate, parse_model
 from vae import (LPIPS, AutoencoderKL, Discriminator, Parser, UserError, hinge_loss, image_grid, is_hub_id,
-                 latents_in_colour, list_images, load_into, load_tensors, load_vae, pick_device, psnr,
-                 read_image, run_command, save_png, to_float, to_uint8, write_atomic)
+                 latents_in_colour, list_images, load_into, load_tensors, load_vae, one_line,
+                 pick_device, psnr, read_image, run_command, save_png, to_float, to_uint8, write_atomic)
+
+try:
+    import fcntl
+except ImportError:                                                   # Windows: two runs are not told apart
+    fcntl = None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -53,6 +62,8 @@ class Config:
     seed: int = opt(0, "with the step it fixes all randomness")
     max_train_steps: int = opt(400_000, "the paper's 80 epochs")
     checkpointing_steps: int = opt(50_000, "steps between checkpoints (the last step is always saved)")
+    keep_last: int = opt(3, "checkpoints to keep")
+    keep_every: int = opt(50_000, "besides these: every checkpoint whose step is a multiple")
     sampling_steps: int = opt(10_000, "steps between pictures")
     log_steps: int = opt(100, "steps between lines of metrics.jsonl")
     resume: bool = opt(False, "go on from the newest checkpoint, or start afresh where there is none")
@@ -138,9 +149,9 @@ def parse_config(argv=None):
         raise UserError(f"--preset {preset}: unknown; take one of {', '.join(PRESETS)}")
     cfg = Config(**(PRESETS[preset] | given))
     cfg.exp_name = cfg.exp_name or preset
-    above_0 = ("batch_size max_train_steps checkpointing_steps sampling_steps log_steps resolution "
-               "num_classes encoder_depth projector_dim max_grad_norm learning_rate vae_learning_rate "
-               "disc_learning_rate cfg_scale").split()
+    above_0 = ("batch_size max_train_steps checkpointing_steps keep_last keep_every sampling_steps log_steps "
+               "resolution num_classes encoder_depth projector_dim max_grad_norm learning_rate "
+               "vae_learning_rate disc_learning_rate cfg_scale").split()
     for name, value in vars(cfg).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if name in above_0 and not 0 < value < math.inf:
@@ -189,6 +200,7 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop):
     tensor}.
 
     m.vae, m.sit, m.disc are the networks; m.ddp_* the same ones with gradients averaged over processes."""
+    statistics = [b.clone() for b in m.statistics]
     with m.autocast():
         features = [encoder(x) for encoder in m.encoders]              # f: [B, N, C_i], frozen, without graph
         with torch.no_grad():
@@ -207,12 +219,12 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop):
         if cfg.disc_weight > 0:
             gan = -m.disc(x_rec.float()).mean()
             vae_loss = vae_loss + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
-    vae_norm = update(m.opt_vae, m.vae_params, vae_loss, cfg)
+    vae_norm = backward(vae_loss, m.vae_params, cfg)
 
     # 2. Discriminator: hinge on real and reconstructed images, in float32
     if cfg.disc_weight > 0:
         disc_loss = hinge_loss(m.ddp_disc(x), m.ddp_disc(x_rec.detach().float()))
-        disc_norm = update(m.opt_disc, m.disc_params, disc_loss, cfg)
+        disc_norm = backward(disc_loss, m.disc_params, cfg)
 
     # 3. SiT: diffusion + alignment on sg(z), normalised by batch statistics, which move the running ones
     with m.autocast():
@@ -222,14 +234,15 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop):
         denoising = (v.float() - velocity).square().mean()
         align = alignment_loss(projected, features)
         sit_loss = denoising + cfg.proj_coeff * align
-    sit_norm = update(m.opt, m.sit_params, sit_loss, cfg)
+    sit_norm = backward(sit_loss, m.sit_params, cfg)
 
-    # 4. EMA of SiT's parameters and of its latent statistics
+    # 4. The three optimizers (no pass above sees another's update), EMA of SiT and of its latent statistics
+    update(m, [vae_norm, sit_norm] + ([disc_norm] if cfg.disc_weight > 0 else []), statistics)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)
 
     metrics = dict(loss=sit_loss, denoising_loss=denoising, proj_loss=align, vae_loss=vae_loss, l1_loss=l1,
                    perceptual_loss=perceptual, kl_loss=kl, vae_align_loss=vae_align,
-                   grad_norm=sit_norm, vae_grad_norm=vae_norm)
+                   grad_norm=sit_norm, vae_grad_norm=vae_norm, **m.health)
     if cfg.disc_weight > 0:
         metrics |= dict(gan_loss=gan, disc_loss=disc_loss, disc_grad_norm=disc_norm)
     return metrics
@@ -247,13 +260,25 @@ def frozen(params):
             p.requires_grad_(True)
 
 
-def update(optimizer, params, loss, cfg):
-    """Backward, clip, step; returns the gradient's norm before clipping."""
+def backward(loss, params, cfg):
+    """Backward and clip; returns the gradient's norm before clipping."""
     loss.backward()
-    norm = clip_grad_norm_(params, cfg.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+    return clip_grad_norm_(params, cfg.max_grad_norm)
+
+
+def update(m, norms, statistics):
+    """Step all optimizers or, where a gradient is not finite, none, and put the statistics back. Decided on
+    the device, and alike on all processes: averaging brings a bad gradient of one to all."""
+    bad = (~torch.stack(norms).isfinite().all()).float()
+    for optimizer in (m.opt, m.opt_vae, m.opt_disc):
+        optimizer.found_inf = bad                                     # the fused kernels skip by it
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for buffer, before in zip(m.statistics, statistics):
+        buffer.copy_(torch.where(bad > 0, before, buffer))
+    m.health["skipped"] = m.health["skipped"] + bad
+    m.health["skipped_in_a_row"] = (m.health["skipped_in_a_row"] + bad) * bad
+    m.health["zero_gradients_in_a_row"] = (m.health["zero_gradients_in_a_row"] + 1) * (norms[1] == 0)
 
 
 def draw_noise(cfg, step, latent_shape, rank, world, device):
@@ -427,6 +452,11 @@ def build(cfg, device):
     m.opt = torch.optim.AdamW(m.sit_params, lr=cfg.learning_rate, **adamw)
     m.opt_vae = torch.optim.AdamW(m.vae_params, lr=cfg.vae_learning_rate, **adamw)
     m.opt_disc = torch.optim.AdamW(m.disc_params, lr=cfg.disc_learning_rate, **adamw)
+    m.statistics = [*sit.bn.buffers(), *disc.buffers()]
+    m.writer, m.saving = ThreadPoolExecutor(1), Future()
+    m.saving.set_result(None)
+    m.health = dict.fromkeys(("skipped", "skipped_in_a_row", "zero_gradients_in_a_row"),
+                             torch.zeros((), device=device))
     m.ema_tensors, m.sit_tensors = ([*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]
                                     for net in (m.ema, sit))
     return m
@@ -490,16 +520,57 @@ def checkpoints(folder):
 
 
 def save_checkpoint(m, cfg, folder, step):
-    """The released keys; args as a plain dict; the VAE inside, so that this one file samples."""
+    """The released keys; args as a plain dict; the VAE inside, so that this one file samples. On GPUs only
+    the copy to the host is waited for. Older checkpoints go, but for the last few and every Nth."""
     ckpt = {key: getattr(m, name).state_dict() for key, name in STATE.items()}
+    ckpt |= dict(args=dataclasses.asdict(cfg), steps=step)
     path = folder / "checkpoints" / f"{step:07d}.pt"
-    write_atomic(path, lambda tmp: torch.save(ckpt | dict(args=dataclasses.asdict(cfg), steps=step), tmp))
-    return path
+
+    def write():
+        write_atomic(path, lambda tmp: torch.save(ckpt, tmp))
+        for old in checkpoints(folder)[:-cfg.keep_last]:
+            if int(old.stem) % cfg.keep_every:
+                old.unlink()
+        tqdm.write(f"saved {path}")
+
+    m.saving.result()                                                 # the one before; raises what it raised
+    if m.vae_params[0].is_cuda:
+        ckpt = tree_map_only(torch.Tensor, lambda t: t.cpu(), ckpt)
+        m.saving = m.writer.submit(write)
+    else:
+        write()
 
 
-def load_run(m, path):
-    """Everything of a checkpoint back into the networks and optimizers; returns its step."""
+def newest_complete(folder):
+    """The newest checkpoint whose archive is whole; a damaged one is renamed, so that no one takes it."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()                           # reads all, against the archive's CRCs
+        except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+            damaged = one_line(e)
+        if damaged is None:
+            return path
+        aside = path.with_suffix(".damaged")
+        path.rename(aside)
+        tqdm.write(f"{path} is damaged ({damaged}): set aside as {aside.name}")
+
+
+FIXED = ("model", "vae", "resolution", "num_classes", "qk_norm", "cfg_prob", "path_type", "enc_type",
+         "projector_dim", "encoder_depth")
+
+
+def load_run(m, cfg, path, say):
+    """Everything of a checkpoint back into the networks and optimizers; returns its step. Settings that
+    differ from the run's are told, those that cannot change refused."""
     ckpt = read_checkpoint(path)
+    for name, value in dataclasses.asdict(cfg).items():
+        old = ckpt["args"].get(name, value)
+        if old != value and name not in ("resume", "overwrite", "output_dir", "exp_name"):
+            if name in FIXED:
+                flag = name.replace("_", "-")
+                raise UserError(f"{path} was trained with --{flag} {old}; it cannot go on with {value}")
+            say(f"going on with another {name}: {old} -> {value}")
     for key, name in STATE.items():
         if key not in ckpt:
             raise UserError(f"{path}: {key} is missing, this checkpoint cannot be resumed")
@@ -550,14 +621,13 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
 # ------------------------------------------------------------------------------------------------------------
 
 def prepare_folder(cfg):
-    """exps/NAME, refused where it holds a run already and neither --resume nor --overwrite was said; the step
-    to go on from is that of the checkpoint returned (or None)."""
+    """exps/NAME, refused where it holds a run already and neither --resume nor --overwrite was said."""
     folder = Path(cfg.output_dir) / cfg.exp_name
     found = checkpoints(folder)
     if found and not (cfg.resume or cfg.overwrite):
         raise UserError(f"{folder} already holds checkpoints: --resume goes on from {found[-1].name}, "
                         "--overwrite starts afresh, --exp-name NAME keeps both")
-    return folder, found[-1] if found and cfg.resume else None
+    return folder
 
 
 def start_metrics(folder, step, report_to, cfg):
@@ -584,6 +654,24 @@ def start_metrics(folder, step, report_to, cfg):
     return log
 
 
+def lock(folder):
+    """Refuse a folder that a living run writes to. The lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder}: another run is writing to it; --exp-name NAME names another") from None
+    return file
+
+
+def ignore_signals(worker):
+    """Loader processes outlive a Ctrl-C or SIGTERM to the group: the main process ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def learning_rate_scale(cfg, step):
     """1, but for the linear warm-up at the beginning and the linear decay at the end."""
     return min(1.0, (step + 1) / max(cfg.lr_warmup_steps, 1),
@@ -593,10 +681,17 @@ def learning_rate_scale(cfg, step):
 def main():
     cfg = parse_config()
     device = pick_device(cfg.device)
-    folder, resume_from = prepare_folder(cfg)
+    folder = prepare_folder(cfg)
     rank, world = start_processes(device)
     main_process = rank == 0
     say = lambda line: main_process and tqdm.write(line)
+    if main_process:
+        held = lock(folder)                                           # while this name lives
+    resume_from = [newest_complete(folder) if main_process and cfg.resume else None]
+    host = dist.new_group(backend="gloo") if world > 1 else None      # to agree on stopping
+    if world > 1:
+        dist.broadcast_object_list(resume_from, group=host)
+    resume_from, = resume_from
     if cfg.compile and not can_compile(device):
         say("no C++ compiler here: running eagerly (--no-compile says so in advance)")
         cfg.compile = False
@@ -616,7 +711,7 @@ def main():
         raise UserError(f"{cfg.data_dir} has {n} classes: give --num-classes {n}")
 
     m = build(cfg, device)
-    step = load_run(m, resume_from) if resume_from else 0
+    step = load_run(m, cfg, resume_from, say) if resume_from else 0
     if not (resume_from or m.has_statistics):
         n = measure_latents(m, dataset, device)
         say(f"latent statistics: measured over {n} images")
@@ -638,7 +733,16 @@ def main():
 
     loader = DataLoader(dataset, batch_sampler=StepSampler(len(dataset), cfg, step, rank, world),
                         num_workers=cfg.num_workers, pin_memory=device.type == "cuda",
-                        persistent_workers=cfg.num_workers > 0)
+                        persistent_workers=cfg.num_workers > 0, worker_init_fn=ignore_signals)
+    signals = []
+
+    def on_signal(number, frame):
+        if signals:                                                   # the second one: at once
+            os._exit(128 + number)
+        signals.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     bad_files, latent_shape = set(), (m.vae.latent_channels, m.size, m.size)
     bar = tqdm(total=cfg.max_train_steps, initial=step, unit="step", disable=not main_process, smoothing=0.05)
     since, images_done = time.time(), 0
@@ -658,6 +762,9 @@ def main():
         bar.update()
         images_done += cfg.batch_size
         last = step == cfg.max_train_steps
+        stopping = torch.tensor(len(signals))
+        if world > 1:
+            dist.all_reduce(stopping, group=host)
         pictures = step % cfg.sampling_steps == 0 or last
 
         if step % cfg.log_steps == 0 or last:
@@ -673,13 +780,22 @@ def main():
         if (step % cfg.log_steps == 0 or last) and main_process:
             log(step, row | (dict(val_psnr=row_psnr) if pictures else {}))
             say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            if row["skipped_in_a_row"] >= 20 or row["zero_gradients_in_a_row"] >= 100:
+                what = "not finite for 20" if row["skipped_in_a_row"] >= 20 else "exactly zero for 100"
+                good = [p.name for p in checkpoints(folder)[-1:]] or "none yet"
+                raise UserError(f"step {step}: gradients were {what} steps in a row; the last good "
+                                f"checkpoint: {good[0]}")
             if bad_files:
                 say(f"{len(bad_files)} unreadable images skipped so far")
-        if (step % cfg.checkpointing_steps == 0 or last) and main_process:
-            say(f"saved {save_checkpoint(m, cfg, folder, step)}")
+        if (step % cfg.checkpointing_steps == 0 or last or stopping) and main_process:
+            save_checkpoint(m, cfg, folder, step)
         if step % cfg.log_steps == 0 or last or pictures:
             since, images_done = time.time(), 0
+        if stopping and not last:
+            say(f"stopped after step {step}; the same command with --resume goes on")
+            break
     bar.close()
+    m.saving.result()
     if world > 1:
         dist.destroy_process_group()
 

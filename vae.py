@@ -11,6 +11,7 @@ perceptual distances.
 Images are float tensors [B, 3, H, W] in [-1, 1]; latents are [B, C, h, w].
 """
 import argparse
+import errno
 import importlib.util
 import json
 import os
@@ -55,7 +56,12 @@ def run_command(main):
         main()
     except UserError as e:
         rank = os.environ.get("RANK", "0")
-        tqdm.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {e}", file=sys.stderr)    # above any bar
+        tqdm.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {e}", file=sys.stderr)      # above bars
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        tqdm.write(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -181,6 +187,8 @@ def read_image(path, size=None):
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.mode.startswith("I"):                       # 16 bits: Pillow's convert would clip them
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             image = image.convert("RGB")
             image = image if size is None else center_crop(image, size)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
