@@ -6,9 +6,9 @@
     python fid.py --ckpt X.pt --data-dir DIR --reconstruct   the VAE alone: rFID, PSNR, SSIM
     torchrun --nproc_per_node=8 fid.py ...                   the same numbers, the work split
 
-FID, sFID, IS, precision and recall are those of the ADM evaluator (guided-diffusion), without its TensorFlow; KID is
-arXiv 1801.01401's. Over another encoder's features (--features dinov2) the Frechet distance is called fd_NAME. Read
-from the top: the networks, the pictures, the metrics, the command.
+FID, sFID, IS, precision and recall are those of the ADM evaluator (guided-diffusion), without its TensorFlow;
+KID is arXiv 1801.01401's. Over another encoder's features (--features dinov2) the Frechet distance is called
+fd_NAME. Read from the top: the networks, the pictures, the metrics, the command.
 """
 import hashlib
 import json
@@ -31,28 +31,28 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from repa import EMBEDDED, IMAGENET, embedded_efficientnet
+from repa import EMBEDDED, create_encoder, timm_name
 from sample import (add_sampler_flags, load_checkpoint, newest_checkpoint, sample_images, sampler_settings,
                     start_processes)
-from vae import (Parser, UserError, list_images, load_into, load_tensors, pick_device, psnr, read_image, run_command,
-                 to_float, to_uint8, write_atomic)
+from vae import (Parser, UserError, list_images, load_into, load_tensors, one_line, pick_device, psnr,
+                 read_image, run_command, ssim, to_float, to_uint8, write_atomic)
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, zipfile.BadZipFile,
-               zlib.error, Image.DecompressionBombError)         # of Pillow, NumPy and zipfile on damaged files
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError,
+               zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)             # of damaged files
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS[0]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Networks: uint8 images [B, 3, H, W] -> {"pool": [B, D]}, and Inception's "spatial" [B, 2023], "logits" [B, 1008]
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Networks: uint8 images [B, 3, H, W] -> {"pool": [B, D]}; Inception's also "spatial" [B, 2023], "logits"
+# ------------------------------------------------------------------------------------------------------------
 
 def resize_tf1(images, size):
-    """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], bilinear as TensorFlow 1 does it: output pixel i reads the
-    input at i * H / size, so corners are not centred, and nothing is averaged when shrinking."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], bilinear as TensorFlow 1 does it: output pixel i
+    reads the input at i * H / size, so corners are not centred, and nothing is averaged when shrinking."""
     def taps(n):
         at = torch.arange(size, device=images.device, dtype=torch.float32) * torch.tensor(n / size)
         low = at.long()
@@ -65,7 +65,8 @@ def resize_tf1(images, size):
 
 
 class PoolInstead(TorchFunctionMode):
-    """Inside, F.avg_pool2d means `pool`: timm's Inception blocks call it where the FID graph pools otherwise."""
+    """Inside, F.avg_pool2d means `pool`: timm's Inception blocks call it where the FID graph pools
+    otherwise."""
 
     def __init__(self, pool):
         super().__init__()
@@ -76,10 +77,12 @@ class PoolInstead(TorchFunctionMode):
 
 
 class Inception(nn.Module):
-    """The Inception-v3 of FID (TensorFlow's graph of 2015-12-05) out of timm's blocks. It differs from timm's in its
-    resize and scaling, its 1008 logits, average pools that leave the padding out, and a max pool in the last block.
+    """The Inception-v3 of FID (TensorFlow's graph of 2015-12-05) out of timm's blocks. It differs from timm's
+    in its resize and scaling, its 1008 logits, average pools that leave the padding out, and a max pool in
+    the last block.
 
-    file: either public weights file (WEIGHTS). Batch norm is folded into the convolutions. Raises UserError."""
+    file: either public weights file (WEIGHTS). Batch norm is folded into the convolutions. Raises
+    UserError."""
     name, width, size, resize = "inception", 2048, 299, "bilinear as TensorFlow 1 does it"
 
     def __init__(self, file):
@@ -106,36 +109,30 @@ class Inception(nn.Module):
             if name == "Mixed_6d":                           # ADM's mixed_6/conv is its first branch
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         pool = x.mean((2, 3))
-        return dict(pool=pool, spatial=spatial, logits=pool @ self.net.fc.weight.T)          # ADM: without the bias
+        return dict(pool=pool, spatial=spatial, logits=pool @ self.net.fc.weight.T)        # ADM: no bias
 
 
 class TimmFeatures(nn.Module):
-    """Pooled features of a timm encoder before its classifier: the class token of the normalised output for DINOv2
-    (as arXiv 2306.04675), the pooled last map of a convolutional network. Images are resized to the size in timm's
-    own configuration (DINOv2: 224; the embedded EfficientNet-Lite0: 128) and rounded to uint8, as Pillow would.
+    """Pooled features of a timm encoder before its classifier: the class token of the normalised output for
+    DINOv2 (as arXiv 2306.04675), the pooled last map of a convolutional network. Images are resized to the
+    size in timm's own configuration (DINOv2: 224; the embedded EfficientNet-Lite0: 128) and rounded to uint8,
+    as Pillow would.
 
     file: weights in place of the hub's. Raises UserError where there are none."""
 
     def __init__(self, name, file=None):
         super().__init__()
         self.name = name
-        if name == EMBEDDED:
-            net, config = embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
-        else:
-            overlay = (dict(img_size=224) if "dinov2" in name else {}) | (dict(checkpoint_path=file) if file else {})
-            try:
-                net = timm.create_model(DINOV2_L if name == "dinov2" else name, pretrained=not file, **overlay)
-            except Exception as e:                                       # hub errors come in many classes
-                raise UserError(f"--features {name}: no weights to be had ({type(e).__name__}); without network give "
-                                f"a file by --features-weights, or take --features {EMBEDDED}") from None
-            config = timm.data.resolve_model_data_config(net)
-        self.size = 224 if "dinov2" in name else config["input_size"][-1]
+        is_dinov2 = "dinov2" in name
+        net, config = create_encoder(DINOV2_L if name == "dinov2" else timm_name(name), file,
+                                     grid=16 if is_dinov2 else None)
+        self.size = 224 if is_dinov2 else config["input_size"][-1]
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.resize = f"{self.mode}, antialiased"
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        digest = hashlib.sha256()                                        # of the tensors: the hub gives no file
+        digest = hashlib.sha256()                                # of the tensors: the hub gives no file
         for tensor in net.state_dict().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         self.sha256 = digest.hexdigest()
@@ -143,23 +140,25 @@ class TimmFeatures(nn.Module):
 
     def forward(self, images):
         x = images.float()
-        for height in (x.shape[2], self.size):                           # Pillow: columns first, each time rounded
+        for height in (x.shape[2], self.size):                   # Pillow: columns first, each time rounded
             x = F.interpolate(x, (height, self.size), mode=self.mode, antialias=True).round().clamp(0, 255)
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return dict(pool=self.net.forward_head(self.net.forward_features(x), pre_logits=True).float())
 
 
 def load_features(args):
-    """The network that the flags name; by default Inception if its weights are here, else the embedded encoder."""
+    """The network that the flags name; by default Inception if its weights are here, else the embedded
+    one."""
     if args.features not in (None, "inception"):
         return TimmFeatures(args.features, args.features_weights)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    file = args.inception_weights or next((cache / name for name in WEIGHTS if (cache / name).is_file()), None)
+    here = (cache / name for name in WEIGHTS if (cache / name).is_file())
+    file = args.inception_weights or next(here, None)
     if not file and args.download:
         file = cache / WEIGHTS[0]
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             try:
-                cache.mkdir(parents=True, exist_ok=True)                 # the name ends in the hash's first digits
+                cache.mkdir(parents=True, exist_ok=True)            # the name ends in the hash's first digits
                 torch.hub.download_url_to_file(URL, file, hash_prefix=file.stem.rpartition("-")[2])
             except (OSError, RuntimeError) as e:
                 raise UserError(f"--download: cannot fetch {URL} ({str(e)[:60]}); bring that file by "
@@ -169,22 +168,19 @@ def load_features(args):
     if file:
         return Inception(file)
     if args.features:
-        raise UserError(f"--features inception: its weights are not here; give {URL} by --inception-weights FILE, or "
-                        f"--download; --features {EMBEDDED} works meanwhile")
+        raise UserError(f"--features inception: its weights are not here; give {URL} by --inception-weights "
+                        f"FILE, or --download; --features {EMBEDDED} works meanwhile")
     return TimmFeatures(EMBEDDED)
 
 
-def one_line(e):
-    return (str(e).splitlines() or [type(e).__name__])[0][:80]
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures: anything with len(), `shape` (H, W) and batches(indices, ...) -> uint8 [B, 3, H, W]
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class ImageSet(Dataset):
-    """REF or SAMPLES: a folder of images (any nesting, sorted), or an .npz with arr_0 uint8 [N, H, W, 3] and, or
-    only, statistics: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}. Images are read when asked for.
+    """REF or SAMPLES: a folder of images (any nesting, sorted), or an .npz with arr_0 uint8 [N, H, W, 3] and,
+    or only, statistics: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}. Images are read when asked
+    for.
 
     resolution: ADM's centre crop for the files of a folder. tallies: [how many images were not RGB].
     Raises UserError."""
@@ -218,8 +214,7 @@ class ImageSet(Dataset):
             self.made_by = {k: f[k].item() for k in ("features", "sha256", "n") if k in f}
         for mu, sigma in self.given.values():
             if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-                raise UserError(f"{self.path}: statistics of shapes {list(mu.shape)} and {list(sigma.shape)}, not "
-                                "[D] and [D, D]")
+                raise UserError(f"{self.path}: mu {list(mu.shape)}, sigma {list(sigma.shape)}: not [D], [D, D]")
             if not (mu.isfinite().all() and sigma.isfinite().all()):
                 raise UserError(f"{self.path}: its statistics are not finite")
         if "arr_0" in names:
@@ -238,7 +233,8 @@ class ImageSet(Dataset):
         return self.n
 
     def read(self, i):
-        """Image i as uint8 [3, H, W], and whether it was not RGB; an .npz is read on from where it was left."""
+        """Image i as uint8 [3, H, W], and whether it was not RGB; an .npz is read on from where it was
+        left."""
         if self.files is None:
             self.stream = self.stream or zipfile.ZipFile(self.path).open("arr_0.npy")
             size = 3 * self.shape[0] * self.shape[1]
@@ -250,26 +246,27 @@ class ImageSet(Dataset):
         return read_image(self.files[i], self.resolution), not_rgb
 
     def __getitem__(self, indices):
-        """Indices -> (uint8 [B, 3, H, W], how many were not RGB, error or ''). An error is returned, not raised: a
-        loader's process would wrap it into a traceback."""
+        """Indices -> (uint8 [B, 3, H, W], how many were not RGB, error or ''). An error is returned, not
+        raised: a loader's process would wrap it into a traceback."""
         images, not_rgb = [], 0
         for i in indices:
             name = self.files[i] if self.files else f"{self.path}: image {i}"
             try:
                 image, other = self.read(i)
             except READ_ERRORS as e:
-                return None, 0, (f"{name}: cannot be read ({one_line(e)}); a metric over fewer images would be "
-                                 "wrong: mend it or take it away")
+                return None, 0, (f"{name}: cannot be read ({one_line(e)}); a metric over fewer images would "
+                                 "be wrong: mend it or take it away")
             (h, w), (h0, w0) = image.shape[1:], self.shape or image.shape[1:]
             if (h, w) != (h0, w0):
-                return None, 0, (f"{name}: {w}x{h} pixels, but {self.files[0]} has {w0}x{h0}; --resolution N crops "
-                                 "every image of a folder to N")
+                return None, 0, (f"{name}: {w}x{h} pixels, but {self.files[0]} has {w0}x{h0}; --resolution N "
+                                 "crops every image of a folder to N")
             images.append(image)
             not_rgb += other
         return torch.stack(images), not_rgb, ""
 
     def batches(self, indices, batch_size, num_workers=0):
-        """The images `indices` (a range), in order, decoded in worker processes (an .npz: one, which reads on)."""
+        """The images `indices` (a range), in order, decoded in processes (an .npz: in one, which reads
+        on)."""
         parts = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         workers = min(num_workers, len(parts) if self.files else 1)
         for images, not_rgb, error in DataLoader(self, batch_size=None, sampler=parts, num_workers=workers):
@@ -283,7 +280,8 @@ class Samples:
     """Images that sample.py draws from a checkpoint, with labels i mod classes."""
 
     def __init__(self, path, model, n, settings):
-        self.path, self.model, self.n, self.settings, self.given, self.tallies = path, model, n, settings, {}, []
+        self.path, self.model, self.n, self.settings = path, model, n, settings
+        self.given, self.tallies = {}, []
         self.shape = (model.args["resolution"],) * 2
 
     def __len__(self):
@@ -295,8 +293,8 @@ class Samples:
 
 
 class Reconstructions:
-    """What the VAE makes of images (the mode of the posterior, rounded to uint8). tallies: the sums of PSNR and
-    SSIM over the images passed so far."""
+    """What the VAE makes of images (the mode of the posterior, rounded to uint8). tallies: the sums of PSNR
+    and SSIM over the images passed so far."""
 
     def __init__(self, path, model, originals):
         self.path, self.model, self.originals, self.shape = path, model, originals, originals.shape
@@ -314,25 +312,9 @@ class Reconstructions:
             yield y
 
 
-def ssim(x, y):
-    """Structural similarity [B] of images [B, C, H, W] in [-1, 1], averaged over channels and the positions where
-    the Gaussian window (11 x 11, sigma 1.5) fits (Wang et al. 2004)."""
-    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
-    g, c = g / g.sum(), x.shape[1]
-    kernel = torch.outer(g, g).expand(c, 1, 11, 11)
-
-    def blur(z):
-        return F.conv2d(z, kernel, groups=c)
-
-    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2
-    mx, my, c1, c2 = blur(x), blur(y), 0.01 ** 2, 0.03 ** 2
-    vx, vy, cov = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Metrics
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Moments:
     """Mean [D] and covariance [D, D] (N - 1) of rows that come in batches, summed in float64."""
@@ -343,7 +325,7 @@ class Moments:
 
     def add(self, rows, start):
         self.waiting.append(rows)
-        if sum(map(len, self.waiting)) >= 512:                   # so that D x D sums are touched once for many rows
+        if sum(map(len, self.waiting)) >= 512:           # so that D x D sums are touched once for many rows
             self.tensors()
 
     def tensors(self):
@@ -365,8 +347,9 @@ class Moments:
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64 tensors [D], [D, D] (arXiv 1706.08500, eq. 6).
 
-    C1 C2 has the eigenvalues of A^T C2 A where C1 = A A^T, which is symmetric: no matrix square root is taken. A is
-    Cholesky's factor or, where C1 is singular (few images), comes from C1's own eigenvectors, which takes longer."""
+    C1 C2 has the eigenvalues of A^T C2 A where C1 = A A^T, which is symmetric: no matrix square root is
+    taken. A is Cholesky's factor or, where C1 is singular (few images), comes from C1's own eigenvectors,
+    which takes longer."""
     a, singular = torch.linalg.cholesky_ex(cov1)
     if singular:
         values, vectors = torch.linalg.eigh(cov1)
@@ -376,13 +359,13 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 class InceptionScore:
-    """exp of the mean KL(p(y|x) || p(y)), averaged over splits of 5000 images in their order (arXiv 1606.03498, as
-    ADM computes it). Per split it needs only the sums of p and of p log p."""
+    """exp of the mean KL(p(y|x) || p(y)), averaged over splits of 5000 images in their order (arXiv
+    1606.03498, as ADM computes it). Per split it needs only the sums of p and of p log p."""
     SPLIT = 5000
 
     def __init__(self, n, classes=1008):
         splits = -(-n // self.SPLIT)
-        self.count, self.plogp = torch.zeros(splits, dtype=torch.float64), torch.zeros(splits, dtype=torch.float64)
+        self.count, self.plogp = torch.zeros(2, splits, dtype=torch.float64)
         self.p = torch.zeros(splits, classes, dtype=torch.float64)
 
     def add(self, logits, start):
@@ -402,9 +385,9 @@ class InceptionScore:
 
 
 def kid(x, y, subsets=100, size=1000, seed=2020):
-    """Kernel distance of features [N, D], [M, D] with kernel (x.y / D + 1)^3: the unbiased estimate averaged over
-    random subsets (arXiv 1801.01401), which are those that torch-fidelity draws. Every kernel value is computed once;
-    a subset's sum is a product with its indicator."""
+    """Kernel distance of features [N, D], [M, D] with kernel (x.y / D + 1)^3: the unbiased estimate averaged
+    over random subsets (arXiv 1801.01401), which are those that torch-fidelity draws. Every kernel value is
+    computed once; a subset's sum is a product with its indicator."""
     size, rng, width = min(size, len(x), len(y)), np.random.RandomState(seed), x.shape[1]
     in_x, in_y = (torch.zeros(subsets, len(f), dtype=torch.float64) for f in (x, y))
     for k in range(subsets):
@@ -420,18 +403,19 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
     def diagonal(a, in_a):
         return in_a @ (a.cpu().double().square().sum(1) / width + 1).pow(3)
 
-    xx, yy = kernel_sum(x, in_x, x, in_x) - diagonal(x, in_x), kernel_sum(y, in_y, y, in_y) - diagonal(y, in_y)
+    xx, yy = (kernel_sum(f, inside, f, inside) - diagonal(f, inside) for f, inside in ((x, in_x), (y, in_y)))
     return ((xx + yy) / (size * (size - 1)) - 2 * kernel_sum(x, in_x, y, in_y) / size ** 2).mean().item()
 
 
 def precision_recall(reference, samples, k=3, block=1000):
-    """Share of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold is the
-    union of balls around its features [N, D], each as wide as the k-th nearest neighbour is far."""
-    def distances(a, b):
-        return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)   # squared, [block, N]
+    """Share of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold is
+    the union of balls around its features [N, D], each as wide as the k-th nearest neighbour is far."""
+    def distances(a, b):                                                                # squared, [block, N]
+        return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
 
-    def radii(x):                                                # the row's nearest is itself: index k, not k - 1
-        return torch.cat([distances(rows, x).topk(k + 1, largest=False).values[:, k] for rows in x.split(block)])
+    def radii(x):                                        # the row's nearest is itself: index k, not k - 1
+        nearest = [distances(rows, x).topk(k + 1, largest=False).values for rows in x.split(block)]
+        return torch.cat(nearest)[:, k]
 
     radii_ref, radii_samples = radii(reference), radii(samples)
     precise, recalled = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
@@ -442,17 +426,18 @@ def precision_recall(reference, samples, k=3, block=1000):
     return precise / len(samples), recalled.sum().item() / len(reference)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From pictures to numbers
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def collect(source, net, keep=(), moments=(), score=False, *, device, batch_size, num_workers=0, rank=0, world=1,
-            desc=""):
-    """One pass over a source, every process over a run of neighbouring images. keep: ascending indices of the images
-    whose features are wanted; moments: of 'pool', 'spatial'; score: whether the Inception Score is. Returns
-    {'rows': features [len(keep), D] float32 (on process 0; elsewhere its own share), 'pool': (mean, covariance),
-    'spatial': (mean, covariance), 'is': score}. Raises UserError for an unreadable image or features not finite."""
+def collect(source, net, keep=(), moments=(), score=False, *, device, batch_size, num_workers=0, rank=0,
+            world=1, desc=""):
+    """One pass over a source, every process over a run of neighbouring images. keep: ascending indices of the
+    images whose features are wanted; moments: of 'pool', 'spatial'; score: whether the Inception Score is.
+    Returns {'rows': features [len(keep), D] float32 (on process 0; elsewhere its own share), 'pool': (mean,
+    covariance), 'spatial': (mean, covariance), 'is': score}. Raises UserError for an unreadable image or
+    features not finite."""
     n = len(source)
     mine = range(rank * n // world, (rank + 1) * n // world)
     kept = [i for i in keep if i in mine]
@@ -462,13 +447,13 @@ def collect(source, net, keep=(), moments=(), score=False, *, device, batch_size
         sums["is"] = InceptionScore(n)
     with tqdm(total=len(mine), unit="img", desc=desc, disable=rank > 0) as bar:
         for images in source.batches(mine, batch_size, num_workers):
-            parts = images.split(8 if device.type == "cpu" else len(images))        # 8: they stay in a CPU's cache
+            parts = images.split(8 if device.type == "cpu" else len(images))   # 8: they stay in a CPU's cache
             parts = [{key: f.cpu() for key, f in net(part.to(device)).items()} for part in parts]
             f = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             bad = (~f["pool"].isfinite().all(1)).nonzero()
             if len(bad):
-                raise UserError(f"{source.path}: the features of image {at + bad[0].item()} are not finite; are the "
-                                f"weights of {net.name} damaged?")
+                raise UserError(f"{source.path}: the features of image {at + bad[0].item()} are not finite; "
+                                f"are the weights of {net.name} damaged?")
             for key, total in sums.items():
                 total.add(f["logits"] if key == "is" else f[key], at)
             while filled < len(kept) and kept[filled] < at + len(images):
@@ -488,8 +473,8 @@ def collect(source, net, keep=(), moments=(), score=False, *, device, batch_size
 
 
 def spread(n, pool=10_000):
-    """At most 10,000 of n indices, evenly spread (a folder is sorted by class): KID's, so that its memory is bounded.
-    Of up to 10,000 images it takes all."""
+    """At most 10,000 of n indices, evenly spread (a folder is sorted by class): KID's, so that its memory is
+    bounded. Of up to 10,000 images it takes all."""
     return [k * n // min(n, pool) for k in range(min(n, pool))]
 
 
@@ -507,8 +492,8 @@ def reason_against(metric, net, ref, samples):
 
 
 def check_statistics(source, net):
-    """Statistics from a file must be of this network (unmarked ones 2048 wide are ADM's, so Inception's); beside
-    images, another network's are dropped. Returns whether they were. Raises UserError."""
+    """Statistics from a file must be of this network (unmarked ones 2048 wide are ADM's, so Inception's);
+    beside images, another network's are dropped. Returns whether they were. Raises UserError."""
     if not source.given:
         return False
     width = len(source.given["pool"][0])
@@ -517,8 +502,8 @@ def check_statistics(source, net):
         source.given = {}
         return True
     if name != net.name:
-        raise UserError(f"{source.path}: statistics of {name}'s features, not {net.name}'s; take --features {name}" +
-                        (" with --inception-weights FILE" if name == "inception" else ""))
+        raise UserError(f"{source.path}: statistics of {name}'s features, not {net.name}'s; take --features "
+                        + name + (" with --inception-weights FILE" if name == "inception" else ""))
     if source.made_by.get("sha256", net.sha256) != net.sha256:
         raise UserError(f"{source.path}: statistics made with other weights of {name}")
     if width != net.width or len(source.given.get("spatial", [range(SPATIAL)])[0]) != SPATIAL:
@@ -527,16 +512,20 @@ def check_statistics(source, net):
 
 
 def evaluate(ref, samples, net, metrics, save_stats=None, *, device, rank=0, **settings):
-    """The metrics (of METRICS) of samples against ref, one pass over each: {name: value} on process 0, {} elsewhere.
-    save_stats: also write the statistics of ref there. samples None: only that. settings: of `collect`."""
+    """The metrics (of METRICS) of samples against ref, one pass over each: {name: value} on process 0, {}
+    elsewhere. save_stats: also write the statistics of ref there. samples None: only that. settings: of
+    `collect`."""
     found = []
-    for source in (ref, samples) if samples is not None else (ref,):
-        wanted = [key for key, metric in (("pool", "fid"), ("spatial", "sfid")) if key not in source.given and
-                  (metric in metrics or save_stats and source is ref and (key == "pool" or net.name == "inception"))]
+    for source, desc in ((ref, "reference"), (samples, "samples"))[:1 if samples is None else 2]:
+        save = save_stats and source is ref
+        wanted = [key for key, metric in (("pool", "fid"), ("spatial", "sfid")) if key not in source.given
+                  and (metric in metrics or save and (key == "pool" or net.name == "inception"))]
         n, score = len(source), "is" in metrics and source is samples
         keep = range(n) if {"precision", "recall"} & set(metrics) else spread(n) if "kid" in metrics else ()
-        found.append(source.given | (collect(source, net, keep, wanted, score, device=device, rank=rank, desc=
-                     "samples" if source is samples else "reference", **settings) if wanted or score or keep else {}))
+        found.append(dict(source.given))
+        if wanted or score or keep:
+            found[-1] |= collect(source, net, keep, wanted, score, device=device, rank=rank, desc=desc,
+                                 **settings)
     if rank > 0:
         return {}
     r, s = found[0], found[-1]
@@ -545,7 +534,8 @@ def evaluate(ref, samples, net, metrics, save_stats=None, *, device, rank=0, **s
 
         def write(tmp):
             with open(tmp, "wb") as f:
-                np.savez(f, features=net.name, sha256=net.sha256, n=len(ref) or ref.made_by.get("n", 0), **stats)
+                n = len(ref) or ref.made_by.get("n", 0)
+                np.savez(f, features=net.name, sha256=net.sha256, n=n, **stats)
         write_atomic(save_stats, write)
     out = {}
     if "fid" in metrics:
@@ -562,15 +552,15 @@ def evaluate(ref, samples, net, metrics, save_stats=None, *, device, rank=0, **s
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """Flags, checked without opening a file. `metrics` becomes a list, or stays None: all that can be had."""
     parser = Parser(description="FID, sFID, Inception Score, KID, precision and recall.")
     add = parser.add_argument
-    add("ref", nargs="?", metavar="REF", help="images to compare with: a folder, an .npz, or what --save-stats wrote")
+    add("ref", nargs="?", metavar="REF", help="what to compare with: a folder, an .npz, --save-stats' file")
     add("samples", nargs="?", metavar="SAMPLES", help="images to judge: a folder or an .npz")
     add("--features", help=f"inception (default if its weights are here), dinov2, {EMBEDDED} or a timm model")
     add("--metrics", help=f"some of {','.join(METRICS)} (default: all that can be had)")
@@ -603,11 +593,10 @@ def parse_args(argv=None):
     for file in (args.json, args.save_stats):
         if file and Path(file).is_dir():
             raise UserError(f"{file}: a folder; name a file")
-    timm_name = args.features not in (None, "inception", "dinov2", EMBEDDED)
     inception = args.features in (None, "inception")
+    if not inception and args.features != "dinov2":
+        timm_name(args.features)
     for wrong, line in (
-            (timm_name and not timm.is_model(args.features),
-             f"--features {args.features}: unknown; take inception, dinov2, {EMBEDDED} or a timm model"),
             (not inception and (args.inception_weights or args.download),
              f"--inception-weights and --download go with --features inception, not {args.features}"),
             (args.features_weights and (inception or args.features == EMBEDDED),
@@ -616,11 +605,13 @@ def parse_args(argv=None):
              f"--save-stats {args.save_stats}: the name must end in .npz"),
             (args.ref and args.data_dir, "REF and --data-dir mean the same; give one of them"),
             (args.samples and (args.ckpt or args.num_samples or args.reconstruct),
-             "--ckpt, --num-samples and --reconstruct make the images to judge; SAMPLES names others: give one"),
+             "--ckpt, --num-samples and --reconstruct make the images to judge; SAMPLES names others"),
             (args.ref and not (args.samples or args.ckpt or args.save_stats),
              "SAMPLES is missing: fid.py REF SAMPLES, or REF --ckpt FILE to draw them"),
-            (args.reconstruct and args.num_samples, "--reconstruct takes every reference image; drop --num-samples"),
-            (args.resolution and (args.ckpt or not args.ref), "--resolution: a checkpoint brings its own; drop it")):
+            (args.reconstruct and args.num_samples,
+             "--reconstruct takes every reference image; drop --num-samples"),
+            (args.resolution and (args.ckpt or not args.ref),
+             "--resolution: a checkpoint brings its own; drop it")):
         if wrong:
             raise UserError(line)
     return args
@@ -647,7 +638,7 @@ def open_sources(args, device):
 def main():
     args, start = parse_args(), time.time()
     device = pick_device(args.device)
-    torch.backends.cudnn.allow_tf32 = False                      # its ten bits of mantissa would show in the numbers
+    torch.backends.cudnn.allow_tf32 = False              # its ten bits of mantissa would show in the numbers
     rank, world = start_processes(device)
     say = print if rank == 0 else lambda line: None
     ref, samples = open_sources(args, device)
@@ -658,7 +649,7 @@ def main():
             ", since Inception's weights are not here (--inception-weights FILE or --download brings them)"))
     for source in sources:
         if check_statistics(source, net):
-            say(f"{source.path}: its statistics are another network's; those of {net.name} come from its images")
+            say(f"{source.path}: its statistics are another network's, not used; its images are")
     metrics = (args.metrics or (["fid"] if args.reconstruct else METRICS)) if samples is not None else []
     reasons = {metric: reason_against(metric, net, ref, samples) for metric in metrics}
     if args.metrics and any(reasons.values()):
@@ -675,22 +666,23 @@ def main():
         say("warning: reference and samples differ in size")
     for source in sources:
         if 0 < len(source) <= net.width:
-            say(f"warning: {source.path}: {len(source)} images are too few for a covariance of {net.width} features; "
-                "compare such a distance only with others of as many images")
-    results = evaluate(ref, samples, net.to(device), metrics, args.save_stats, device=device, rank=rank, world=world,
-                       batch_size=args.batch_size or (64 if device.type == "cuda" else 32),
+            say(f"warning: {source.path}: {len(source)} images are too few for a covariance of {net.width} "
+                "features; compare such a distance only with others of as many images")
+    results = evaluate(ref, samples, net.to(device), metrics, args.save_stats, device=device, rank=rank,
+                       world=world, batch_size=args.batch_size or (64 if device.type == "cuda" else 32),
                        num_workers=args.num_workers)
     for source in sources:
         if isinstance(source, ImageSet) and source.tallies[0] > 0:
-            say(f"{source.path}: {int(source.tallies[0])} grey, palette or transparent images, read as RGB on white")
+            n = int(source.tallies[0])
+            say(f"{source.path}: {n} grey, palette or transparent images, read as RGB on white")
     if args.reconstruct:
         results |= dict(zip(("psnr", "ssim"), (samples.tallies[0] / len(samples)).tolist()))
     seconds = time.time() - start
     if args.save_stats:
         say(f"statistics of {ref.path} -> {args.save_stats}")
     if samples is not None:
-        say(f"{samples.path} ({len(samples) or 'statistics'}) against {ref.path} ({len(ref) or 'statistics'}), "
-            f"{net.name} {net.sha256[:8]}, {seconds:.0f} s")
+        theirs, ours = (f"{source.path} ({len(source) or 'statistics'})" for source in (ref, samples))
+        say(f"{ours} against {theirs}, {net.name} {net.sha256[:8]}, {seconds:.0f} s")
     for name, value in results.items():
         say(f"  {'r' if args.reconstruct and name[0] == 'f' else ''}{name:<28}{value:.6g}")
     if args.json and rank == 0:

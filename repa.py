@@ -46,12 +46,31 @@ def timm_name(name):
     """timm's name of an encoder, given that or the release's. Raises UserError for one timm does not have."""
     family, _, size = name.partition("-vit-")
     if family.startswith("mocov3"):
-        raise UserError(f"--enc-type {name}: timm has no MoCo-v3 weights; take dinov2-vit-b or another")
+        raise UserError(f"encoder {name}: timm has no MoCo-v3 weights; take dinov2-vit-b or another")
     found = ALIASES.get(family, name).format(VIT_SIZES.get(size.lower(), size))
     if found != EMBEDDED and not timm.is_model(found):
-        raise UserError(f"--enc-type {name}: not a timm model, nor {EMBEDDED}, nor one of the release's "
+        raise UserError(f"encoder {name}: not a timm model, nor {EMBEDDED}, nor one of the release's "
                         "names; timm.list_models('*dinov2*') shows some")
     return found
+
+
+def create_encoder(name, file=None, random=False, grid=None):
+    """(timm's model without classifier, its data configuration). file: weights in place of the hub's; random:
+    none; grid: a transformer's positions are resampled to it on loading. Raises UserError."""
+    if name == EMBEDDED:
+        return embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
+    overlay = {}
+    if grid and re.search("vit|eva|beit|deit", name):
+        patch = timm.create_model(name, num_classes=0, device="meta").patch_embed.patch_size[0]
+        overlay = dict(img_size=grid * patch)
+    try:
+        net = timm.create_model(name, pretrained=file is None and not random, num_classes=0, **overlay)
+    except Exception as e:                                               # hub errors come in many classes
+        raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network give a "
+                        f"file (--enc-ckpt; fid.py: --features-weights), or take {EMBEDDED}") from None
+    if file is not None:
+        load_timm(net, file)
+    return net, timm.data.resolve_model_data_config(net)
 
 
 def load_timm(net, file):
@@ -81,10 +100,7 @@ class Encoder(nn.Module):
     def __init__(self, name, grid, ckpt=None, random=False):
         super().__init__()
         name = timm_name(name)
-        if name == EMBEDDED:
-            net, config = embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic")
-        else:
-            net, config = self.create(name, grid, ckpt, random)
+        net, config = create_encoder(name, ckpt, random, grid)
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
@@ -108,22 +124,6 @@ class Encoder(nn.Module):
             raise UserError(f"encoder {name}: {shape[1]} features at {self.size} pixels, but SiT has "
                             f"{grid * grid} tokens")
         self.channels = shape[2]
-
-    @staticmethod
-    def create(name, grid, ckpt, random):
-        """timm's model without classifier, positions resampled to the grid, and its data configuration."""
-        overlay = {}
-        if re.search("vit|eva|beit|deit", name):                    # position embeddings resampled on loading
-            patch = timm.create_model(name, num_classes=0, device="meta").patch_embed.patch_size[0]
-            overlay = dict(img_size=grid * patch)
-        try:
-            net = timm.create_model(name, pretrained=ckpt is None and not random, num_classes=0, **overlay)
-        except Exception as e:                                       # hub errors come in many classes
-            raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network "
-                            f"give a file by --enc-ckpt, or take --enc-type {EMBEDDED}") from None
-        if ckpt is not None:
-            load_timm(net, ckpt)
-        return net, timm.data.resolve_model_data_config(net)
 
     def prepare(self, x, size):
         x = ((x + 1) / 2 - self.mean) / self.std

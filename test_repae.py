@@ -1074,7 +1074,7 @@ BAD_COMMANDS = [
     ("fid", "few empty", "no images in it"),
     ("fid", "few junk.npz", "not a readable .npz"),
     ("fid", "few few --metrics fdi", "unknown"),
-    ("fid", "few few --features vit_of_no_one", "unknown"),
+    ("fid", "few few --features vit_of_no_one", "not a timm model"),
     ("fid", "few few --batch-size 0", "at least 1"),
     ("vae", "export notes.pt out", "not a readable weights file"),
     ("vae", "export good.pt out", "no latent statistics"),
@@ -1092,7 +1092,8 @@ def bad_folder(tmp_path_factory):
     for name in ("empty", "flat", "few/a", "hollow/a", *(f"many/{i}" for i in range(12))):
         (folder / name).mkdir(parents=True)
         if name not in ("empty", "hollow/a"):
-            Image.new("RGB", (32, 32)).save(folder / name / "a.png")
+            for i in range(2):
+                Image.new("RGB", (32, 32)).save(folder / name / f"{i}.png")
     (folder / "notes.pt").write_text("hello")
     (folder / "junk.npz").write_bytes(b"PK junk")
     torch.save({"weights": torch.zeros(3)}, folder / "other.pt")

@@ -50,8 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Run `main()`; print a UserError as one line and exit 2; leave other exceptions (bugs) their
-    traceback."""
+    """Run `main()`; a UserError becomes one line and exit code 2; bugs keep their traceback."""
     try:
         main()
     except UserError as e:
@@ -120,7 +119,8 @@ def load_tensors(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = "it holds pickled code, refused" if "Unsupported" in str(e) else "damaged"
+        code = re.search("GLOBAL|unsupported class|unrecognized function", str(e))
+        reason = "it holds more than tensors, refused" if code else "damaged"
         raise UserError(f"{path}: not a readable weights file ({reason})") from None
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as e:
         raise UserError(f"{path}: not a readable weights file ({type(e).__name__})") from None
@@ -137,7 +137,7 @@ def load_into(module, state, what):
     own = module.state_dict()
     if not isinstance(state, dict):
         raise UserError(f"{what}: expected a state dict, found {type(state).__name__}")
-    for name in own.keys() | state.keys():
+    for name in own | state:
         if name not in own:
             raise UserError(f"{what}: unexpected tensor {name}; is this a checkpoint of another model?")
         if name not in state:
