@@ -214,7 +214,7 @@ class ImageSet(Dataset):
             self.made_by = {k: f[k].item() for k in ("features", "sha256", "n") if k in f}
         for mu, sigma in self.given.values():
             if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-                raise UserError(f"{self.path}: mu {list(mu.shape)}, sigma {list(sigma.shape)}: not [D], [D, D]")
+                raise UserError(f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}: not [D], [D, D]")
             if not (mu.isfinite().all() and sigma.isfinite().all()):
                 raise UserError(f"{self.path}: its statistics are not finite")
         if "arr_0" in names:

@@ -204,7 +204,8 @@ class SiT(nn.Module):
 
     def embed(self, x, t, y):
         c = self.t_embedder(t) + self.y_embedder(y)                                        # [B, D]
-        return self.x_embedder(x) + self.pos_embed, c                                      # [B, N, D]
+        x = self.x_embedder(x.contiguous())             # so is its gradient then, as DDP's buckets want it
+        return x + self.pos_embed, c                                                       # [B, N, D]
 
     def project(self, h):
         return [projector(h) for projector in self.projectors]                              # [B, N, C_i] each

@@ -19,6 +19,7 @@ import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,19 +296,36 @@ def draw_noise(cfg, step, latent_shape, rank, world, device):
 # Data: image folders, and OpenMoji drawn into one
 # ------------------------------------------------------------------------------------------------------------
 
+def list_classes(folder, index):
+    """{class: its image files, sorted} of DIR/class/**. A network disk takes minutes to list a million files,
+    so the list is kept in the file `index` for as long as no folder's modification time changes."""
+    try:
+        kept = json.loads(index.read_text())
+        if kept["folder"] == folder and all(os.stat(p).st_mtime_ns == t for p, t in kept["times"].items()):
+            return kept["classes"]
+    except (OSError, ValueError, KeyError):
+        pass
+    times = {folder: os.stat(folder).st_mtime_ns}
+    classes = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder}: no class folders in it; images are expected as {folder}/CLASS/*.jpg")
+    classes = {name: [str(path) for path in list_images(Path(folder) / name, times)] for name in classes}
+    kept = json.dumps(dict(folder=folder, times=times, classes=classes))
+    write_atomic(index, lambda tmp: tmp.write_text(kept))
+    return classes
+
+
 class ImageFolder(Dataset):
     """DIR/class/**/*.jpg, classes sorted by name. Items are asked for as (index, flip) and come as (uint8
     image [3, R, R], label, path of an unreadable file or ''): such a file is replaced by the next readable
-    one."""
+    one. The list is kept in index_folder."""
 
-    def __init__(self, folder, resolution):
-        folder = Path(folder)
-        self.classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not self.classes:
-            raise UserError(f"{folder}: no class folders in it; images are expected as {folder}/CLASS/*.jpg")
-        self.resolution, self.files = resolution, []
-        for label, name in enumerate(self.classes):
-            self.files += [(path, label) for path in list_images(folder / name)]
+    def __init__(self, folder, resolution, index_folder):
+        folder = os.path.abspath(folder)
+        classes = list_classes(folder, Path(index_folder) / f".index-{zlib.crc32(folder.encode()):08x}.json")
+        self.resolution, self.classes = resolution, list(classes)
+        self.files = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
+        self.labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
 
     def __len__(self):
         return len(self.files)
@@ -315,13 +333,14 @@ class ImageFolder(Dataset):
     def __getitem__(self, item):
         (index, flip), bad = item, ""
         for k in range(len(self)):
-            path, label = self.files[(index + k) % len(self)]
+            i = (index + k) % len(self)
+            path = os.fsdecode(self.files[i])
             try:
                 image = read_image(path, self.resolution)
-                return image.flip(2) if flip else image, label, bad
+                return image.flip(2) if flip else image, int(self.labels[i]), bad
             except (OSError, ValueError):
-                bad = bad or str(path)
-        raise UserError(f"{path.parent.parent}: no readable image")
+                bad = bad or path
+        raise UserError(f"{path}: unreadable, as all {len(self)} images of its data set are")
 
 
 class StepSampler(Sampler):
@@ -655,7 +674,8 @@ def start_metrics(folder, step, report_to, cfg):
 
 
 def lock(folder):
-    """Refuse a folder that a living run writes to. The lock goes with the process, however it ends."""
+    """Refuse a folder that a living run writes to (the lock goes with the process, however it ends); sweep
+    up what a killed one left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
@@ -663,7 +683,24 @@ def lock(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"{folder}: another run is writing to it; --exp-name NAME names another") from None
+    for half_written in folder.rglob(".*.tmp"):
+        half_written.unlink()
     return file
+
+
+TIMEOUT = timedelta(minutes=8)                                        # before NCCL's own, which names no one
+
+
+def agree(stopping, host):
+    """Whether any process wants to stop. A process that does not get here within TIMEOUT is named."""
+    if host is None:
+        return stopping
+    try:
+        dist.monitored_barrier(host, TIMEOUT, wait_all_ranks=True)
+        dist.all_reduce(flag := torch.tensor(stopping, dtype=torch.uint8), dist.ReduceOp.MAX, group=host)
+    except RuntimeError as e:
+        raise UserError(f"the processes lost each other: {str(e).splitlines()[0]}") from None
+    return bool(flag)
 
 
 def ignore_signals(worker):
@@ -687,11 +724,11 @@ def main():
     say = lambda line: main_process and tqdm.write(line)
     if main_process:
         held = lock(folder)                                           # while this name lives
-    resume_from = [newest_complete(folder) if main_process and cfg.resume else None]
     host = dist.new_group(backend="gloo") if world > 1 else None      # to agree on stopping
+    resume_from = newest_complete(folder) if main_process and cfg.resume else None
     if world > 1:
-        dist.broadcast_object_list(resume_from, group=host)
-    resume_from, = resume_from
+        dist.broadcast_object_list(agreed := [resume_from], group=host)
+        resume_from, = agreed
     if cfg.compile and not can_compile(device):
         say("no C++ compiler here: running eagerly (--no-compile says so in advance)")
         cfg.compile = False
@@ -703,9 +740,11 @@ def main():
         if main_process and not drawn.is_dir():
             draw_openmoji(drawn, cfg.resolution)
         cfg.data_dir, cfg.val_dir = str(drawn / "train"), cfg.val_dir or str(drawn / "val")
+    if main_process:
+        ImageFolder(cfg.data_dir, cfg.resolution, cfg.output_dir)     # writes the index that the others read
     if world > 1:
         dist.barrier()
-    dataset = ImageFolder(cfg.data_dir, cfg.resolution)
+    dataset = ImageFolder(cfg.data_dir, cfg.resolution, cfg.output_dir)
     if len(dataset.classes) > cfg.num_classes:
         n = len(dataset.classes)
         raise UserError(f"{cfg.data_dir} has {n} classes: give --num-classes {n}")
@@ -724,7 +763,7 @@ def main():
         args = json.dumps(dataclasses.asdict(cfg), indent=2)
         write_atomic(folder / "args.json", lambda tmp: tmp.write_text(args))
         log = start_metrics(folder, step, cfg.report_to, cfg)
-        shown = ImageFolder(cfg.val_dir, cfg.resolution) if cfg.val_dir else dataset
+        shown = ImageFolder(cfg.val_dir, cfg.resolution, cfg.output_dir) if cfg.val_dir else dataset
         chosen = np.random.default_rng(0).permutation(len(shown))[:256]
         shown = torch.stack([shown[int(i), False][0] for i in chosen])
         millions = sum(p.numel() for p in m.sit_params) / 1e6, sum(p.numel() for p in m.vae_params) / 1e6
@@ -757,14 +796,12 @@ def main():
         y = y.to(device, non_blocking=True)
         for group in (*m.opt.param_groups, *m.opt_vae.param_groups, *m.opt_disc.param_groups):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_scale(cfg, step)
+        stopping = agree(bool(signals), host)
         metrics = train_step(m, cfg, step, x, y, *draw_noise(cfg, step, latent_shape, rank, world, device))
         step += 1
         bar.update()
         images_done += cfg.batch_size
         last = step == cfg.max_train_steps
-        stopping = torch.tensor(len(signals))
-        if world > 1:
-            dist.all_reduce(stopping, group=host)
         pictures = step % cfg.sampling_steps == 0 or last
 
         if step % cfg.log_steps == 0 or last:

@@ -116,8 +116,12 @@ def load_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if is_zip := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:        # torch compresses nothing: a bomb is not its file
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise UserError(f"{path}: a compressed archive, not a weights file")
+        with torch.serialization.safe_globals([argparse.Namespace]):      # mmap: only what is used is read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as e:
         code = re.search("GLOBAL|unsupported class|unrecognized function", str(e))
         reason = "it holds more than tensors, refused" if code else "damaged"
@@ -154,13 +158,16 @@ def load_into(module, state, what):
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def list_images(folder):
-    """Every image file under `folder`, any nesting, sorted. Raises UserError where there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def list_images(folder, times=None):
+    """Every image file under `folder`, any nesting, sorted. times: a dict to which each folder's modification
+    time is added. Raises UserError where there is no image."""
+    if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = [Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names
-             if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+    found, times = [], {} if times is None else times
+    for root, _, names in os.walk(folder, followlinks=True):
+        times[root] = os.stat(root).st_mtime_ns
+        found += [Path(root) / name for name in names
+                  if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")]
     if not found:
         raise UserError(f"{folder}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     return sorted(found)
