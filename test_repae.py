@@ -3,6 +3,7 @@ import argparse
 import copy
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -887,6 +888,23 @@ def test_corrupt_images_are_skipped_or_refused(pictures, tmp_path):
     one_line(out, "more than 1 in 100", "0.png")
 
 
+def test_profile_books_every_operation(tiny):
+    m, cfg, _ = tiny("--disc-weight", "0.1", "--profile", "1")
+    batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), [""] * 4
+    table = train.profile(m, cfg, itertools.repeat(batch), 0, 1, torch.device("cpu"))
+    rows = {line[:24].strip(): re.findall(r"([\d.]+) ?(?:ms|%)", line[24:]) for line in table.splitlines()[1:-2]}
+    rows = {name: [float(value) for value in values] for name, values in rows.items()}
+    assert sum(share for _, _, share in rows.values()) == pytest.approx(100, abs=1)
+    assert rows["encoder features"][1] == 0 and rows["optimizers"][1] == 0                      # frozen, without graph
+    for name in ("perceptual distance", "VAE encoder", "VAE decoder", "discriminator", "SiT, alignment pass", "SiT"):
+        assert rows[name][0] > 0 and rows[name][1] > 0, table
+    assert rows["rest"][2] < 30, table
+    depth, width, tokens = 6, 256, 64                                # multiply-adds x 2: the blocks' own, one image
+    block = 2 * tokens * 12 * width ** 2 + 2 * 2 * tokens ** 2 * width + 2 * 6 * width ** 2
+    total = float(re.search(r"([\d.]+) TFLOP a step", table)[1]) * 1e12
+    assert total > 4 * (3 * depth + 2 * 2) * block                   # SiT's pass and back; 2 blocks aligned and back
+
+
 # --- survival: kills, bad disks, bad files ----------------------------------------------------------------------
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes long: SLOW=1 runs it")
@@ -996,6 +1014,10 @@ def test_resuming_with_other_settings(short_run):
     path = short_run / "exps/a/checkpoints/0000004.pt"
     assert train.load_run(m, cfg, path, said.append) == 4
     assert any("learning_rate: 0.002 -> 1e-05" in line for line in said)
+    train.wrap(m, cfg, torch.device("cpu"), 1)
+    metrics = train.run_step(m, cfg, 4, torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long),
+                             0, 1, torch.device("cpu"))
+    assert metrics["loss"].isfinite() and m.opt.param_groups[0]["lr"] == pytest.approx(1e-5 * 5 / 50)
     cfg.projector_dim = 64
     with pytest.raises(UserError, match="trained with --projector-dim 512; it cannot go on with 64"):
         train.load_run(m, cfg, path, said.append)

@@ -16,6 +16,7 @@ import signal
 import time
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +30,10 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, alignment_loss, build_encoders, projector, timm_name
@@ -67,6 +70,7 @@ class Config:
     keep_every: int = opt(50_000, "besides these: every checkpoint whose step is a multiple")
     sampling_steps: int = opt(10_000, "steps between pictures")
     log_steps: int = opt(100, "steps between lines of metrics.jsonl")
+    profile: int = opt(0, "run that many steps, print where the time goes, and stop")
     resume: bool = opt(False, "go on from the newest checkpoint, or start afresh where there is none")
     overwrite: bool = opt(False, "delete the run of the same name")
     report_to: str = opt("", "also log to this", ["", "tensorboard", "wandb"])
@@ -123,8 +127,8 @@ class Config:
 
 PRESETS = {
     "tiny": dict(
-        resolution=32, num_classes=10, batch_size=32, max_train_steps=1050, checkpointing_steps=525,
-        sampling_steps=525, log_steps=50, num_workers=0, compile=False, cfg_scale=2.5,
+        resolution=32, num_classes=10, batch_size=32, max_train_steps=1100, checkpointing_steps=550,
+        sampling_steps=550, log_steps=50, num_workers=0, compile=False, cfg_scale=2.5,
         model="SiT-T/1", weighting="lognormal", encoder_depth=2, enc_type=EMBEDDED, projector_dim=512,
         vae="f4d8", vae_from_scratch=True, perceptual="encoder", perceptual_weight=0.25, disc_weight=0.0,
         learning_rate=2e-3, vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=600, ema_decay=0.99),
@@ -636,6 +640,108 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Where the time goes
+# ------------------------------------------------------------------------------------------------------------
+
+def profile(m, cfg, batches, rank, world, device):
+    """cfg.profile steps after some of warm-up, as a table. An operation of the backward pass is booked under
+    the section whose forward pass recorded it (both carry one sequence number). FLOPs are counted, the peak
+    is that of a large matrix product."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sections, flops, counter = [], Counter(), FlopCounterMode(display=False)
+
+    def label(name, owner, *methods):
+        sections.append(name)
+        for inner, method in ((getattr(owner, method), method) for method in methods):
+            def labelled(*args, inner=inner, **kwargs):
+                before = counter.get_total_flops()
+                with record_function(name):
+                    out = inner(*args, **kwargs)
+                flops[name] += counter.get_total_flops() - before
+                return out
+            setattr(owner, method, labelled)
+
+    for encoder in m.encoders:
+        label("encoder features", encoder, "forward")
+    label("perceptual distance", m.perceptual, "levels", "forward")
+    label("VAE encoder", m.vae, "encode")
+    label("VAE decoder", m.vae, "decode")
+    label("discriminator", m.disc, "forward")
+    label("SiT, alignment pass", m.sit, "align")
+    label("SiT", m.sit, "forward")
+    for optimizer in (m.opt, m.opt_vae, m.opt_disc):
+        label("optimizers", optimizer, "step")
+
+    step = waiting = 0
+
+    def run(steps):
+        nonlocal step, waiting
+        start = time.perf_counter()
+        for step in range(step, step + steps):
+            before = time.perf_counter()
+            x, y, _ = next(batches)
+            waiting += time.perf_counter() - before
+            run_step(m, cfg, step, x, y, rank, world, device)
+        sync()
+        return (time.perf_counter() - start) / steps
+
+    run(3)
+    with torch.compiler.set_stance("force_eager"), counter:           # it does not see into compiled code
+        run(1)
+    total, counted = counter.get_total_flops(), dict(flops)
+    run(1)
+    waiting = 0
+    seconds = run(cfg.profile)
+    waiting /= cfg.profile
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profiler:
+        run(2)
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" else None)
+    a @ a, sync()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    sync()
+    peak = 10 * 2 * n ** 3 / (time.perf_counter() - start)
+
+    def ancestor(event, found):
+        while event is not None and not found(event.name):
+            event = event.cpu_parent
+        return event
+
+    events = [event for event in profiler.events() if event.device_type.name == "CPU"]
+    recorded, times = {}, Counter()
+    for event in events:                                     # the last to carry a number made the node
+        if event.sequence_nr >= 0 and (section := ancestor(event, sections.__contains__)):
+            recorded[event.sequence_nr] = section.name
+    for event in events:
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if section := ancestor(event, sections.__contains__):
+            times[section.name, "forward"] += own / 2e3
+        elif node := ancestor(event, lambda name: name.startswith("autograd::engine::evaluate_function")):
+            times[recorded.get(node.sequence_nr, "rest"), "backward"] += own / 2e3
+        else:
+            times["EMA" if "_foreach_lerp_" in event.name else "rest", "forward"] += own / 2e3
+    whole = sum(times.values())
+    lines = [f"{'':24}{'forward':>12}{'backward':>12}{'share':>9}{'forward rate':>16}"]
+    for name in [*dict.fromkeys(sections), "EMA", "rest"]:
+        ahead, back = times[name, "forward"], times[name, "backward"]
+        rate = f"{counted[name] / ahead / 1e9:10.3f} TFLOP/s" if counted.get(name) else ""
+        lines.append(f"{name:24}{ahead:9.1f} ms{back:9.1f} ms{(ahead + back) / whole:9.1%}{rate:>18}")
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        from resource import RUSAGE_SELF, getrusage                   # not on Windows
+        memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    return "\n".join(lines + [
+        f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, waiting for data "
+        f"{waiting * 1e3:.1f} ms of it; peak memory {memory / 2 ** 30:.2f} GiB",
+        f"{total / 1e12:.4f} TFLOP a step and process: {total / seconds / 1e12:.3f} TFLOP/s, "
+        f"{total / seconds / peak:.1%} of a matrix product's {peak / 1e12:.3f}"])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The loop
 # ------------------------------------------------------------------------------------------------------------
 
@@ -709,10 +815,19 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def learning_rate_scale(cfg, step):
-    """1, but for the linear warm-up at the beginning and the linear decay at the end."""
-    return min(1.0, (step + 1) / max(cfg.lr_warmup_steps, 1),
-               (cfg.max_train_steps - step) / max(cfg.lr_decay_steps, 1))
+def run_step(m, cfg, step, x, y, rank, world, device):
+    """train_step on this process's batch as it comes from the loader, uint8 images and labels; the learning
+    rates warm up and decay linearly."""
+    x = to_float(x.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+    y = y.to(device, non_blocking=True)
+    scale = min(1.0, (step + 1) / max(cfg.lr_warmup_steps, 1),
+                (cfg.max_train_steps - step) / max(cfg.lr_decay_steps, 1))
+    for optimizer, rate in ((m.opt, cfg.learning_rate), (m.opt_vae, cfg.vae_learning_rate),
+                            (m.opt_disc, cfg.disc_learning_rate)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * scale
+    latent_shape = m.vae.latent_channels, m.size, m.size
+    return train_step(m, cfg, step, x, y, *draw_noise(cfg, step, latent_shape, rank, world, device))
 
 
 def main():
@@ -773,6 +888,9 @@ def main():
     loader = DataLoader(dataset, batch_sampler=StepSampler(len(dataset), cfg, step, rank, world),
                         num_workers=cfg.num_workers, pin_memory=device.type == "cuda",
                         persistent_workers=cfg.num_workers > 0, worker_init_fn=ignore_signals)
+    if cfg.profile:
+        say(profile(m, cfg, iter(loader), rank, world, device))
+        os._exit(0)                                                   # at once, loader processes and all
     signals = []
 
     def on_signal(number, frame):
@@ -782,7 +900,7 @@ def main():
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    bad_files, latent_shape = set(), (m.vae.latent_channels, m.size, m.size)
+    bad_files = set()
     bar = tqdm(total=cfg.max_train_steps, initial=step, unit="step", disable=not main_process, smoothing=0.05)
     since, images_done = time.time(), 0
     for x, y, bad in loader:
@@ -792,12 +910,8 @@ def main():
             if len(bad_files) > 0.01 * len(dataset):
                 raise UserError(f"{len(bad_files)} of {len(dataset)} images are unreadable, more than 1 in "
                                 f"100; the last one: {name}")
-        x = to_float(x.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        y = y.to(device, non_blocking=True)
-        for group in (*m.opt.param_groups, *m.opt_vae.param_groups, *m.opt_disc.param_groups):
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_scale(cfg, step)
         stopping = agree(bool(signals), host)
-        metrics = train_step(m, cfg, step, x, y, *draw_noise(cfg, step, latent_shape, rank, world, device))
+        metrics = run_step(m, cfg, step, x, y, rank, world, device)
         step += 1
         bar.update()
         images_done += cfg.batch_size
