@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -494,6 +495,7 @@ def wrap(m, cfg, device, world):
         m.vae.decoder.compile()
     m.ddp_vae, m.ddp_sit, m.ddp_disc = m.vae, m.sit, m.disc
     if world > 1:
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")       # older PyTorch has no other name
         kwargs = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
                       gradient_as_bucket_view=True)
         m.ddp_vae, m.ddp_sit, m.ddp_disc = (DDP(net, **kwargs) for net in (m.vae, m.sit, m.disc))
