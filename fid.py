@@ -619,7 +619,7 @@ def open_sources(args, device):
     if args.ref and not args.ckpt:
         return ImageSet(args.ref, args.resolution), args.samples and ImageSet(args.samples, args.resolution)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
-    model = load_checkpoint(ckpt, device)
+    model = load_checkpoint(ckpt, device, compile=args.compile)
     size, data = model.args["resolution"], args.ref or args.data_dir or model.args.get("data_dir")
     if not data or not Path(data).exists():
         raise UserError(f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")

@@ -10,6 +10,7 @@ Model, sizes, VAE and latent statistics all come from the checkpoint; no encoder
 import argparse
 import math
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sit import SIZES, SiT, path
-from vae import (AutoencoderKL, Parser, UserError, build_vae, image_grid, load_into, load_tensors, load_vae,
-                 pick_device, run_command, save_png, to_uint8, write_atomic)
+from vae import (AutoencoderKL, Parser, UserError, build_vae, can_compile, image_grid, load_into,
+                 load_tensors, load_vae, pick_device, run_command, save_png, to_uint8, write_atomic)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def read_checkpoint(file):
     return ckpt | dict(args=vars(args) if isinstance(args, argparse.Namespace) else args)   # the release's
 
 
-def load_checkpoint(file, device="cpu", vae_ckpt=None):
+def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
     """Build the sampling Model of a checkpoint, ours or the release's; sizes come from its tensors. vae_ckpt:
     the VAE of a second-stage checkpoint, which holds none (anything `load_vae` takes). Raises UserError."""
     ckpt = read_checkpoint(file)
@@ -167,16 +168,18 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None):
     load_into(sit, state, f"{file}: ema")
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{file}: ema holds values that are not finite")
-    for module in (sit, vae):
-        module.to(device).eval().requires_grad_(False)
-    vae.to(memory_format=torch.channels_last)
+    sit.place(device).eval().requires_grad_(False)
+    vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if compile:
+        sit.compile_blocks()
+        vae.decoder.compile()
     return Model(sit, vae, args | dict(resolution=size * vae.stride), ckpt["steps"], torch.device(device))
 
 
 @torch.no_grad()
 def sample_images(model, indices, labels=None, *, mixed_precision="no", **sampler):
-    """Images `indices` (any integers) as uint8 [n, 3, H, W] on the CPU; labels: one each, i mod classes by
-    default. sampler: the keywords of `sample_latents`."""
+    """Images `indices` (any integers) as uint8 [n, 3, H, W] on the model's device, not waited for; labels:
+    one each, i mod classes by default. sampler: the keywords of `sample_latents`."""
     num_classes = model.sit.num_classes
     labels = [label_of(i, 0, num_classes) for i in indices] if labels is None else labels
     if sampler.get("cfg_scale", 1.0) > 1 and model.sit.null_class is None:
@@ -185,7 +188,7 @@ def sample_images(model, indices, labels=None, *, mixed_precision="no", **sample
     with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         z = sample_latents(model.sit, indices, y, model.args["resolution"] // model.vae.stride,
                            kind=model.args.get("path_type", "linear"), **sampler)
-        return to_uint8(model.vae.decode(model.sit.bn.denormalize(z.float()))).cpu()
+        return to_uint8(model.vae.decode(model.sit.bn.denormalize(z.float())))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -201,6 +204,7 @@ def add_sampler_flags(parser):
     parser.add_argument("--guidance-high", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--compile", action="store_true", help="pays from some hundreds of images")
 
 
 def sampler_settings(args):
@@ -215,6 +219,8 @@ def sampler_settings(args):
         raise UserError("--guidance-low and --guidance-high: 0 <= low <= high <= 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: 0 or more")
+    if args.compile and not can_compile(pick_device(args.device)):
+        raise UserError("--compile: no C++ compiler here; leave it out")
     names = "num_steps mode heun cfg_scale guidance_low guidance_high seed mixed_precision"
     return {name: getattr(args, name) for name in names.split()}
 
@@ -245,7 +251,7 @@ def main():
         raise UserError("--batch-size and --num-samples: at least 1")
     device = pick_device(args.device)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
-    model = load_checkpoint(ckpt, device, args.vae_ckpt)
+    model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
     num_classes = model.sit.num_classes
     try:
         classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(num_classes))
@@ -270,17 +276,26 @@ def main():
         dist.barrier()
     rows = None if is_folder else np.lib.format.open_memmap(shared, "r+")
     mine = list(range(rank, n, world))
-    with tqdm(total=len(mine), unit="img", disable=rank > 0, desc="sampling") as bar:
+
+    def store(indices, images):
+        for i, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy()):
+            if is_folder:
+                Image.fromarray(image).save(out / f"{i:06d}.png")
+            else:
+                rows[i] = image
+
+    stored = Future()
+    stored.set_result(None)
+    bar = tqdm(total=len(mine), unit="img", disable=rank > 0, desc="sampling")
+    with ThreadPoolExecutor(1) as writer, bar:
         for start in range(0, len(mine), args.batch_size):
             indices = mine[start:start + args.batch_size]
             labels = [label_of(i, args.seed, num_classes, classes, args.label_sampling) for i in indices]
-            images = sample_images(model, indices, labels, **settings).permute(0, 2, 3, 1).numpy()
-            for i, image in zip(indices, images):
-                if is_folder:
-                    Image.fromarray(image).save(out / f"{i:06d}.png")
-                else:
-                    rows[i] = image
+            images = sample_images(model, indices, labels, **settings)
+            stored.result()                                  # at most one batch behind; raises what it raised
+            stored = writer.submit(store, indices, images)
             bar.update(len(indices))
+        stored.result()
     if not is_folder:
         rows.flush()
     if world > 1:

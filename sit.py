@@ -197,6 +197,13 @@ class SiT(nn.Module):
             nn.init.zeros_(m.weight)
             nn.init.zeros_(m.bias)
 
+    def place(self, device):
+        """Move to the device; on a CPU, attention goes without the fused kernel, which is slower there in
+        bf16."""
+        for block in self.blocks:
+            block.attn.fused_attn = torch.device(device).type != "cpu"
+        return self.to(device)
+
     def compile_blocks(self):
         """torch.compile on the blocks (one graph serves all) and on nothing else: no graph break."""
         for block in self.blocks:

@@ -87,7 +87,7 @@ def step_gradients(monkeypatch, m, cfg, args, step=0):
     seen = []
     nets = dict(vae=m.vae, sit=m.sit, disc=m.disc)
 
-    def record(loss, params, cfg):
+    def record(loss, params, cfg, last=True):
         loss.backward()
         seen.append({f"{net}.{name}": p.grad.clone() for net, module in nets.items()
                      for name, p in module.named_parameters() if p.grad is not None})
@@ -218,8 +218,57 @@ def test_ema_follows_parameters_and_statistics(tiny):
 
 def test_gradients_are_clipped():
     p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    norm = train.backward((p * torch.tensor([30.0, 40.0])).sum(), [p], argparse.Namespace(max_grad_norm=1.0))
+    norm = train.backward((p * torch.tensor([30.0, 40.0])).sum(), [p],
+                          argparse.Namespace(max_grad_norm=1.0, gradient_accumulation_steps=1))
     assert norm.item() == pytest.approx(50) and torch.allclose(p.grad, torch.tensor([0.6, 0.8]), atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [["--gradient-accumulation-steps", "2"], ["--gradient-checkpointing"],
+                                   ["--gradient-accumulation-steps", "4", "--gradient-checkpointing"]])
+@pytest.mark.parametrize("perceptual", ["encoder", "lpips"])
+def test_saving_memory_changes_no_gradient(tiny, perceptual, flags):
+    """The first update of AdamW is the gradient's sign; so compare what its moments hold: the clipped gradients."""
+    def step(*flags):
+        m, cfg, args = tiny("--disc-weight", "0", "--perceptual", perceptual, "--allow-random-weights", *flags)
+        metrics = train.train_step(m, cfg, 0, *args)
+        moments = [torch.cat([state["exp_avg"].flatten() for state in o.state_dict()["state"].values()])
+                   for o in (m.opt, m.opt_vae)]
+        return metrics, moments, [m.sit.bn.running_mean, m.sit.bn.running_var]
+
+    (a, gradients, statistics), (b, same_gradients, same_statistics) = step(), step(*flags)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a), (a, b)
+    assert all((x - y).norm() < 1e-3 * x.norm() for x, y in zip(gradients, same_gradients))
+    assert all(torch.allclose(x, y, rtol=1e-5) for x, y in zip(statistics, same_statistics))
+
+
+@pytest.mark.parametrize("flags, fewer", [(["--gradient-checkpointing"], 0.8), (["--gradient-accumulation-steps", "4"], 0.6)])
+def test_saving_memory_saves_memory(tiny, flags, fewer):
+    """Bytes kept for the backward passes: of tensors saved once each, at their largest."""
+    def kept(*flags):
+        m, cfg, args = tiny("--disc-weight", "0", *flags)
+        largest, held = 0, {}
+
+        def pack(t):
+            nonlocal largest
+            storage = t.untyped_storage()
+            held.setdefault(storage.data_ptr(), storage.nbytes())
+            largest = max(largest, sum(held.values()))
+            return t
+
+        def backward(*a):
+            out = plain(*a)
+            held.clear()
+            return out
+
+        plain, train.backward = train.backward, backward
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                train.train_step(m, cfg, 0, *args)
+        finally:
+            train.backward = plain
+        return largest
+
+    assert kept(*flags) < fewer * kept()
 
 
 def everything(m):

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, record_function
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,10 +41,11 @@ from tqdm import tqdm
 
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, alignment_loss, build_encoders, projector, timm_name
 from sample import read_checkpoint, sample_images, start_processes
-from sit import SiT, draw_times, interpolate, parse_model
-from vae import (LPIPS, AutoencoderKL, Discriminator, Parser, UserError, hinge_loss, image_grid, is_hub_id,
-                 latents_in_colour, list_images, load_into, load_tensors, load_vae, one_line,
-                 pick_device, psnr, read_image, run_command, save_png, to_float, to_uint8, write_atomic)
+from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
+from vae import (LPIPS, AttnBlock, AutoencoderKL, Discriminator, Parser, ResnetBlock, UserError, can_compile,
+                 hinge_loss, image_grid, is_hub_id, latents_in_colour, list_images, load_into, load_tensors,
+                 load_vae, one_line, pick_device, psnr, read_image, run_command, save_png, to_float, to_uint8,
+                 write_atomic)
 
 try:
     import fcntl
@@ -78,6 +81,7 @@ class Config:
     device: str = opt("auto", "cpu, cuda, mps or auto")
     mixed_precision: str = opt("bf16", "autocast; losses, norms, statistics stay float32", ["no", "bf16"])
     compile: bool = opt(True, "torch.compile the hot modules")
+    gradient_checkpointing: bool = opt(False, "keep less for the backward pass, compute it again instead")
     num_workers: int = opt(8, "loader processes per GPU")
     # the data
     data_dir: str = opt("", "DIR/class/*.jpg; without it (tiny) OpenMoji is drawn into data/")
@@ -85,6 +89,7 @@ class Config:
     resolution: int = opt(256, "pixels")
     num_classes: int = opt(1000, "labels 0 to N-1; label N stands for none")
     batch_size: int = opt(256, "global, over all processes")
+    gradient_accumulation_steps: int = opt(1, "parts a process's share of the batch goes through in")
     flip: bool = opt(False, "random horizontal flips (the release trains without)")
     # the models
     model: str = opt("SiT-XL/2", "SiT-SIZE/PATCH, SIZE of T S B L XL")
@@ -155,9 +160,9 @@ def parse_config(argv=None):
         raise UserError(f"--preset {preset}: unknown; take one of {', '.join(PRESETS)}")
     cfg = Config(**(PRESETS[preset] | given))
     cfg.exp_name = cfg.exp_name or preset
-    above_0 = ("batch_size max_train_steps checkpointing_steps keep_last keep_every sampling_steps log_steps "
-               "resolution num_classes encoder_depth projector_dim max_grad_norm learning_rate "
-               "vae_learning_rate disc_learning_rate cfg_scale").split()
+    above_0 = ("batch_size gradient_accumulation_steps max_train_steps checkpointing_steps keep_last "
+               "keep_every sampling_steps log_steps resolution num_classes encoder_depth projector_dim "
+               "max_grad_norm learning_rate vae_learning_rate disc_learning_rate cfg_scale").split()
     for name, value in vars(cfg).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if name in above_0 and not 0 < value < math.inf:
@@ -167,8 +172,9 @@ def parse_config(argv=None):
         if type(value) in (int, float) and not 0 <= value < math.inf:
             raise UserError(f"{flag}: must not be negative")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.batch_size % world:
-        raise UserError(f"--batch-size {cfg.batch_size}: not divisible by the {world} processes")
+    if cfg.batch_size % (world * cfg.gradient_accumulation_steps):
+        raise UserError(f"--batch-size {cfg.batch_size}: not divisible by the {world} processes x "
+                        f"{cfg.gradient_accumulation_steps} parts of --gradient-accumulation-steps")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if cfg.cfg_scale > 1 and cfg.cfg_prob == 0:
@@ -205,53 +211,66 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop):
     standard normal [B, C, h, w]; t: times [B]; drop: bool [B], labels hidden from SiT. Returns {name: scalar
     tensor}.
 
-    m.vae, m.sit, m.disc are the networks; m.ddp_* the same ones with gradients averaged over processes."""
+    m.vae, m.sit, m.disc are the networks; m.ddp_* the same ones with gradients averaged over processes. The
+    batch goes through in parts (one, but for --gradient-accumulation-steps); its latents are normalised as
+    a whole."""
     statistics = [b.clone() for b in m.statistics]
-    with m.autocast():
-        features = [encoder(x) for encoder in m.encoders]              # f: [B, N, C_i], frozen, without graph
-        with torch.no_grad():
-            target = m.perceptual.levels(x)
-        posterior, z, x_rec = m.ddp_vae(x, noise)                      # z ~ q(z|x); x^ = decode(z)
+    parts = list(zip(*(a.chunk(cfg.gradient_accumulation_steps) for a in (x, y, noise, eps, t, drop))))
+    latents, targets, logs = [], [], [{} for _ in parts]
 
-    # 1. VAE: L1 + LPIPS + KL + GAN, and the alignment through the frozen SiT into z; the diffusion loss never
-    with frozen(m.sit_params), frozen(m.disc_params):
+    # 0. What is not trained, without graph; the VAE: z ~ q(z|x), x^ = decode(z)
+    for (x, y, noise, eps, t, _), log, last in zip(parts, logs, synchronised_last(m, parts)):
         with m.autocast():
-            x_t, _ = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)         # running statistics
-            vae_align = alignment_loss(m.sit.align(x_t, t, y), features)         # blocks 1..depth, no dropout
-            perceptual = m.perceptual(m.perceptual.levels(x_rec.float()), target)
-        l1, kl = (x - x_rec.float()).abs().mean(), posterior.kl().mean()
-        vae_loss = (l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
-                    + cfg.vae_align_proj_coeff * vae_align)
-        if cfg.disc_weight > 0:
-            gan = -m.disc(x_rec.float()).mean()
-            vae_loss = vae_loss + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
-    vae_norm = backward(vae_loss, m.vae_params, cfg)
+            features = [encoder(x) for encoder in m.encoders]          # f: [B, N, C_i]
+            with torch.no_grad():
+                target = m.perceptual.levels(x)
+            posterior, z, x_rec = m.ddp_vae(x, noise)
 
-    # 2. Discriminator: hinge on real and reconstructed images, in float32
-    if cfg.disc_weight > 0:
-        disc_loss = hinge_loss(m.ddp_disc(x), m.ddp_disc(x_rec.detach().float()))
-        disc_norm = backward(disc_loss, m.disc_params, cfg)
+        # 1. VAE: L1 + LPIPS + KL + GAN, and the alignment through the frozen SiT into z; the diffusion loss
+        #    never
+        with frozen(m.sit_params), frozen(m.disc_params):
+            with m.autocast():
+                x_t, _ = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)     # running statistics
+                vae_align = alignment_loss(m.sit.align(x_t, t, y), features)     # blocks 1..depth, no dropout
+                perceptual = m.perceptual(m.perceptual.levels(x_rec.float()), target)
+            l1, kl = (x - x_rec.float()).abs().mean(), posterior.kl().mean()
+            vae_loss = (l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
+                        + cfg.vae_align_proj_coeff * vae_align)
+            if cfg.disc_weight > 0:
+                gan = -m.disc(x_rec.float()).mean()
+                vae_loss = vae_loss + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
+            vae_norm = backward(vae_loss, m.vae_params, cfg, last)
+
+        # 2. Discriminator: hinge on real and reconstructed images, in float32
+        if cfg.disc_weight > 0:
+            disc_loss = hinge_loss(m.ddp_disc(x), m.ddp_disc(x_rec.detach().float()))
+            disc_norm = backward(disc_loss, m.disc_params, cfg, last)
+            log |= dict(gan_loss=gan, disc_loss=disc_loss)
+        latents.append(z.detach()), targets.append(features)
+        log |= dict(vae_loss=vae_loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl,
+                    vae_align_loss=vae_align)
 
     # 3. SiT: diffusion + alignment on sg(z), normalised by batch statistics, which move the running ones
-    with m.autocast():
-        x_t, velocity = interpolate(m.sit.bn(z.detach()), t, eps, cfg.path_type)       # the same t and eps
-        y_drop = torch.where(drop, m.sit.null_class, y) if cfg.cfg_prob > 0 else y
-        v, projected = m.ddp_sit(x_t, t, y_drop)
-        denoising = (v.float() - velocity).square().mean()
-        align = alignment_loss(projected, features)
-        sit_loss = denoising + cfg.proj_coeff * align
-    sit_norm = backward(sit_loss, m.sit_params, cfg)
+    normalised = m.sit.bn(torch.cat(latents)).chunk(len(parts))
+    for (_, y, _, eps, t, drop), z, features, log, last in zip(parts, normalised, targets, logs,
+                                                               synchronised_last(m, parts)):
+        with m.autocast():
+            x_t, velocity = interpolate(z, t, eps, cfg.path_type)                       # the same t and eps
+            y_drop = torch.where(drop, m.sit.null_class, y) if cfg.cfg_prob > 0 else y
+            v, projected = m.ddp_sit(x_t, t, y_drop)
+            denoising = (v.float() - velocity).square().mean()
+            align = alignment_loss(projected, features)
+            sit_loss = denoising + cfg.proj_coeff * align
+        sit_norm = backward(sit_loss, m.sit_params, cfg, last)
+        log |= dict(loss=sit_loss, denoising_loss=denoising, proj_loss=align)
 
     # 4. The three optimizers (no pass above sees another's update), EMA of SiT and of its latent statistics
     update(m, [vae_norm, sit_norm] + ([disc_norm] if cfg.disc_weight > 0 else []), statistics)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)
 
-    metrics = dict(loss=sit_loss, denoising_loss=denoising, proj_loss=align, vae_loss=vae_loss, l1_loss=l1,
-                   perceptual_loss=perceptual, kl_loss=kl, vae_align_loss=vae_align,
-                   grad_norm=sit_norm, vae_grad_norm=vae_norm, **m.health)
-    if cfg.disc_weight > 0:
-        metrics |= dict(gan_loss=gan, disc_loss=disc_loss, disc_grad_norm=disc_norm)
-    return metrics
+    metrics = {name: torch.stack([log[name].detach() for log in logs]).mean() for name in logs[0]}
+    metrics |= dict(grad_norm=sit_norm, vae_grad_norm=vae_norm, **m.health)
+    return metrics | (dict(disc_grad_norm=disc_norm) if cfg.disc_weight > 0 else {})
 
 
 @contextmanager
@@ -266,10 +285,19 @@ def frozen(params):
             p.requires_grad_(True)
 
 
-def backward(loss, params, cfg):
-    """Backward and clip; returns the gradient's norm before clipping."""
-    loss.backward()
-    return clip_grad_norm_(params, cfg.max_grad_norm)
+def synchronised_last(m, parts):
+    """For each part whether it is the last, in whose backward passes alone DDP averages the gradients."""
+    for i in range(len(parts)):
+        last = i == len(parts) - 1
+        for net in (m.ddp_vae, m.ddp_sit, m.ddp_disc):
+            net.require_backward_grad_sync = last                        # what DDP.no_sync() turns
+        yield last
+
+
+def backward(loss, params, cfg, last=True):
+    """Backward; after the last part, clip and return the gradient's norm before clipping."""
+    (loss / cfg.gradient_accumulation_steps).backward()
+    return clip_grad_norm_(params, cfg.max_grad_norm) if last else None
 
 
 def update(m, norms, statistics):
@@ -464,9 +492,7 @@ def build(cfg, device):
         init_from(cfg.init_from, sit, ema)
     for module in (vae, disc, perceptual, *encoders):
         module.to(device, memory_format=torch.channels_last)
-    sit.to(device), ema.to(device)
-    for block in sit.blocks if device.type == "cpu" else ():
-        block.attn.fused_attn = False    # short sequences in bf16: 6 times faster than the fused kernel there
+    sit.place(device), ema.place(device)
     m = SimpleNamespace(vae=vae, sit=sit, ema=ema, disc=disc, encoders=encoders, perceptual=perceptual,
                         size=size, has_statistics=bool(stats))
     m.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
@@ -489,22 +515,22 @@ def build(cfg, device):
 def wrap(m, cfg, device, world):
     """Compile the hot modules, then let DDP average gradients. Statistics are not broadcast: the latent
     norm's are equal everywhere by construction, the discriminator's are per process, as released."""
+    if cfg.gradient_checkpointing:
+        again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)   # no dropout
+        for module in (*m.sit.modules(), *m.vae.modules()):
+            if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
+                module.forward = again(module.forward)
+        m.perceptual.levels = again(m.perceptual.levels)
     if cfg.compile:
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
     m.ddp_vae, m.ddp_sit, m.ddp_disc = m.vae, m.sit, m.disc
     if world > 1:
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers")       # older PyTorch has no other name
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")     # older PyTorch has no other name
         kwargs = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
                       gradient_as_bucket_view=True)
         m.ddp_vae, m.ddp_sit, m.ddp_disc = (DDP(net, **kwargs) for net in (m.vae, m.sit, m.disc))
-
-
-def can_compile(device):
-    """torch.compile needs a C++ compiler on CPU and a C compiler on CUDA."""
-    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
-    return device.type != "mps" and any(shutil.which(os.environ.get(name, name)) for name in names)
 
 
 @torch.no_grad()

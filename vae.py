@@ -87,6 +87,12 @@ def pick_device(name):
     return device
 
 
+def can_compile(device):
+    """torch.compile needs a C++ compiler on CPU and a C compiler on CUDA."""
+    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
+    return device.type != "mps" and any(shutil.which(os.environ.get(name, name)) for name in names)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------------------------------------
