@@ -37,6 +37,8 @@ from vae import UserError
 ROOT = Path(__file__).parent
 torch.set_num_threads(2)
 
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes long: SLOW=1 runs it")
+
 
 def tiny_config(*flags):
     return train.parse_config(["--batch-size", "4", "--mixed-precision", "no", "--seed", "1", "--disc-weight", "0.1",
@@ -237,7 +239,7 @@ def test_saving_memory_changes_no_gradient(tiny, perceptual, flags):
 
     (a, gradients, statistics), (b, same_gradients, same_statistics) = step(), step(*flags)
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a), (a, b)
-    assert all((x - y).norm() < 1e-3 * x.norm() for x, y in zip(gradients, same_gradients))
+    assert all((x - y).norm() < 5e-3 * x.norm() for x, y in zip(gradients, same_gradients))
     assert all(torch.allclose(x, y, rtol=1e-5) for x, y in zip(statistics, same_statistics))
 
 
@@ -654,6 +656,23 @@ def test_compiled_blocks_and_bf16_agree_with_eager(tiny):
     assert set(m.sit.state_dict()) == set(eager.state_dict())
 
 
+@pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.parametrize("flags", [[], pytest.param(["--gradient-checkpointing"], marks=slow)])
+def test_a_compiled_step_breaks_no_graph_and_compiles_once(tiny, flags):
+    torch._dynamo.reset()
+    m, cfg, args = tiny("--compile", "--mixed-precision", "bf16", "--disc-weight", "0", *flags)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    losses, compiled = [], []
+    for step in range(4):
+        losses.append(train.train_step(m, cfg, step, *args)["loss"].item())
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] > 0 and compiled == compiled[:1] * 4 and not counters["graph_break"]
+    m, cfg, args = tiny("--mixed-precision", "bf16", "--disc-weight", "0")
+    eager = [train.train_step(m, cfg, step, *args)["loss"].item() for step in range(4)]
+    assert losses == pytest.approx(eager, rel=0.02)
+
+
 # --- formats of the field ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -956,7 +975,6 @@ def test_profile_books_every_operation(tiny):
 
 # --- survival: kills, bad disks, bad files ----------------------------------------------------------------------
 
-slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes long: SLOW=1 runs it")
 
 
 def start(*flags, cwd, log, processes=1):
