@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fid
 import repa
@@ -241,6 +242,24 @@ def test_saving_memory_changes_no_gradient(tiny, perceptual, flags):
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a), (a, b)
     assert all((x - y).norm() < 5e-3 * x.norm() for x, y in zip(gradients, same_gradients))
     assert all(torch.allclose(x, y, rtol=1e-5) for x, y in zip(statistics, same_statistics))
+
+
+def test_a_step_never_waits_for_the_device(tiny):
+    """Whatever needs a value on the host (item, bool, nonzero, a copy to it) would stall a GPU."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    m, cfg, (x, y, *rest) = tiny("--disc-start", "0", "--gradient-accumulation-steps", "2")
+    called = set()
+    with Watch():
+        train.train_step(m, cfg, 0, x, y, *rest)
+    waits = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"}
+    assert len(called) > 50 and not called & waits
+    with Watch():
+        x.sum().item()
+    assert called & waits
 
 
 @pytest.mark.parametrize("flags, fewer", [(["--gradient-checkpointing"], 0.8), (["--gradient-accumulation-steps", "4"], 0.6)])
