@@ -620,9 +620,10 @@ def short_run(pictures, tmp_path_factory):
     return folder
 
 
-def test_two_processes_give_the_losses_of_one(pictures, short_run):
+@pytest.mark.parametrize("flags", [[], ["--gradient-accumulation-steps", "2", "--gradient-checkpointing"]])
+def test_two_processes_give_the_losses_of_one(pictures, short_run, flags):
     run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", ROOT / "train.py",
-        "--data-dir", pictures, "--exp-name", "two", "--disc-weight", "0", *SHORT, cwd=short_run,
+        "--data-dir", pictures, "--exp-name", "two", "--disc-weight", "0", "--overwrite", *flags, *SHORT, cwd=short_run,
         env={"OMP_NUM_THREADS": "1"})
     one, two = losses(short_run / "exps/a"), losses(short_run / "exps/two")
     assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4] and len(one[0]) > 5
