@@ -894,7 +894,7 @@ def main():
 
     m = build(cfg, device)
     step = load_run(m, cfg, resume_from, say) if resume_from else 0
-    if not (resume_from or m.has_statistics):
+    if not (resume_from or m.has_statistics or cfg.profile):
         n = measure_latents(m, dataset, device)
         say(f"latent statistics: measured over {n} images")
     wrap(m, cfg, device, world)
