@@ -750,7 +750,8 @@ def profile(m, cfg, batches, rank, world, device):
         elif node := ancestor(event, lambda name: name.startswith("autograd::engine::evaluate_function")):
             times[recorded.get(node.sequence_nr, "rest"), "backward"] += own / 2e3
         else:
-            times["EMA" if "_foreach_lerp_" in event.name else "rest", "forward"] += own / 2e3
+            is_ema = ancestor(event, lambda name: "_foreach_lerp_" in name)
+            times["EMA" if is_ema else "rest", "forward"] += own / 2e3
     whole = sum(times.values())
     lines = [f"{'':24}{'forward':>12}{'backward':>12}{'share':>9}{'forward rate':>16}"]
     for name in [*dict.fromkeys(sections), "EMA", "rest"]:
