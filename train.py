@@ -721,6 +721,11 @@ def profile(m, cfg, batches, rank, world, device):
     waiting = 0
     seconds = run(cfg.profile)
     waiting /= cfg.profile
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        from resource import RUSAGE_SELF, getrusage                   # not on Windows
+        memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=activities) as profiler:
         run(2)
@@ -758,11 +763,6 @@ def profile(m, cfg, batches, rank, world, device):
         ahead, back = times[name, "forward"], times[name, "backward"]
         rate = f"{counted[name] / ahead / 1e9:10.3f} TFLOP/s" if counted.get(name) else ""
         lines.append(f"{name:24}{ahead:9.1f} ms{back:9.1f} ms{(ahead + back) / whole:9.1%}{rate:>18}")
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        from resource import RUSAGE_SELF, getrusage                   # not on Windows
-        memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024
     return "\n".join(lines + [
         f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, waiting for data "
         f"{waiting * 1e3:.1f} ms of it; peak memory {memory / 2 ** 30:.2f} GiB",
