@@ -309,7 +309,7 @@ def main():
                         np.savez(f, arr_0=rows)
                 write_atomic(out, write)
             else:
-                columns = len(classes) if args.label_sampling == "equal" and len(classes) <= 20 else 10
+                columns = len(classes) if args.label_sampling == "equal" and 4 <= len(classes) <= 20 else 10
                 save_png(image_grid(torch.from_numpy(rows.copy()).permute(0, 3, 1, 2), columns,
                                     scale=max(1, 64 // resolution)), out)
         finally:
