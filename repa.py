@@ -4,6 +4,7 @@ REPA (arXiv 2410.06940): a frozen vision encoder gives patch features f, a proje
 SiT to their width, and the loss is minus their cosine similarity. REPA-E sends that loss into the VAE as
 well.
 """
+import math
 import re
 import sys
 
@@ -101,6 +102,12 @@ def load_timm(net, file):
     load_into(net, {k: v for k, v in state.items() if not k.startswith(classifier)}, file)
 
 
+def spatial_norm(f, gamma):
+    """iREPA (arXiv 2512.10794): features [B, N, C] less gamma times their mean over tokens, over their
+    standard deviation; what tells the tokens of an image apart comes to the fore."""
+    return (f - gamma * f.mean(1, keepdim=True)) / (f.std(1, keepdim=True) + 1e-6)
+
+
 class Encoder(nn.Module):
     """A frozen timm encoder: images [B, 3, H, W] in [-1, 1] -> patch features [B, grid * grid, channels].
 
@@ -108,12 +115,12 @@ class Encoder(nn.Module):
     antialiasing) to the size at which its features form a grid x grid, SiT's token grid: 224 pixels for
     DINOv2 at 256 (patch 14, 16x16). Transformers give the normalised tokens of the last layer without prefix
     tokens (x_norm_patchtokens of DINOv2), convolutional networks the level of stride 16. ckpt: a weights file
-    in place of the hub; random: random weights, for trying things out.
+    in place of the hub; random: random weights, for trying things out; gamma: of `spatial_norm`, 0 for none.
     """
 
-    def __init__(self, name, grid, ckpt=None, random=False):
+    def __init__(self, name, grid, ckpt=None, random=False, gamma=0.0):
         super().__init__()
-        name = timm_name(name)
+        name, self.gamma = timm_name(name), gamma
         net, config = create_encoder(name, ckpt, random, grid)
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
@@ -146,7 +153,8 @@ class Encoder(nn.Module):
     def forward(self, x):
         f, = self.net.forward_intermediates(self.prepare(x, self.size), indices=[self.level],
                                             norm=self.is_vit, output_fmt="NCHW", intermediates_only=True)
-        return f.flatten(2).mT.float()                                                       # [B, N, C]
+        f = f.flatten(2).mT.float()                                                          # [B, N, C]
+        return spatial_norm(f, self.gamma) if self.gamma else f
 
 
 class EncoderDistance(nn.Module):
@@ -169,13 +177,24 @@ class EncoderDistance(nn.Module):
         return sum((a - b).square().sum(1).mean() for a, b in zip(levels, target)) / len(target)
 
 
-def build_encoders(names, grid, ckpt=None, random=False):
+def build_encoders(names, grid, ckpt=None, random=False, gamma=0.0):
     """--enc-type 'a,b' -> [Encoder, ...]."""
-    return [Encoder(name, grid, ckpt, random) for name in names.split(",")]
+    return [Encoder(name, grid, ckpt, random, gamma) for name in names.split(",")]
 
 
-def projector(width, channels, hidden=2048):
-    """The trainable map from SiT's width to the encoder's (REPA): a three-layer MLP with SiLU."""
+class ConvProjector(nn.Conv2d):
+    """iREPA's projector: one 3x3 convolution over the token grid, [B, N, D] -> [B, N, C]."""
+
+    def forward(self, h):
+        grid = math.isqrt(h.shape[1])
+        return super().forward(h.mT.unflatten(2, (grid, grid))).flatten(2).mT
+
+
+def projector(kind, width, channels, hidden=2048):
+    """The trainable map from SiT's width to the encoder's: REPA's three-layer MLP with SiLU ('mlp'), or
+    iREPA's convolution ('conv')."""
+    if kind == "conv":
+        return ConvProjector(width, channels, 3, padding=1)
     return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                          nn.Linear(hidden, channels))
 

@@ -181,6 +181,8 @@ def sample_images(model, indices, labels=None, *, mixed_precision="no", **sample
     """Images `indices` (any integers) as uint8 [n, 3, H, W] on the model's device, not waited for; labels:
     one each, i mod classes by default. sampler: the keywords of `sample_latents`."""
     num_classes = model.sit.num_classes
+    if model.args.get("vae_only"):
+        raise UserError("this checkpoint was trained with --vae-only: it has no SiT to draw with")
     labels = [label_of(i, 0, num_classes) for i in indices] if labels is None else labels
     if sampler.get("cfg_scale", 1.0) > 1 and model.sit.null_class is None:
         raise UserError("--cfg-scale above 1: this model was trained with --cfg-prob 0, it has no null class")

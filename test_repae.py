@@ -565,10 +565,10 @@ def test_state_dicts_are_the_released_ones():
         assert digest(vae.AutoencoderKL("f8d4")) == (248, "50f3b11a29b71571")
         assert digest(vae.AutoencoderKL("f16d32")) == (342, "5be5c896fe9232de")
         assert digest(vae.Discriminator()) == (22, "df0b62c8c55bdab0")
-        b2 = sit.SiT("SiT-B/2", 32, 4, 1000, projectors=[repa.projector(768, 768)])
+        b2 = sit.SiT("SiT-B/2", 32, 4, 1000, projectors=[repa.projector("mlp", 768, 768)])
         assert digest(b2) == (141, "7a480aff60336788")
-        xl2 = sit.SiT("SiT-XL/2", 32, 4, 1000, projectors=[repa.projector(1152, 768)])
-        xl1 = sit.SiT("SiT-XL/1", 16, 32, 1000, projectors=[repa.projector(1152, 768)])
+        xl2 = sit.SiT("SiT-XL/2", 32, 4, 1000, projectors=[repa.projector("mlp", 1152, 768)])
+        xl1 = sit.SiT("SiT-XL/1", 16, 32, 1000, projectors=[repa.projector("mlp", 1152, 768)])
         assert sum(p.numel() for p in xl2.parameters()) == 683_242_512
         assert sum(p.numel() for p in xl1.parameters()) == 683_279_392
         norm = sit.SiT("SiT-B/2", 32, 4, 1000, qk_norm=True).state_dict()
@@ -580,7 +580,7 @@ def test_state_dicts_are_the_released_ones():
 
 
 def test_initialisation():
-    net = sit.SiT("SiT-T/1", 8, 8, 10, encoder_depth=2, projectors=[repa.projector(256, 112, 64)])
+    net = sit.SiT("SiT-T/1", 8, 8, 10, encoder_depth=2, projectors=[repa.projector("mlp", 256, 112, 64)])
     assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0     # zero head
     limit = math.sqrt(6 / (64 + 112))
     assert net.projectors[0][4].weight.abs().max() <= limit and net.projectors[0][4].weight.std() > 0.5 * limit
@@ -817,7 +817,7 @@ def test_released_checkpoints_draw(short_run, tmp_path):
 
 def test_qk_norm_and_sizes_come_from_the_tensors(tmp_path, short_run):
     torch.manual_seed(0)
-    net = sit.SiT("SiT-S/2", 8, 8, 7, qk_norm=True, projectors=[repa.projector(384, 16)])
+    net = sit.SiT("SiT-S/2", 8, 8, 7, qk_norm=True, projectors=[repa.projector("mlp", 384, 16)])
     state = net.state_dict()
     release(short_run, tmp_path / "s2.pt", args=argparse.Namespace(), model=state, ema=state)
     model = sample.load_checkpoint(tmp_path / "s2.pt")

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, alignment_loss, build_encoders, projector, timm_name
 from sample import read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
-from vae import (LPIPS, AttnBlock, AutoencoderKL, Discriminator, Parser, ResnetBlock, UserError, can_compile,
+from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock, UserError, can_compile,
                  hinge_loss, image_grid, is_hub_id, latents_in_colour, list_images, load_into, load_tensors,
                  load_vae, one_line, pick_device, psnr, read_image, run_command, save_png, to_float, to_uint8,
                  write_atomic)
@@ -102,12 +102,18 @@ class Config:
     vae_ckpt: str = opt("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id")
     vae_from_scratch: bool = opt(False, "start the VAE from random weights when there is no --vae-ckpt")
     init_from: str = opt("", "a training checkpoint, ours or the release's, whose SiT and VAE to start from")
-    # the alignment
+    # what reaches the VAE besides its own losses; the alignment
+    vae_grad: str = opt("repa", "the alignment's gradient (REPA-E), none (VAE frozen) or the diffusion loss's "
+                        "(naive end to end)", ["repa", "none", "diffusion"])
+    vae_only: bool = opt(False, "train the VAE by its own losses, without SiT")
+    cache_latents: bool = opt(False, "of a frozen VAE: write the latents once, then never run it")
     enc_type: str = opt(DINOV2_B, f"timm encoders with commas, or {EMBEDDED}")
     enc_ckpt: str = opt("", "the encoder's weights file, in place of the hub")
-    projector_dim: int = opt(2048, "width of the projector's hidden layers")
+    projector: str = opt("mlp", "three layers, or iREPA's 3x3 convolution", ["mlp", "conv"])
+    projector_dim: int = opt(2048, "width of the mlp projector's hidden layers")
+    spatial_norm: float = opt(0.0, "iREPA's normalisation of features over tokens, gamma (0.6); 0: none")
     encoder_depth: int = opt(8, "the block whose output is aligned")
-    proj_coeff: float = opt(0.5, "weight of the alignment loss in SiT's pass")
+    proj_coeff: float = opt(0.5, "weight of the alignment loss in SiT's pass; 0: no alignment at all")
     vae_align_proj_coeff: float = opt(1.5, "weight of the alignment loss in the VAE's pass")
     # the VAE's other losses
     perceptual: str = opt("lpips", "perceptual distance", ["lpips", "encoder"])
@@ -131,6 +137,7 @@ class Config:
     allow_random_weights: bool = opt(False, "frozen encoders without weights: for trying things out")
 
 
+SECOND_STAGE = dict(vae_grad="none", cache_latents=True, max_train_steps=4_000_000)
 PRESETS = {
     "tiny": dict(
         resolution=32, num_classes=10, batch_size=32, max_train_steps=1100, checkpointing_steps=550,
@@ -141,6 +148,9 @@ PRESETS = {
     "sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2"),
     "invae-xl1": dict(vae="f16d32", model="SiT-XL/1"),
     "vavae-xl1": dict(vae="f16d32", model="SiT-XL/1"),         # as IN-VAE, from VA-VAE's weights
+    # the second stage: REPA over the frozen VAE that one of the above has tuned, 800 epochs
+    "e2e-sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2", **SECOND_STAGE),
+    "e2e-vavae-xl1": dict(vae="f16d32", model="SiT-XL/1", **SECOND_STAGE),
 }
 
 
@@ -195,7 +205,18 @@ def parse_config(argv=None):
             raise UserError(f"--{name.replace('_', '-')} {path}: no such file")
     if not cfg.data_dir and preset != "tiny":
         raise UserError(f"--preset {preset} needs --data-dir DIR with images as DIR/CLASS/*.jpg")
-    if not (cfg.vae_ckpt or cfg.init_from or cfg.vae_from_scratch or cfg.resume):
+    trained = cfg.vae_ckpt or cfg.init_from or cfg.resume
+    for wrong, line in (
+            (cfg.vae_only and cfg.vae_grad != "repa", "--vae-only has no SiT to choose --vae-grad for; drop one"),
+            (cfg.vae_grad == "repa" and cfg.proj_coeff == 0 and not cfg.vae_only,
+             "--proj-coeff 0 leaves no alignment for --vae-grad repa; take --vae-grad none or diffusion"),
+            (cfg.vae_grad == "none" and not trained,
+             "--vae-grad none freezes the VAE: give a trained one by --vae-ckpt"),
+            (cfg.cache_latents and (cfg.vae_grad != "none" or cfg.flip),
+             "--cache-latents needs latents that stay: --vae-grad none and no --flip")):
+        if wrong:
+            raise UserError(line)
+    if not (trained or cfg.vae_from_scratch):
         raise UserError("the VAE needs --vae-ckpt FILE, or --vae-from-scratch to start from random weights")
     if cfg.disc_pretrained_ckpt and "disc_start" not in given:
         cfg.disc_start = 0
@@ -206,71 +227,81 @@ def parse_config(argv=None):
 # The step
 # ------------------------------------------------------------------------------------------------------------
 
-def train_step(m, cfg, step, x, y, noise, eps, t, drop):
+def train_step(m, cfg, step, x, y, noise, eps, t, drop, moments=None):
     """One step of REPA-E (paper, algorithm 1). x: images [B, 3, H, W] in [-1, 1]; y: labels [B]; noise, eps:
-    standard normal [B, C, h, w]; t: times [B]; drop: bool [B], labels hidden from SiT. Returns {name: scalar
-    tensor}.
+    standard normal [B, C, h, w]; t: times [B]; drop: bool [B], labels hidden from SiT; moments: of the
+    posterior [B, 2C, h, w], where they are cached. Returns {name: scalar tensor}.
 
     m.vae, m.sit, m.disc are the networks; m.ddp_* the same ones with gradients averaged over processes. The
     batch goes through in parts (one, but for --gradient-accumulation-steps); its latents are normalised as
     a whole."""
-    statistics = [b.clone() for b in m.statistics]
-    parts = list(zip(*(a.chunk(cfg.gradient_accumulation_steps) for a in (x, y, noise, eps, t, drop))))
-    latents, targets, logs = [], [], [{} for _ in parts]
+    statistics, n = [b.clone() for b in m.statistics], cfg.gradient_accumulation_steps
+    parts = list(zip(*(a.chunk(n) for a in (x, y, noise, eps, t, drop, x if moments is None else moments))))
+    latents, targets, norms, logs = [], [], {}, [{} for _ in parts]
 
-    # 0. What is not trained, without graph; the VAE: z ~ q(z|x), x^ = decode(z)
-    for (x, y, noise, eps, t, _), log, last in zip(parts, logs, synchronised_last(m, parts)):
-        with m.autocast():
-            features = [encoder(x) for encoder in m.encoders]          # f: [B, N, C_i]
-            with torch.no_grad():
-                target = m.perceptual.levels(x)
-            posterior, z, x_rec = m.ddp_vae(x, noise)
+    for (x, y, noise, eps, t, _, moments), log, last in zip(parts, logs, synchronised_last(m, parts)):
+        # 0. What is not trained, without graph: features f; where the VAE is frozen, z ~ q(z|x)
+        with torch.no_grad(), m.autocast():
+            features = [encoder(x) for encoder in m.encoders]               # f: [B, N, C_i]
+            targets.append(features)
+            if cfg.vae_grad == "none":
+                posterior = DiagonalGaussian(moments) if cfg.cache_latents else m.vae.encode(x)
+                latents.append(posterior.sample(noise))
+                continue
+            target = m.perceptual.levels(x)
 
         # 1. VAE: L1 + LPIPS + KL + GAN, and the alignment through the frozen SiT into z; the diffusion loss
-        #    never
+        #    only where the naive way is asked for
         with frozen(m.sit_params), frozen(m.disc_params):
             with m.autocast():
-                x_t, _ = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)     # running statistics
-                vae_align = alignment_loss(m.sit.align(x_t, t, y), features)     # blocks 1..depth, no dropout
+                posterior, z, x_rec = m.ddp_vae(x, noise)                   # x^ = decode(z)
                 perceptual = m.perceptual(m.perceptual.levels(x_rec.float()), target)
+                x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)  # running statistics
+                through_sit = 0.0
+                if cfg.vae_grad == "diffusion":                             # v*, too, carries z's gradient
+                    log["vae_denoising_loss"] = (m.sit(x_t, t, y)[0].float() - velocity).square().mean()
+                    through_sit = log["vae_denoising_loss"]
+                elif not cfg.vae_only:                                      # blocks 1..depth, no label dropout
+                    log["vae_align_loss"] = alignment_loss(m.sit.align(x_t, t, y), features)
+                    through_sit = cfg.vae_align_proj_coeff * log["vae_align_loss"]
             l1, kl = (x - x_rec.float()).abs().mean(), posterior.kl().mean()
-            vae_loss = (l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
-                        + cfg.vae_align_proj_coeff * vae_align)
+            vae_loss = l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl + through_sit
             if cfg.disc_weight > 0:
                 gan = -m.disc(x_rec.float()).mean()
                 vae_loss = vae_loss + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
-            vae_norm = backward(vae_loss, m.vae_params, cfg, last)
+            norms["vae_grad_norm"] = backward(vae_loss, m.vae_params, cfg, last)
 
         # 2. Discriminator: hinge on real and reconstructed images, in float32
         if cfg.disc_weight > 0:
             disc_loss = hinge_loss(m.ddp_disc(x), m.ddp_disc(x_rec.detach().float()))
-            disc_norm = backward(disc_loss, m.disc_params, cfg, last)
+            norms["disc_grad_norm"] = backward(disc_loss, m.disc_params, cfg, last)
             log |= dict(gan_loss=gan, disc_loss=disc_loss)
-        latents.append(z.detach()), targets.append(features)
-        log |= dict(vae_loss=vae_loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl,
-                    vae_align_loss=vae_align)
+        latents.append(z.detach())
+        log |= dict(vae_loss=vae_loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl)
 
-    # 3. SiT: diffusion + alignment on sg(z), normalised by batch statistics, which move the running ones
-    normalised = m.sit.bn(torch.cat(latents)).chunk(len(parts))
-    for (_, y, _, eps, t, drop), z, features, log, last in zip(parts, normalised, targets, logs,
-                                                               synchronised_last(m, parts)):
+    # 3. SiT: diffusion + alignment on sg(z), normalised by batch statistics, which move the running ones (of a
+    #    frozen VAE by fixed ones)
+    normalise = m.sit.bn.normalize if cfg.vae_grad == "none" else m.sit.bn
+    latents = normalise(torch.cat(latents)).chunk(len(parts))
+    sit_parts = [] if cfg.vae_only else zip(parts, latents, targets, logs, synchronised_last(m, parts))
+    for (_, y, _, eps, t, drop, _), z, features, log, last in sit_parts:
         with m.autocast():
             x_t, velocity = interpolate(z, t, eps, cfg.path_type)                       # the same t and eps
             y_drop = torch.where(drop, m.sit.null_class, y) if cfg.cfg_prob > 0 else y
             v, projected = m.ddp_sit(x_t, t, y_drop)
-            denoising = (v.float() - velocity).square().mean()
-            align = alignment_loss(projected, features)
-            sit_loss = denoising + cfg.proj_coeff * align
-        sit_norm = backward(sit_loss, m.sit_params, cfg, last)
-        log |= dict(loss=sit_loss, denoising_loss=denoising, proj_loss=align)
+            sit_loss = log["denoising_loss"] = (v.float() - velocity).square().mean()
+            if m.encoders:
+                log["proj_loss"] = alignment_loss(projected, features)
+                sit_loss = sit_loss + cfg.proj_coeff * log["proj_loss"]
+        norms["grad_norm"] = backward(sit_loss, m.sit_params, cfg, last)
+        log["loss"] = sit_loss
 
-    # 4. The three optimizers (no pass above sees another's update), EMA of SiT and of its latent statistics
-    update(m, [vae_norm, sit_norm] + ([disc_norm] if cfg.disc_weight > 0 else []), statistics)
+    # 4. The optimizers (no pass above sees another's update), EMA of SiT and of its latent statistics
+    update(m, list(norms.values()), statistics)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)
 
     metrics = {name: torch.stack([log[name].detach() for log in logs]).mean() for name in logs[0]}
-    metrics |= dict(grad_norm=sit_norm, vae_grad_norm=vae_norm, **m.health)
-    return metrics | (dict(disc_grad_norm=disc_norm) if cfg.disc_weight > 0 else {})
+    return metrics | norms | m.health
 
 
 @contextmanager
@@ -302,7 +333,8 @@ def backward(loss, params, cfg, last=True):
 
 def update(m, norms, statistics):
     """Step all optimizers or, where a gradient is not finite, none, and put the statistics back. Decided on
-    the device, and alike on all processes: averaging brings a bad gradient of one to all."""
+    the device, and alike on all processes: averaging brings a bad gradient of one to all. norms: of the
+    gradients, SiT's (if it is trained) the last."""
     bad = (~torch.stack(norms).isfinite().all()).float()
     for optimizer in (m.opt, m.opt_vae, m.opt_disc):
         optimizer.found_inf = bad                                     # the fused kernels skip by it
@@ -312,7 +344,7 @@ def update(m, norms, statistics):
         buffer.copy_(torch.where(bad > 0, before, buffer))
     m.health["skipped"] = m.health["skipped"] + bad
     m.health["skipped_in_a_row"] = (m.health["skipped_in_a_row"] + bad) * bad
-    m.health["zero_gradients_in_a_row"] = (m.health["zero_gradients_in_a_row"] + 1) * (norms[1] == 0)
+    m.health["zero_gradients_in_a_row"] = (m.health["zero_gradients_in_a_row"] + 1) * (norms[-1] == 0)
 
 
 def draw_noise(cfg, step, latent_shape, rank, world, device):
@@ -477,14 +509,18 @@ def build(cfg, device):
     if cfg.disc_pretrained_ckpt:
         load_into(disc, load_tensors(cfg.disc_pretrained_ckpt), cfg.disc_pretrained_ckpt)
     size, (_, width, _, patch) = cfg.resolution // vae.stride, parse_model(cfg.model)
-    encoders = build_encoders(cfg.enc_type, size // patch, cfg.enc_ckpt or None, cfg.allow_random_weights)
-    projectors = [projector(width, encoder.channels, cfg.projector_dim) for encoder in encoders]
+    load_encoders = partial(build_encoders, cfg.enc_type, size // patch, cfg.enc_ckpt or None,
+                            cfg.allow_random_weights, cfg.spatial_norm)
+    encoders = load_encoders() if cfg.proj_coeff > 0 and not cfg.vae_only else []
+    projectors = [projector(cfg.projector, width, encoder.channels, cfg.projector_dim) for encoder in encoders]
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes, cfg.cfg_prob, cfg.qk_norm,
               cfg.encoder_depth, projectors, cfg.bn_momentum)
-    if cfg.perceptual == "lpips":
+    if cfg.vae_grad == "none":
+        perceptual = torch.nn.Module()                                # the VAE is frozen: nothing to compare
+    elif cfg.perceptual == "lpips":
         perceptual = LPIPS(cfg.lpips_ckpt or None, cfg.vgg_ckpt or None, cfg.allow_random_weights)
     else:
-        perceptual = EncoderDistance(encoders[0])
+        perceptual = EncoderDistance((encoders or load_encoders())[0])
     if stats:
         sit.bn.start(*stats)
     ema = copy.deepcopy(sit).eval().requires_grad_(False)
@@ -537,11 +573,12 @@ def wrap(m, cfg, device, world):
 def measure_latents(m, dataset, device, images=512):
     """Start the running statistics from the VAE's own latents: mean and variance over some of the data."""
     indices = np.random.default_rng(0).permutation(len(dataset))[:images]
-    z = []
+    z, g = [], torch.Generator().manual_seed(0)
     for chunk in np.array_split(indices, -(-len(indices) // 32)):
         x = to_float(torch.stack([dataset[int(i), False][0] for i in chunk]))
         with m.autocast():
-            z.append(m.vae.encode(x.to(device, memory_format=torch.channels_last)).mean)
+            posterior = m.vae.encode(x.to(device, memory_format=torch.channels_last))
+        z.append(posterior.sample(torch.randn(posterior.mean.shape, generator=g).to(device)))
     z = torch.cat(z)
     for bn in (m.sit.bn, m.ema.bn):
         bn.running_mean.copy_(z.mean((0, 2, 3)))
@@ -608,7 +645,7 @@ def newest_complete(folder):
 
 
 FIXED = ("model", "vae", "resolution", "num_classes", "qk_norm", "cfg_prob", "path_type", "enc_type",
-         "projector_dim", "encoder_depth")
+         "projector", "projector_dim", "encoder_depth", "vae_grad", "vae_only")
 
 
 def load_run(m, cfg, path, say):
@@ -645,11 +682,13 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
     returns the mean PSNR in dB of reconstructing `held_out`, uint8 [N, 3, R, R] (from the posterior's
     mean)."""
     ema = SimpleNamespace(sit=m.ema, vae=m.vae, args=dataclasses.asdict(cfg), device=device)
-    columns = min(classes, 10)
+    columns, scale = min(classes, 10), max(1, 64 // cfg.resolution)
     rows = 8 if cfg.resolution <= 64 else 4
-    samples = torch.cat([sample_images(ema, range(i, i + columns), range(columns), num_steps=25,
-                                       cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision)
-                         for i in range(0, columns * rows, columns)])
+    if not cfg.vae_only:
+        samples = torch.cat([sample_images(ema, range(i, i + columns), range(columns), num_steps=25,
+                                           cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision)
+                             for i in range(0, columns * rows, columns)])
+        save_png(image_grid(samples, columns, scale), folder / f"pictures/samples-{step:07d}.png")
     recs, latents = [], []
     for x in to_float(held_out).split(32):
         with m.autocast():
@@ -657,8 +696,6 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
             recs.append(m.vae.decode(z).float().cpu())
             latents.append(z.cpu())
     recs, latents = torch.cat(recs), torch.cat(latents)
-    scale = max(1, 64 // cfg.resolution)
-    save_png(image_grid(samples, columns, scale), folder / f"pictures/samples-{step:07d}.png")
     k = min(24, len(held_out))
     colour = latents_in_colour(latents)[:k].repeat_interleave(cfg.resolution // m.size, 2)
     colour = colour.repeat_interleave(cfg.resolution // m.size, 3)
@@ -691,7 +728,8 @@ def profile(m, cfg, batches, rank, world, device):
 
     for encoder in m.encoders:
         label("encoder features", encoder, "forward")
-    label("perceptual distance", m.perceptual, "levels", "forward")
+    if cfg.vae_grad != "none":
+        label("perceptual distance", m.perceptual, "levels", "forward")
     label("VAE encoder", m.vae, "encode")
     label("VAE decoder", m.vae, "decode")
     label("discriminator", m.disc, "forward")
@@ -707,9 +745,9 @@ def profile(m, cfg, batches, rank, world, device):
         start = time.perf_counter()
         for step in range(step, step + steps):
             before = time.perf_counter()
-            x, y, _ = next(batches)
+            batch = next(batches)
             waiting += time.perf_counter() - before
-            run_step(m, cfg, step, x, y, rank, world, device)
+            run_step(m, cfg, step, batch, rank, world, device)
         sync()
         return (time.perf_counter() - start) / steps
 
@@ -844,11 +882,12 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def run_step(m, cfg, step, x, y, rank, world, device):
-    """train_step on this process's batch as it comes from the loader, uint8 images and labels; the learning
-    rates warm up and decay linearly."""
-    x = to_float(x.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-    y = y.to(device, non_blocking=True)
+def run_step(m, cfg, step, batch, rank, world, device):
+    """train_step on this process's batch as it comes from the loader; the learning rates warm up and decay
+    linearly."""
+    x, y, _, *moments = batch
+    x, y, *moments = (tensor.to(device, non_blocking=True) for tensor in (x, y, *moments))
+    x = to_float(x).contiguous(memory_format=torch.channels_last)
     scale = min(1.0, (step + 1) / max(cfg.lr_warmup_steps, 1),
                 (cfg.max_train_steps - step) / max(cfg.lr_decay_steps, 1))
     for optimizer, rate in ((m.opt, cfg.learning_rate), (m.opt_vae, cfg.vae_learning_rate),
@@ -856,7 +895,7 @@ def run_step(m, cfg, step, x, y, rank, world, device):
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
     latent_shape = m.vae.latent_channels, m.size, m.size
-    return train_step(m, cfg, step, x, y, *draw_noise(cfg, step, latent_shape, rank, world, device))
+    return train_step(m, cfg, step, x, y, *draw_noise(cfg, step, latent_shape, rank, world, device), *moments)
 
 
 def main():
@@ -932,15 +971,15 @@ def main():
     bad_files = set()
     bar = tqdm(total=cfg.max_train_steps, initial=step, unit="step", disable=not main_process, smoothing=0.05)
     since, images_done = time.time(), 0
-    for x, y, bad in loader:
-        for name in set(filter(None, bad)) - bad_files:
+    for batch in loader:
+        for name in set(filter(None, batch[2])) - bad_files:
             tqdm.write(f"skipped an unreadable image: {name}")
             bad_files.add(name)
             if len(bad_files) > 0.01 * len(dataset):
                 raise UserError(f"{len(bad_files)} of {len(dataset)} images are unreadable, more than 1 in "
                                 f"100; the last one: {name}")
         stopping = agree(bool(signals), host)
-        metrics = run_step(m, cfg, step, x, y, rank, world, device)
+        metrics = run_step(m, cfg, step, batch, rank, world, device)
         step += 1
         bar.update()
         images_done += cfg.batch_size
