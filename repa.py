@@ -204,3 +204,24 @@ def alignment_loss(projected, features):
     [-1, 1]. projected, features: lists of [B, N, C_i]."""
     losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
     return sum(losses) / len(losses)
+
+
+def cknna(a, b, k=10):
+    """Centred kernel nearest-neighbour alignment of features [N, D], [N, E] of the same N inputs (arXiv
+    2405.07987; REPA measures alignment by it): CKA with the unbiased HSIC (Song et al. 2012, eq. 5), where a
+    pair of inputs counts only if the second is among the first's k nearest neighbours in both. 1: the same
+    neighbourhoods, 0: none in common."""
+    kernels, near = [], []
+    for f in (a, b):
+        f = F.normalize(f.float(), dim=1)
+        kernel = (f @ f.T).fill_diagonal_(-math.inf)
+        near.append(torch.zeros_like(kernel).scatter_(1, kernel.topk(k).indices, 1))
+        kernels.append(kernel.fill_diagonal_(0))
+
+    def hsic(i, j):
+        mask, n = near[i] * near[j], len(a)
+        x, y = mask * kernels[i], mask * kernels[j]
+        total = (x * y.T).sum() + x.sum() * y.sum() / ((n - 1) * (n - 2)) - 2 * x.sum(0) @ y.sum(1) / (n - 2)
+        return total / (n * (n - 3))
+
+    return (hsic(0, 1) / (hsic(0, 0) * hsic(1, 1)).sqrt()).item()

@@ -8,6 +8,7 @@ Read `train_step` first: it is the method. Everything else in this file exists s
 import argparse
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,13 +40,14 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from repa import DINOV2_B, EMBEDDED, EncoderDistance, alignment_loss, build_encoders, projector, timm_name
-from sample import read_checkpoint, sample_images, start_processes
+from repa import (DINOV2_B, EMBEDDED, Encoder, EncoderDistance, alignment_loss, build_encoders, cknna,
+                  projector, timm_name)
+from sample import load_checkpoint, read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
 from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock, UserError, can_compile,
-                 hinge_loss, image_grid, is_hub_id, latents_in_colour, list_images, load_into, load_tensors,
-                 load_vae, one_line, pick_device, psnr, read_image, run_command, save_png, to_float, to_uint8,
-                 write_atomic)
+                 hinge_loss, image_grid, is_hub_id, latents_in_colour, line_chart, list_images, load_into,
+                 load_tensors, load_vae, one_line, pick_device, psnr, read_image, run_command, save_png, stack,
+                 to_float, to_uint8, write_atomic)
 
 try:
     import fcntl
@@ -74,6 +76,7 @@ class Config:
     keep_every: int = opt(50_000, "besides these: every checkpoint whose step is a multiple")
     sampling_steps: int = opt(10_000, "steps between pictures")
     log_steps: int = opt(100, "steps between lines of metrics.jsonl")
+    evaluate: str = opt("", "a checkpoint: print how well it is aligned and denoises held-out images, and stop")
     profile: int = opt(0, "run that many steps, print where the time goes, and stop")
     resume: bool = opt(False, "go on from the newest checkpoint, or start afresh where there is none")
     overwrite: bool = opt(False, "delete the run of the same name")
@@ -165,6 +168,10 @@ def parse_config(argv=None):
             kind = dict(type=f.type, choices=f.metadata["choices"], help=f"{help} ({f.default})")
         parser.add_argument(name, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
+    if given.get("evaluate"):                                # the checkpoint's settings, but for those given
+        saved = read_checkpoint(given["evaluate"])["args"]
+        known = {f.name for f in dataclasses.fields(Config)} - {"device", "vae_ckpt"}
+        return Config(**{name: value for name, value in saved.items() if name in known} | given)
     preset = given.get("preset", "tiny")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; take one of {', '.join(PRESETS)}")
@@ -383,10 +390,12 @@ def list_classes(folder, index):
 class ImageFolder(Dataset):
     """DIR/class/**/*.jpg, classes sorted by name. Items are asked for as (index, flip) and come as (uint8
     image [3, R, R], label, path of an unreadable file or ''): such a file is replaced by the next readable
-    one. The list is kept in index_folder."""
+    one. The list is kept in index_folder. Once `cached` names the file of `cache_latents`, the moments
+    [2C, h, w] come fourth and, unless `with_images`, the image is empty."""
+    cached, with_images = None, True
 
     def __init__(self, folder, resolution, index_folder):
-        folder = os.path.abspath(folder)
+        folder = self.folder = os.path.abspath(folder)
         classes = list_classes(folder, Path(index_folder) / f".index-{zlib.crc32(folder.encode()):08x}.json")
         self.resolution, self.classes = resolution, list(classes)
         self.files = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
@@ -401,11 +410,22 @@ class ImageFolder(Dataset):
             i = (index + k) % len(self)
             path = os.fsdecode(self.files[i])
             try:
-                image = read_image(path, self.resolution)
-                return image.flip(2) if flip else image, int(self.labels[i]), bad
+                moments = [torch.from_numpy(open_rows(self.cached)[i].copy())] if self.cached else []
+                if self.cached and moments[0].isnan().any():
+                    raise ValueError("unreadable when the latents were cached")
+                image = torch.empty(3, 0, 0, dtype=torch.uint8)
+                if self.with_images:
+                    image = read_image(path, self.resolution)
+                return image.flip(2) if flip else image, int(self.labels[i]), bad, *moments
             except (OSError, ValueError):
                 bad = bad or path
         raise UserError(f"{path}: unreadable, as all {len(self)} images of its data set are")
+
+
+@lru_cache(1)
+def open_rows(path):
+    """The array of an .npy file, memory-mapped; opened once in each loader process."""
+    return np.load(path, mmap_mode="r")
 
 
 class StepSampler(Sampler):
@@ -586,6 +606,59 @@ def measure_latents(m, dataset, device, images=512):
     return len(indices)
 
 
+@torch.no_grad()
+def cache_latents(m, cfg, dataset, device, rank, world, chunk=32):
+    """Write the posterior's moments of the whole data set once, float16 [N, 2C, h, w] (NaN for an unreadable
+    image), memory-mapped; returns the file's path.
+
+    Its folder's name is a hash of the VAE's weights, of the images' names and sizes and of the resolution, so
+    another VAE or other data never meet it. All processes take turns of 32 images; which are done is marked
+    beside it, so that a killed run goes on."""
+    digest = hashlib.sha256(json.dumps([cfg.vae, cfg.resolution]).encode())
+    for tensor in m.vae.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    files = [os.fsdecode(path) for path in dataset.files]
+    root = os.path.commonpath(files)
+    for path in files:
+        digest.update(f"{os.path.relpath(path, root)} {os.path.getsize(path)} ".encode())
+    folder = Path(cfg.output_dir) / f"latents-{digest.hexdigest()[:16]}"
+    file, marks, held = folder / "moments.npy", folder / "done.npy", None
+    turns = [range(i, min(i + chunk, len(files))) for i in range(0, len(files), chunk)]
+    if rank == 0 and not (marks.is_file() and np.load(marks).all()):
+        held = lock(folder)
+        if not marks.is_file():
+            try:
+                shape = len(files), 2 * m.vae.latent_channels, m.size, m.size
+                np.lib.format.open_memmap(file, "w+", np.float16, shape)
+                with open(file, "rb+") as f:           # a full disk shows here, not as a bus error later
+                    os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+            except OSError as e:
+                file.unlink(missing_ok=True)
+                raise UserError(f"cannot write {file}: {e.strerror}") from None
+            write_atomic(marks, lambda tmp: np.lib.format.open_memmap(tmp, "w+", np.uint8, (len(turns),)))
+    if world > 1:
+        dist.barrier()
+    rows, done = (np.lib.format.open_memmap(path, "r+") for path in (file, marks))
+    mine = [k for k in range(rank, len(turns), world) if not done[k]]
+    loader = DataLoader(dataset, batch_sampler=[[(i, False) for i in turns[k]] for k in mine],
+                        num_workers=cfg.num_workers, worker_init_fn=ignore_signals)
+    bar = tqdm(loader, desc="caching latents", unit="batch", disable=rank > 0 or not mine)
+    for k, (x, _, bad) in zip(mine, bar):
+        x = to_float(x.to(device)).contiguous(memory_format=torch.channels_last)
+        posterior = m.vae.encode(x)                                   # once, so in float32
+        moments = torch.cat([posterior.mean, posterior.logvar], 1).half()
+        moments[torch.tensor([name != "" for name in bad])] = math.nan
+        rows[turns[k].start:turns[k].stop] = moments.cpu().numpy()
+        rows.flush()
+        done[k] = 1
+        done.flush()
+    if world > 1:
+        dist.barrier()
+    if held:
+        held.close()
+    return file
+
+
 def init_from(path, sit, ema):
     """SiT and its average from a training checkpoint; a projector that does not fit starts anew."""
     ckpt = read_checkpoint(path)
@@ -697,11 +770,64 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
             latents.append(z.cpu())
     recs, latents = torch.cat(recs), torch.cat(latents)
     k = min(24, len(held_out))
-    colour = latents_in_colour(latents)[:k].repeat_interleave(cfg.resolution // m.size, 2)
-    colour = colour.repeat_interleave(cfg.resolution // m.size, 3)
+    colour = latents_in_colour(latents, m.vae.stride)[:k]
     triples = torch.stack([held_out[:k], to_uint8(recs[:k]), colour], 1).flatten(0, 1)
     save_png(image_grid(triples, 12, scale), folder / f"pictures/reconstructions-{step:07d}.png")
     return psnr(to_float(held_out), recs).mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a checkpoint has learnt
+# ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(cfg, device, most=10_000):
+    """Over held-out images (at most 10,000), with the same noise for every checkpoint: how much each block of
+    the averaged SiT sees as the encoder does (CKNNA of features averaged over tokens, at t = 0.5), and the
+    denoising loss by t. Printed, and written beside the checkpoint's folder as .json and .png."""
+    model = load_checkpoint(cfg.evaluate, device, cfg.vae_ckpt or None)
+    if model.args.get("vae_only"):
+        raise UserError(f"{cfg.evaluate}: trained with --vae-only, it has no SiT to evaluate")
+    sit, resolution, kind = model.sit, model.args["resolution"], model.args.get("path_type", "linear")
+    size = resolution // model.vae.stride
+    encoder = Encoder(cfg.enc_type.split(",")[0], size // sit.patch, cfg.enc_ckpt or None,
+                      cfg.allow_random_weights).to(device)
+    train = ImageFolder(cfg.data_dir, resolution, cfg.output_dir)
+    data = ImageFolder(cfg.val_dir, resolution, cfg.output_dir) if cfg.val_dir else train
+    unknown = set(data.classes) - set(train.classes[:sit.num_classes])
+    if unknown:
+        raise UserError(f"{cfg.val_dir}: class {min(unknown)} is none of those in {cfg.data_dir}")
+    pooled, hidden, targets, losses = [], [], [], {k / 10: 0.0 for k in range(1, 10)}
+    for block in sit.blocks:
+        block.register_forward_hook(lambda block, args, h: pooled.append(h.mean(1)))       # [B, D]
+    chosen = np.random.default_rng(0).permutation(len(data))[:most]
+    for indices in tqdm(np.array_split(chosen, -(-len(chosen) // 32)), desc="evaluating", unit="batch"):
+        x, y, _ = zip(*(data[int(i), False] for i in indices))
+        x = to_float(torch.stack(x)).to(device)
+        y = torch.tensor([train.classes.index(data.classes[label]) for label in y], device=device)
+        noise, eps = torch.from_numpy(np.stack([np.random.default_rng(i).standard_normal(
+            (2, sit.channels, size, size), np.float32) for i in indices])).to(device).unbind(1)
+        z = sit.bn.normalize(model.vae.encode(x).sample(noise))
+        for t in losses:
+            pooled.clear()
+            times = torch.full((len(x),), t, device=device)
+            x_t, velocity = interpolate(z, times, eps, kind)
+            losses[t] += (sit(x_t, times, y)[0] - velocity).square().mean((1, 2, 3)).sum().item() / len(chosen)
+            if t == 0.5:
+                hidden.append(torch.stack(pooled))                                         # [blocks, B, D]
+        targets.append(encoder(x).mean(1))
+    alignment = [cknna(h, torch.cat(targets)) for h in torch.cat(hidden, 1)]
+    ckpt = Path(cfg.evaluate)
+    out = ckpt.parent.parent / f"evaluation-{ckpt.stem}"
+    record = dict(images=len(chosen), encoder=cfg.enc_type, cknna=alignment, denoising_loss=losses)
+    write_atomic(out.with_suffix(".json"), lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
+    blocks = range(1, len(alignment) + 1)
+    save_png(stack([line_chart({"": (blocks, alignment)}, "CKNNA (k = 10, t = 0.5) by block"),
+                    line_chart({"": (list(losses), list(losses.values()))}, "denoising loss by t")]),
+             out.with_suffix(".png"))
+    print(f"{ckpt}: {len(chosen)} images of {data.folder}, {cfg.enc_type} -> {out}.json, .png")
+    print("  CKNNA by block       " + "  ".join(f"{k}: {value:.3f}" for k, value in zip(blocks, alignment)))
+    print("  denoising loss by t  " + "  ".join(f"{t}: {value:.3f}" for t, value in losses.items()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -901,6 +1027,8 @@ def run_step(m, cfg, step, batch, rank, world, device):
 def main():
     cfg = parse_config()
     device = pick_device(cfg.device)
+    if cfg.evaluate:
+        return evaluate(cfg, device)
     folder = prepare_folder(cfg)
     rank, world = start_processes(device)
     main_process = rank == 0
@@ -953,6 +1081,10 @@ def main():
         say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} "
             f"{millions[0]:.1f} M, VAE {cfg.vae} {millions[1]:.1f} M, {world} x {device.type}, step {step}")
 
+    if cfg.cache_latents:
+        cached = cache_latents(m, cfg, dataset, device, rank, world)
+        say(f"latents: read from {cached}")
+        dataset.cached, dataset.with_images = cached, bool(m.encoders)
     loader = DataLoader(dataset, batch_sampler=StepSampler(len(dataset), cfg, step, rank, world),
                         num_workers=cfg.num_workers, pin_memory=device.type == "cuda",
                         persistent_workers=cfg.num_workers > 0, worker_init_fn=ignore_signals)

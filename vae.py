@@ -2,6 +2,7 @@
 
     python vae.py export CKPT DIR              the VAE of a training checkpoint as a diffusers AutoencoderKL
     python vae.py reconstruct VAE IMAGES       what a VAE makes of images: pictures, PSNR, SSIM, LPIPS
+    python vae.py latents IMAGES VAE VAE ...   their latents in colour side by side, and their spectra
 
 The floor of the house (it imports nothing of ours). From top to bottom: the one-line error that every command
 ends in, reading and writing files, pictures, then the autoencoder: AutoencoderKL with the released
@@ -28,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -236,18 +237,81 @@ def save_png(image, path):
     write_atomic(path, lambda tmp: image.save(tmp, format="PNG", optimize=True))
 
 
-def latents_in_colour(z):
-    """The first three principal components of latents [B, C, h, w] as uint8 RGB [B, 3, h, w].
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 
-    Signs are fixed (largest loading positive) so that pictures of one run can be compared."""
+
+def line_chart(series, title, log=False, size=(560, 320)):
+    """{name: (xs [n], ys [n] or [runs, n])} as a PIL image: a line through the mean, a bar from the least to
+    the greatest of several runs, a legend. log: of base 10, for the ys."""
+    series = {name: (np.asarray(xs, float), np.atleast_2d(np.asarray(ys, float))) for name, (xs, ys) in
+              series.items()}
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
+    draw, (left, top, right, bottom) = ImageDraw.Draw(image), (64, 34, size[0] - 16, size[1] - 28)
+
+    def axis(values, first, last, log):
+        """(value -> pixel, the values to mark): marks 1, 2 or 5 times a power of ten apart."""
+        low, high = float(values.min()), float(values.max())
+        if log:
+            low, high = np.floor(np.log10(low)), np.ceil(np.log10(high))
+        high += 1e-9 + (high == low)
+        step = 10 ** np.floor(np.log10((high - low) / 4))
+        step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 6)
+        if log:
+            step = max(1, round(step))
+        marks = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
+        pixel = lambda v: first + ((np.log10(v) if log else v) - low) / (high - low) * (last - first)
+        return pixel, 10.0 ** marks if log else marks
+
+    to_x, x_marks = axis(np.concatenate([xs for xs, _ in series.values()]), left + 6, right - 6, False)
+    to_y, y_marks = axis(np.concatenate([ys.ravel() for _, ys in series.values()]), bottom - 6, top + 6, log)
+    draw.text((left, 8), title, "black", font)
+    for y in y_marks:
+        draw.line((left, to_y(y), right, to_y(y)), "#dddddd")
+        draw.text((left - 6, to_y(y)), f"{y:.4g}", "black", font, anchor="rm")
+    for x in x_marks:
+        draw.line((to_x(x), bottom, to_x(x), bottom + 4), "black")
+        draw.text((to_x(x), bottom + 6), f"{x:.6g}", "black", font, anchor="mt")
+    draw.rectangle((left, top, right, bottom), outline="black")
+    for k, (name, (xs, ys)) in enumerate(series.items()):
+        colour = COLOURS[k % len(COLOURS)]
+        points = [(to_x(x), to_y(y)) for x, y in zip(xs, ys.mean(0))]
+        draw.line(points, colour, 2)
+        for (x, y), column in zip(points, ys.T):
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+            draw.line((x, to_y(column.min()), x, to_y(column.max())), colour)
+        draw.text((right - 8, top + 6 + 16 * k), name, colour, font, anchor="ra")
+    return image
+
+
+def stack(images):
+    """PIL images above one another."""
+    canvas = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height
+    return canvas
+
+
+def principal_components(z):
+    """Of latents [B, C, h, w]: their values [B*h*w, C] less the mean, the variances of their principal
+    components, largest first, [C], and these components, [C, C], a column each, the largest loading
+    positive."""
     x = z.float().permute(0, 2, 3, 1).flatten(0, 2)                            # [B*h*w, C]
     x = x - x.mean(0)
-    _, vectors = torch.linalg.eigh(x.T @ x)                                    # ascending eigenvalues
-    axes = vectors[:, -3:].flip(1)                                             # [C, 3]
+    variances, axes = torch.linalg.eigh(x.T @ x / len(x))                      # ascending
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    x = x @ axes
+    return x, variances.flip(0).clamp_min(0), axes.flip(1)
+
+
+def latents_in_colour(z, stride=1):
+    """The first three principal components of latents [B, C, h, w] as uint8 RGB [B, 3, h * stride, w *
+    stride]."""
+    x, _, axes = principal_components(z)
+    x = x @ axes[:, :3]
     x = x / (2.5 * x.std(0, correction=0) + 1e-6)                              # +-2.5 sigma fills the range
-    return to_uint8(x.unflatten(0, (z.shape[0], *z.shape[2:])).permute(0, 3, 1, 2))
+    colour = to_uint8(x.unflatten(0, (z.shape[0], *z.shape[2:])).permute(0, 3, 1, 2))
+    return colour.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -741,9 +805,49 @@ def reconstruct_command(args):
     print(f"{len(files)} images; originals beside reconstructions in {args.out}")
 
 
+@torch.no_grad()
+def latents_command(args):
+    """A row of images, and for each VAE a row of their latents in colour; below, the variance of each
+    principal component of the latents, as shares of the whole (over at most 256 images)."""
+    files, device = list_images(args.images), pick_device(args.device)
+    files = [files[i * len(files) // min(len(files), 256)] for i in range(min(len(files), 256))]
+    try:
+        images = torch.stack([read_image(file, args.resolution) for file in files])
+    except (OSError, ValueError) as e:
+        raise UserError(f"{args.images}: an image cannot be read ({one_line(e)})") from None
+    shown = list(range(0, len(files), -(-len(files) // 12)))
+    rows, spectra, names = [images[shown]], {}, ["images"]
+    for path in args.vaes:
+        vae, _ = load_vae(path)
+        if args.resolution % vae.stride:
+            raise UserError(f"--resolution {args.resolution}: not divisible by {path}'s stride {vae.stride}")
+        vae.to(device, memory_format=torch.channels_last).eval()
+        batches = tqdm(to_float(images).split(16), desc=path)
+        z = torch.cat([vae.encode(x.to(device)).mode().cpu() for x in batches])
+        _, variances, _ = principal_components(z)
+        ckpt = Path(path)
+        name = f"{ckpt.parent.parent.name} {ckpt.stem}" if ckpt.parent.name == "checkpoints" else ckpt.stem
+        rows.append(latents_in_colour(z, vae.stride)[shown])
+        names.append(name)
+        spectra[name] = range(1, len(variances) + 1), variances / variances.sum()
+        dimensions = variances.sum() ** 2 / variances.square().sum()           # 1 to C
+        print(f"{path}: variance {variances.mean():.4g}, {dimensions:.2f} effective of {len(variances)} channels")
+    scale = max(1, 64 // args.resolution)
+    grid = image_grid(torch.cat(rows), len(shown), scale)
+    picture, font = Image.new("RGB", (grid.width + 140, grid.height), "white"), ImageFont.load_default(13)
+    picture.paste(grid, (140, 0))
+    for k, name in enumerate(names):
+        middle = (k + 0.5) * grid.height / len(names)
+        ImageDraw.Draw(picture).text((132, middle), name, "black", font, anchor="rm")
+    chart = line_chart(spectra, "share of the latents' variance by principal component", log=True,
+                       size=(picture.width, 320))
+    save_png(stack([picture, chart]), args.out)
+    print(f"{len(files)} images -> {args.out}")
+
+
 def main():
     parser = Parser(description="Export a VAE, or look at what it makes of images.")
-    commands = parser.add_subparsers(required=True, metavar="export|reconstruct", parser_class=Parser)
+    commands = parser.add_subparsers(required=True, metavar="export|reconstruct|latents", parser_class=Parser)
     export = commands.add_parser("export", help="write a diffusers AutoencoderKL directory")
     export.add_argument("vae", metavar="CKPT", help="a training checkpoint, ours or the release's")
     export.add_argument("out", metavar="DIR", help="a new folder")
@@ -752,12 +856,18 @@ def main():
     reconstruct.add_argument("vae", metavar="VAE", help="checkpoint, weights, diffusers folder or hub id")
     reconstruct.add_argument("images", metavar="IMAGES", help="a folder of images, or one")
     reconstruct.add_argument("--out", default="reconstructions.png")
-    reconstruct.add_argument("--device", default="auto")
     reconstruct.add_argument("--lpips-ckpt", help="LPIPS' linear heads, in place of the lpips package's")
     reconstruct.add_argument("--vgg-ckpt", help="torchvision's VGG16 weights, in place of the hub's")
     reconstruct.set_defaults(run=reconstruct_command)
-    for command in (export, reconstruct):
+    latents = commands.add_parser("latents", help="latents in colour side by side, and their spectra")
+    latents.add_argument("images", metavar="IMAGES", help="a folder of images")
+    latents.add_argument("vaes", metavar="VAE", nargs="+", help="checkpoints, weights, diffusers folders")
+    latents.add_argument("--out", default="latents.png")
+    latents.set_defaults(run=latents_command)
+    for command in (export, reconstruct, latents):
         command.add_argument("--resolution", type=int, default=256, help="pixels (256)")
+        if command is not export:
+            command.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.resolution < 1:
         raise UserError(f"--resolution {args.resolution}: must be above 0")
