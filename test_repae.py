@@ -322,6 +322,267 @@ def test_zero_gradients_are_counted(tiny):
         assert m.health["zero_gradients_in_a_row"] == run_length
 
 
+# --- the regimes: what reaches the VAE ---------------------------------------------------------------------------
+
+FROZEN = ["--vae-grad", "none", "--vae-ckpt", str(ROOT)]             # of the path only that it is there is checked
+
+
+@pytest.fixture
+def regime(tiny, monkeypatch):
+    """tiny() whose --vae-ckpt, where there is one, stands for some random VAE with known statistics."""
+    torch.manual_seed(3)
+    monkeypatch.setattr(train, "load_vae", lambda path, name: (vae.AutoencoderKL(name), statistics(8)))
+    return tiny
+
+
+def test_a_frozen_vae_stays_and_its_statistics_with_it(regime, monkeypatch):
+    m, cfg, (x, *rest) = regime(*FROZEN)
+    grads, = step_gradients(monkeypatch, m, cfg, (x, *rest))           # one backward pass, SiT's
+    assert set(grads) == names_of(m.sit, "sit")
+    before = everything(m)
+    metrics = train.train_step(m, cfg, 0, x, *rest)
+    changed = {name for name, t in everything(m).items() if not torch.equal(t, before[name])}
+    assert changed and all(name.startswith(("sit.", "ema.")) and ".bn." not in name for name in changed)
+    mean, std = statistics(8)
+    z = m.vae.encode(x).sample(rest[1])
+    x_t, v = sit.interpolate((z - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1), rest[3], rest[2], "linear")
+    m, cfg, _ = regime(*FROZEN)
+    drop_nothing = torch.zeros_like(rest[4])
+    loss = (m.sit(x_t, rest[3], rest[0])[0] - v).square().mean()
+    got = train.train_step(m, cfg, 0, x, rest[0], *rest[1:4], drop_nothing)["denoising_loss"]
+    assert "vae_loss" not in metrics and got == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_without_alignment_there_is_no_encoder_and_no_projector(regime):
+    m, cfg, args = regime(*FROZEN, "--proj-coeff", "0")
+    metrics = train.train_step(m, cfg, 0, *args)
+    assert not m.encoders and not len(m.sit.projectors) and metrics["loss"] == metrics["denoising_loss"]
+    m, cfg, args = regime("--vae-grad", "diffusion", "--proj-coeff", "0")    # its perceptual distance has its own
+    assert not m.encoders and {"loss", "vae_denoising_loss"} <= set(train.train_step(m, cfg, 0, *args))
+
+
+def test_naive_sends_the_diffusion_loss_through_both_input_and_target(tiny, monkeypatch):
+    """Where SiT's head is zero it predicts v = 0, so its loss is mean (eps - z~)^2 with z~ the normalised latents:
+    the gradient on them is 2 (z~ - eps) / n, all of it through the target. With the head open there is more."""
+    def encoder_gradient(closed, *flags):
+        m, cfg, args = tiny("--disc-weight", "0", *flags)
+        m.sit.bn.start(*statistics(8))
+        if closed:
+            nn.init.zeros_(m.sit.final_layer.linear.weight), nn.init.zeros_(m.sit.final_layer.linear.bias)
+        grads = step_gradients(monkeypatch, m, cfg, args)[0]
+        assert set(grads) == names_of(m.vae, "vae")                    # SiT is frozen in this pass
+        return grads["vae.quant_conv.bias"][:8], m, args
+
+    own, m, (x, y, noise, eps, t, _) = encoder_gradient(True, "--vae-only")
+    through_target = encoder_gradient(True, "--vae-grad", "diffusion")[0] - own
+    mean, std = (a.view(1, -1, 1, 1) for a in statistics(8))
+    z = (m.vae.encode(x).sample(noise) - mean) / std
+    expected = (2 * (z - eps) / z.numel() / std).sum((0, 2, 3))
+    assert torch.allclose(through_target, expected, rtol=1e-3, atol=1e-6)
+    through_both = encoder_gradient(False, "--vae-grad", "diffusion")[0] - encoder_gradient(False, "--vae-only")[0]
+    assert (through_both - expected).norm() > 0.05 * expected.norm()
+
+
+def test_vae_only_trains_the_vae_and_follows_its_statistics(tiny):
+    m, cfg, args = tiny("--vae-only", "--disc-start", "0")
+    before = everything(m)
+    assert set(train.train_step(m, cfg, 0, *args)) >= {"vae_loss", "disc_loss"} and not m.encoders
+    now = everything(m)
+    changed = {name for name in now if not torch.equal(now[name], before[name])}
+    assert {"sit.bn.running_mean", "vae.encoder.conv_in.weight", "disc.main.0.weight"} <= changed
+    assert not any(name.startswith("sit.") and ".bn." not in name for name in changed)
+
+
+def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["--data-dir", str(pictures), "--disc-weight", "0", *SHORT, "--max-train-steps", "2"]
+    run(sys.executable, ROOT / "train.py", "--exp-name", "v", "--vae-only", *common, cwd=tmp_path)
+    ckpt = tmp_path / "exps/v/checkpoints/0000002.pt"
+    assert not list((tmp_path / "exps/v/pictures").glob("samples*"))
+    one_line(run(sys.executable, ROOT / "sample.py", "--ckpt", ckpt, cwd=tmp_path, code=2), "no SiT to draw with")
+    one_line(run(sys.executable, ROOT / "train.py", "--evaluate", ckpt, cwd=tmp_path, code=2), "no SiT to evaluate")
+    frozen = ["--vae-grad", "none", "--vae-ckpt", str(ckpt), *common]
+    run(sys.executable, ROOT / "train.py", "--exp-name", "plain", *frozen, cwd=tmp_path)
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
+    run(*two, ROOT / "train.py", "--exp-name", "cached", "--cache-latents", *frozen, cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1"})
+    plain, cached = losses(tmp_path / "exps/plain"), losses(tmp_path / "exps/cached")
+    for a, b in zip(plain, cached):                                    # float16 moments, two processes
+        assert "vae_loss" not in a and all(b[k] == pytest.approx(v, rel=5e-3, abs=1e-3) for k, v in a.items())
+    first = vae.load_tensors(ckpt)
+    last = vae.load_tensors(tmp_path / "exps/cached/checkpoints/0000002.pt")
+    assert all(torch.equal(t, last["vae"][name]) for name, t in first["vae"].items())
+    for name in ("bn.running_mean", "bn.running_var"):                 # fixed at what the first run had
+        assert torch.allclose(last["ema"][name], first["ema"][name], rtol=1e-5, atol=1e-6)
+    out = run(sys.executable, ROOT / "train.py", "--exp-name", "plain", "--resume", *common, "--max-train-steps", "3",
+              "--vae-ckpt", ckpt, cwd=tmp_path, code=2)
+    one_line(out, "was trained with --vae-grad none")
+
+
+def test_cached_latents(pictures, tmp_path, regime):
+    folder = tmp_path / "data"
+    shutil.copytree(pictures, folder)
+    (folder / "one/0.png").write_bytes(b"not a picture")
+    m, cfg, _ = regime(*FROZEN, "--cache-latents", "--data-dir", str(folder), "--num-workers", "0", "--output-dir",
+                       str(tmp_path))
+    data = train.ImageFolder(folder, 32, tmp_path)
+    file = train.cache_latents(m, cfg, data, torch.device("cpu"), 0, 1, chunk=10)
+    rows = torch.from_numpy(np.load(file))
+    assert rows.dtype == torch.float16 and rows[0].isnan().all() and rows[1:].isfinite().all()
+    for i in (1, 23):
+        posterior = m.vae.encode(vae.to_float(data[i, False][0][None]))
+        assert torch.allclose(rows[i, :8].float(), posterior.mean[0], rtol=1e-3, atol=1e-3)
+        assert torch.allclose(rows[i, 8:].float(), posterior.logvar[0], rtol=1e-3, atol=1e-2)
+
+    done = np.lib.format.open_memmap(file.with_name("done.npy"), "r+")  # killed before the second turn was written
+    assert done.tolist() == [1, 1, 1]
+    done[1] = 0
+    broken = np.lib.format.open_memmap(file, "r+")
+    broken[:20] = 7
+    assert train.cache_latents(m, cfg, data, torch.device("cpu"), 0, 1, chunk=10) == file
+    again = torch.from_numpy(np.load(file))
+    assert (again[:10] == 7).all() and torch.equal(again[10:], rows[10:]) and done.tolist() == [1, 1, 1]
+    broken[:10] = rows[:10].numpy()
+
+    data.cached, data.with_images = file, False
+    train.open_rows.cache_clear()
+    image, label, bad, moments = data[0, False]                         # the next readable one, as without cache
+    assert image.numel() == 0 and bad.endswith("0.png") and torch.equal(moments, rows[1])
+    data.with_images = True
+    assert torch.equal(data[5, False][0], train.ImageFolder(folder, 32, tmp_path)[5, False][0])
+
+    m.vae.quant_conv.bias.data += 1                                     # another VAE, other data: other files
+    data = train.ImageFolder(folder, 32, tmp_path)
+    other = train.cache_latents(m, cfg, data, torch.device("cpu"), 0, 1)
+    (folder / "one/0.png").write_bytes(b"another picture")
+    assert len({file, other, train.cache_latents(m, cfg, data, torch.device("cpu"), 0, 1)}) == 3
+
+
+def test_irepa():
+    rng = np.random.default_rng(0)
+    f = rng.normal(2, 3, (2, 9, 5))
+    expected = (f - 0.6 * f.mean(1, keepdims=True)) / (f.std(1, ddof=1, keepdims=True) + 1e-6)
+    assert np.allclose(repa.spatial_norm(torch.tensor(f), 0.6), expected)
+    encoder = repa.Encoder(repa.EMBEDDED, 2, gamma=0.6)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    plain = repa.Encoder(repa.EMBEDDED, 2)(x)
+    assert torch.allclose(encoder(x), repa.spatial_norm(plain, 0.6), atol=1e-5)
+
+    project = repa.projector("conv", 4, 6)
+    h = torch.randn(1, 9, 4)
+    padded = np.pad(h.numpy().reshape(3, 3, 4), ((1, 1), (1, 1), (0, 0)))
+    weight, bias = project.weight.detach().numpy(), project.bias.detach().numpy()
+    for row, column in itertools.product(range(3), repeat=2):           # token (row, column) sees its neighbours
+        expected = bias + np.einsum("hwd,cdhw->c", padded[row:row + 3, column:column + 3], weight)
+        assert np.allclose(project(h)[0, 3 * row + column].detach(), expected, atol=1e-5)
+
+
+def test_irepa_trains(tiny):
+    m, cfg, args = tiny("--projector", "conv", "--spatial-norm", "0.6", "--proj-coeff", "1")
+    first = [train.train_step(m, cfg, step, *args)["proj_loss"].item() for step in range(6)]
+    assert first[-1] < first[0] - 0.01 and set(m.sit.projectors[0].state_dict()) == {"weight", "bias"}
+
+
+def test_cknna_by_counting():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(40, 6)), rng.normal(size=(40, 9))
+    b[:, :6] += a
+    n, k = len(a), 5
+
+    def kernel(f):
+        f = f / np.linalg.norm(f, axis=1, keepdims=True)
+        return f @ f.T
+
+    def neighbours(f):
+        return [set(sorted((j for j in range(n) if j != i), key=lambda j: -f[i, j])[:k]) for i in range(n)]
+
+    def hsic(x, y, nx, ny):                                  # Song et al. 2012, eq. 5, its sums written out
+        x, y = ([[f[i, j] if j != i and j in nx[i] and j in ny[i] else 0.0 for j in range(n)] for i in range(n)]
+                for f in (x, y))
+        diagonal = sum(x[i][j] * y[j][i] for i in range(n) for j in range(n))
+        product = sum(x[i][j] * y[j][l] for i in range(n) for j in range(n) for l in range(n))
+        total = sum(map(sum, x)) * sum(map(sum, y))
+        return (diagonal + total / ((n - 1) * (n - 2)) - 2 * product / (n - 2)) / (n * (n - 3))
+
+    x, y = kernel(a), kernel(b)
+    nx, ny = neighbours(x), neighbours(y)
+    expected = hsic(x, y, nx, ny) / math.sqrt(hsic(x, x, nx, nx) * hsic(y, y, ny, ny))
+    a, b = torch.tensor(a), torch.tensor(b)
+    assert repa.cknna(a, b, k) == pytest.approx(expected, rel=1e-4)
+    assert repa.cknna(a, a, k) == pytest.approx(1, rel=1e-5)
+    turned = a @ torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0] * 3
+    assert repa.cknna(turned, b, k) == pytest.approx(expected, rel=1e-4)
+    assert repa.cknna(a, torch.randn(40, 9), k) < 0.6 * expected
+
+
+def test_evaluation_of_a_checkpoint(short_run, pictures, tmp_path):
+    """Whatever SiT of four steps predicts, without its head it predicts 0: the loss is then E v^2, alike at each t."""
+    ckpt = vae.load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
+    for name in ("weight", "bias"):
+        ckpt["ema"][f"final_layer.linear.{name}"].zero_()
+    file = tmp_path / "exps/zero/checkpoints/0000004.pt"
+    file.parent.mkdir(parents=True)
+    torch.save(ckpt, file)
+    out = run(sys.executable, ROOT / "train.py", "--evaluate", file, cwd=tmp_path)
+    first = (tmp_path / "exps/zero/evaluation-0000004.json").read_text()
+    record = json.loads(first)
+    assert "24 images" in out and record["images"] == 24 and len(record["cknna"]) == 6
+    losses = list(record["denoising_loss"].values())
+    assert len(losses) == 9 and losses == pytest.approx([losses[0]] * 9, rel=1e-5) and 1 < losses[0] < 4
+    assert all(-1 <= value <= 1.01 for value in record["cknna"])
+    run(sys.executable, ROOT / "train.py", "--evaluate", file, cwd=tmp_path)
+    assert (tmp_path / "exps/zero/evaluation-0000004.json").read_text() == first            # the noise is fixed
+    assert Image.open(tmp_path / "exps/zero/evaluation-0000004.png").size == (560, 640)
+    shutil.copytree(pictures / "one", tmp_path / "val/three")
+    out = run(sys.executable, ROOT / "train.py", "--evaluate", file, "--val-dir", "val", cwd=tmp_path, code=2)
+    one_line(out, "class three is none of those")
+
+
+def test_principal_components_and_their_pictures(short_run, pictures, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    z = torch.tensor(rng.normal(size=(3, 5, 4, 4)) * np.array([1, 2, 3, 4, 5]).reshape(1, 5, 1, 1))
+    x, variances, axes = vae.principal_components(z)
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
+    expected = np.linalg.eigvalsh(np.cov(flat.T, bias=True))[::-1]
+    assert np.allclose(variances, expected, rtol=1e-4) and np.allclose((x @ axes).numpy().var(0), expected, rtol=1e-4)
+    colour = vae.latents_in_colour(z, 2)
+    assert colour.shape == (3, 3, 8, 8) and torch.equal(colour[:, :, ::2, ::2], colour[:, :, 1::2, 1::2])
+
+    monkeypatch.chdir(tmp_path)
+    ckpts = [short_run / f"exps/a/checkpoints/000000{step}.pt" for step in (2, 4)]
+    out = run(sys.executable, ROOT / "vae.py", "latents", pictures, *ckpts, "--resolution", "32", cwd=tmp_path)
+    assert out.count("effective dimensions of 8") == 2
+    picture = np.asarray(Image.open(tmp_path / "latents.png")).astype(int)
+    # three rows of 12 enlarged images beside their names, 64 pixels each, above the chart
+    assert picture.shape[0] > 3 * 64 + 320 and picture[:, 140:].std() > 20
+    saturation = (picture.max(2) - picture.min(2))[:, 140:]
+    assert all(saturation[68 * k:68 * k + 60].mean() > 20 for k in (1, 2))
+
+
+@pytest.mark.parametrize("series, log", [
+    ({"a": ([1, 2, 3], [[1.0, 2.0, 4.0], [2.0, 2.0, 6.0]]), "b": ([1, 3], [0.5, 9.0])}, False),
+    ({"a": ([1, 2, 3], [1e-5, 1e-2, 10.0])}, True), ({"a": ([1, 2], [3.0, 3.0])}, False), ({"a": ([0], [0.0])}, False)])
+def test_line_chart_puts_points_in_their_places(series, log):
+    """Higher values are higher up, later ones further right, all of them inside the frame."""
+    picture = np.asarray(vae.line_chart(series, "title", log))
+    for colour, (xs, ys) in zip(((31, 119, 180), (214, 39, 40)), series.values()):
+        rows, columns = np.nonzero((picture[60:] == colour).all(2))         # below the legend
+        if len(rows) == 0:
+            rows, columns = np.nonzero((picture == colour).all(2))
+        assert rows.size and 60 <= columns.min() and columns.max() <= 545 and rows.max() + 60 < 292 + 60
+        mean = np.atleast_2d(ys).mean(0)
+        if len(mean) > 1 and mean[-1] > mean[0]:
+            left, right = columns.min(), columns.max()
+            assert rows[columns == left].mean() > rows[columns == right].mean()
+
+
+def test_second_stage_presets_freeze_and_cache(tmp_path):
+    (tmp_path / "a").mkdir()
+    for preset, model in (("e2e-sdvae-xl2", "SiT-XL/2"), ("e2e-vavae-xl1", "SiT-XL/1")):
+        cfg = train.parse_config(["--preset", preset, "--data-dir", str(tmp_path), "--vae-ckpt", str(ROOT)])
+        assert (cfg.vae_grad, cfg.cache_latents, cfg.max_train_steps, cfg.model) == ("none", True, 4_000_000, model)
+
+
 # --- losses and parts against formulas written out --------------------------------------------------------------
 
 def test_losses_in_float64():
@@ -1242,6 +1503,15 @@ BAD_COMMANDS = [
     ("train", "--mixed-precision fp16", "invalid choice"),
     ("train", "--no-such-flag", "unrecognized"),
     ("train", "--resume --overwrite", "exclude each other"),
+    ("train", "--vae-grad none", "give a trained one by --vae-ckpt"),
+    ("train", "--vae-grad none --vae-ckpt other.pt --data-dir few", "encoder.conv_in"),
+    ("train", "--proj-coeff 0", "no alignment for --vae-grad repa"),
+    ("train", "--vae-only --vae-grad diffusion", "drop it or --vae-grad"),
+    ("train", "--cache-latents", "latents that stay"),
+    ("train", "--cache-latents --flip --vae-grad none --vae-ckpt good.pt", "no --flip"),
+    ("train", "--spatial-norm -1", "must not be negative"),
+    ("train", "--evaluate nowhere.pt", "no such file"),
+    ("train", "--evaluate other.pt", "not a training checkpoint"),
     ("train", "--device abacus", "no such device"),
     ("sample", "", "no checkpoint under exps"),
     ("sample", "--ckpt nowhere.pt", "no such file"),
@@ -1267,6 +1537,9 @@ BAD_COMMANDS = [
     ("vae", "reconstruct other.pt few", "fit none of the VAEs"),
     ("vae", "reconstruct good.pt nowhere", "no such folder"),
     ("vae", "reconstruct good.pt few --resolution 33", "not divisible"),
+    ("vae", "latents few other.pt", "fit none of the VAEs"),
+    ("vae", "latents empty good.pt", "no images in it"),
+    ("vae", "latents few good.pt --resolution 30", "not divisible"),
     ("vae", "polish good.pt", "invalid choice"),
 ]
 

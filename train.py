@@ -44,10 +44,10 @@ from repa import (DINOV2_B, EMBEDDED, Encoder, EncoderDistance, alignment_loss, 
                   projector, timm_name)
 from sample import load_checkpoint, read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
-from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock, UserError, can_compile,
-                 hinge_loss, image_grid, is_hub_id, latents_in_colour, line_chart, list_images, load_into,
-                 load_tensors, load_vae, one_line, pick_device, psnr, read_image, run_command, save_png, stack,
-                 to_float, to_uint8, write_atomic)
+from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock,
+                 UserError, can_compile, hinge_loss, image_grid, is_hub_id, latents_in_colour, line_chart,
+                 list_images, load_into, load_tensors, load_vae, one_line, pick_device, psnr, read_image,
+                 run_command, save_png, stack, to_float, to_uint8, write_atomic)
 
 try:
     import fcntl
@@ -76,7 +76,7 @@ class Config:
     keep_every: int = opt(50_000, "besides these: every checkpoint whose step is a multiple")
     sampling_steps: int = opt(10_000, "steps between pictures")
     log_steps: int = opt(100, "steps between lines of metrics.jsonl")
-    evaluate: str = opt("", "a checkpoint: print how well it is aligned and denoises held-out images, and stop")
+    evaluate: str = opt("", "measure this checkpoint's alignment and denoising on held-out images, and stop")
     profile: int = opt(0, "run that many steps, print where the time goes, and stop")
     resume: bool = opt(False, "go on from the newest checkpoint, or start afresh where there is none")
     overwrite: bool = opt(False, "delete the run of the same name")
@@ -106,8 +106,8 @@ class Config:
     vae_from_scratch: bool = opt(False, "start the VAE from random weights when there is no --vae-ckpt")
     init_from: str = opt("", "a training checkpoint, ours or the release's, whose SiT and VAE to start from")
     # what reaches the VAE besides its own losses; the alignment
-    vae_grad: str = opt("repa", "the alignment's gradient (REPA-E), none (VAE frozen) or the diffusion loss's "
-                        "(naive end to end)", ["repa", "none", "diffusion"])
+    vae_grad: str = opt("repa", "the alignment's gradient (REPA-E), none (the VAE is frozen), or the "
+                        "diffusion loss's (naive end to end)", ["repa", "none", "diffusion"])
     vae_only: bool = opt(False, "train the VAE by its own losses, without SiT")
     cache_latents: bool = opt(False, "of a frozen VAE: write the latents once, then never run it")
     enc_type: str = opt(DINOV2_B, f"timm encoders with commas, or {EMBEDDED}")
@@ -214,7 +214,7 @@ def parse_config(argv=None):
         raise UserError(f"--preset {preset} needs --data-dir DIR with images as DIR/CLASS/*.jpg")
     trained = cfg.vae_ckpt or cfg.init_from or cfg.resume
     for wrong, line in (
-            (cfg.vae_only and cfg.vae_grad != "repa", "--vae-only has no SiT to choose --vae-grad for; drop one"),
+            (cfg.vae_only and cfg.vae_grad != "repa", "--vae-only trains no SiT: drop it or --vae-grad"),
             (cfg.vae_grad == "repa" and cfg.proj_coeff == 0 and not cfg.vae_only,
              "--proj-coeff 0 leaves no alignment for --vae-grad repa; take --vae-grad none or diffusion"),
             (cfg.vae_grad == "none" and not trained,
@@ -263,12 +263,12 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop, moments=None):
             with m.autocast():
                 posterior, z, x_rec = m.ddp_vae(x, noise)                   # x^ = decode(z)
                 perceptual = m.perceptual(m.perceptual.levels(x_rec.float()), target)
-                x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)  # running statistics
+                x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)     # running stats
                 through_sit = 0.0
-                if cfg.vae_grad == "diffusion":                             # v*, too, carries z's gradient
-                    log["vae_denoising_loss"] = (m.sit(x_t, t, y)[0].float() - velocity).square().mean()
-                    through_sit = log["vae_denoising_loss"]
-                elif not cfg.vae_only:                                      # blocks 1..depth, no label dropout
+                if cfg.vae_grad == "diffusion":                            # z reaches both x_t and v*
+                    through_sit = (m.sit(x_t, t, y)[0].float() - velocity).square().mean()
+                    log["vae_denoising_loss"] = through_sit
+                elif not cfg.vae_only:                                     # blocks 1..depth, no label dropout
                     log["vae_align_loss"] = alignment_loss(m.sit.align(x_t, t, y), features)
                     through_sit = cfg.vae_align_proj_coeff * log["vae_align_loss"]
             l1, kl = (x - x_rec.float()).abs().mean(), posterior.kl().mean()
@@ -286,8 +286,8 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop, moments=None):
         latents.append(z.detach())
         log |= dict(vae_loss=vae_loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl)
 
-    # 3. SiT: diffusion + alignment on sg(z), normalised by batch statistics, which move the running ones (of a
-    #    frozen VAE by fixed ones)
+    # 3. SiT: diffusion + alignment on sg(z), normalised by the batch's statistics, which move the running
+    #    ones; where the VAE is frozen, by fixed ones
     normalise = m.sit.bn.normalize if cfg.vae_grad == "none" else m.sit.bn
     latents = normalise(torch.cat(latents)).chunk(len(parts))
     sit_parts = [] if cfg.vae_only else zip(parts, latents, targets, logs, synchronised_last(m, parts))
@@ -532,7 +532,7 @@ def build(cfg, device):
     load_encoders = partial(build_encoders, cfg.enc_type, size // patch, cfg.enc_ckpt or None,
                             cfg.allow_random_weights, cfg.spatial_norm)
     encoders = load_encoders() if cfg.proj_coeff > 0 and not cfg.vae_only else []
-    projectors = [projector(cfg.projector, width, encoder.channels, cfg.projector_dim) for encoder in encoders]
+    projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders]
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes, cfg.cfg_prob, cfg.qk_norm,
               cfg.encoder_depth, projectors, cfg.bn_momentum)
     if cfg.vae_grad == "none":
@@ -812,7 +812,8 @@ def evaluate(cfg, device, most=10_000):
             pooled.clear()
             times = torch.full((len(x),), t, device=device)
             x_t, velocity = interpolate(z, times, eps, kind)
-            losses[t] += (sit(x_t, times, y)[0] - velocity).square().mean((1, 2, 3)).sum().item() / len(chosen)
+            squares = (sit(x_t, times, y)[0] - velocity).square().mean((1, 2, 3))
+            losses[t] += squares.sum().item() / len(chosen)
             if t == 0.5:
                 hidden.append(torch.stack(pooled))                                         # [blocks, B, D]
         targets.append(encoder(x).mean(1))

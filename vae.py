@@ -831,7 +831,8 @@ def latents_command(args):
         names.append(name)
         spectra[name] = range(1, len(variances) + 1), variances / variances.sum()
         dimensions = variances.sum() ** 2 / variances.square().sum()           # 1 to C
-        print(f"{path}: variance {variances.mean():.4g}, {dimensions:.2f} effective of {len(variances)} channels")
+        print(f"{path}: variance {variances.mean():.4g}, {dimensions:.2f} effective dimensions of "
+              f"{len(variances)}")
     scale = max(1, 64 // args.resolution)
     grid = image_grid(torch.cat(rows), len(shown), scale)
     picture, font = Image.new("RGB", (grid.width + 140, grid.height), "white"), ImageFont.load_default(13)
