@@ -377,6 +377,8 @@ def list_classes(folder, index):
             return kept["classes"]
     except (OSError, ValueError, KeyError):
         pass
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; images are expected as {folder}/CLASS/*.jpg")
     times = {folder: os.stat(folder).st_mtime_ns}
     classes = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
