@@ -354,7 +354,7 @@ def test_a_frozen_vae_stays_and_its_statistics_with_it(regime, monkeypatch):
 
 
 def test_without_alignment_there_is_no_encoder_and_no_projector(regime):
-    m, cfg, args = regime(*FROZEN, "--proj-coeff", "0")
+    m, cfg, args = regime(*FROZEN, "--proj-coeff", "0", "--gradient-checkpointing")
     metrics = train.train_step(m, cfg, 0, *args)
     assert not m.encoders and not len(m.sit.projectors) and metrics["loss"] == metrics["denoising_loss"]
     m, cfg, args = regime("--vae-grad", "diffusion", "--proj-coeff", "0")    # its perceptual distance has its own

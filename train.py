@@ -538,7 +538,7 @@ def build(cfg, device):
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes, cfg.cfg_prob, cfg.qk_norm,
               cfg.encoder_depth, projectors, cfg.bn_momentum)
     if cfg.vae_grad == "none":
-        perceptual = torch.nn.Module()                                # the VAE is frozen: nothing to compare
+        perceptual = None                                             # no reconstruction to compare
     elif cfg.perceptual == "lpips":
         perceptual = LPIPS(cfg.lpips_ckpt or None, cfg.vgg_ckpt or None, cfg.allow_random_weights)
     else:
@@ -548,7 +548,7 @@ def build(cfg, device):
     ema = copy.deepcopy(sit).eval().requires_grad_(False)
     if cfg.init_from:
         init_from(cfg.init_from, sit, ema)
-    for module in (vae, disc, perceptual, *encoders):
+    for module in filter(None, (vae, disc, perceptual, *encoders)):
         module.to(device, memory_format=torch.channels_last)
     sit.place(device), ema.place(device)
     m = SimpleNamespace(vae=vae, sit=sit, ema=ema, disc=disc, encoders=encoders, perceptual=perceptual,
@@ -578,7 +578,8 @@ def wrap(m, cfg, device, world):
         for module in (*m.sit.modules(), *m.vae.modules()):
             if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
                 module.forward = again(module.forward)
-        m.perceptual.levels = again(m.perceptual.levels)
+        if m.perceptual:
+            m.perceptual.levels = again(m.perceptual.levels)
     if cfg.compile:
         m.sit.compile_blocks()
         m.vae.encoder.compile()
@@ -857,7 +858,7 @@ def profile(m, cfg, batches, rank, world, device):
 
     for encoder in m.encoders:
         label("encoder features", encoder, "forward")
-    if cfg.vae_grad != "none":
+    if m.perceptual:
         label("perceptual distance", m.perceptual, "levels", "forward")
     label("VAE encoder", m.vae, "encode")
     label("VAE decoder", m.vae, "decode")
