@@ -12,6 +12,7 @@ fd_NAME. Read from the top: the networks, the pictures, the metrics, the command
 """
 import hashlib
 import json
+import math
 import os
 import time
 import zipfile
@@ -27,17 +28,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from repa import EMBEDDED, create_encoder, fold_batch_norms, timm_name
 from sample import (add_sampler_flags, load_checkpoint, newest_checkpoint, sample_images, sampler_settings,
-                    start_processes)
+                    save_npz, start_processes)
 from vae import (Parser, UserError, list_images, load_into, load_tensors, one_line, pick_device, psnr,
                  read_image, run_command, ssim, to_float, to_uint8, write_atomic)
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
+SUMS = {"fid": "pool", "sfid": "spatial", "is": "logits"}      # metrics that take only sums over features
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError,
@@ -78,10 +80,7 @@ class PoolInstead(TorchFunctionMode):
 class Inception(nn.Module):
     """The Inception-v3 of FID (TensorFlow's graph of 2015-12-05) out of timm's blocks. It differs from timm's
     in its resize and scaling, its 1008 logits, average pools that leave the padding out, and a max pool in
-    the last block.
-
-    file: either public weights file (WEIGHTS). Batch norm is folded into the convolutions. Raises
-    UserError."""
+    the last block. file: either public weights file (WEIGHTS). Raises UserError."""
     name, width, size, resize = "inception", 2048, 299, "bilinear as TensorFlow 1 does it"
 
     def __init__(self, file):
@@ -95,8 +94,7 @@ class Inception(nn.Module):
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def forward(self, images):
-        x = (resize_tf1(images, self.size) - 128) / 128
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = ((resize_tf1(images, self.size) - 128) / 128).contiguous(memory_format=torch.channels_last)
         average = partial(F.avg_pool2d, count_include_pad=False)
         for name, layer in self.net.named_children():
             if name == "global_pool":
@@ -110,12 +108,9 @@ class Inception(nn.Module):
 
 
 class TimmFeatures(nn.Module):
-    """Pooled features of a timm encoder before its classifier: the class token of the normalised output for
-    DINOv2 (as arXiv 2306.04675), the pooled last map of a convolutional network. Images are resized to the
-    size in timm's own configuration (DINOv2: 224; the embedded EfficientNet-Lite0: 128) and rounded to uint8,
-    as Pillow would.
-
-    file: weights in place of the hub's. Raises UserError where there are none."""
+    """Pooled features of a timm encoder before its classifier: DINOv2's normalised class token (as arXiv
+    2306.04675), a convolutional network's pooled last map. Images are resized to the size timm names (DINOv2:
+    224) and rounded, as Pillow would. file: weights in place of the hub's. Raises UserError without any."""
 
     def __init__(self, name, file=None):
         super().__init__()
@@ -126,8 +121,8 @@ class TimmFeatures(nn.Module):
         self.size = 224 if is_dinov2 else config["input_size"][-1]
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.resize = f"{self.mode}, antialiased"
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(config[key]).view(1, 3, 1, 1) * 255)
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         digest = hashlib.sha256()                                # of the tensors: the hub gives no file
         for tensor in net.state_dict().values():
@@ -144,13 +139,11 @@ class TimmFeatures(nn.Module):
 
 
 def load_features(args):
-    """The network that the flags name; by default Inception if its weights are here, else the embedded
-    one."""
+    """The network the flags name; by default Inception if its weights are here, else the embedded one."""
     if args.features not in (None, "inception"):
         return TimmFeatures(args.features, args.features_weights)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    here = (cache / name for name in WEIGHTS if (cache / name).is_file())
-    file = args.inception_weights or next(here, None)
+    file = args.inception_weights or next((cache / w for w in WEIGHTS if (cache / w).is_file()), None)
     if not file and args.download:
         file = cache / WEIGHTS[0]
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -171,20 +164,19 @@ def load_features(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures: anything with len(), `shape` (H, W) and batches(indices, ...) -> uint8 [B, 3, H, W]
+# Pictures: `n` of them, `shape` (H, W), batches(indices, ...) -> uint8 [B, 3, H, W], `tallies` over those
 # ------------------------------------------------------------------------------------------------------------
 
-class ImageSet(Dataset):
-    """REF or SAMPLES: a folder of images (any nesting, sorted), or an .npz with arr_0 uint8 [N, H, W, 3] and,
-    or only, statistics: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}. Images are read when asked
-    for.
+class ImageSet:
+    """REF or SAMPLES, read when asked for: a folder of images (any nesting, sorted), or an .npz with arr_0
+    uint8 [N, H, W, 3] and, or only, statistics: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}.
 
     resolution: ADM's centre crop for the files of a folder. tallies: [how many images were not RGB].
     Raises UserError."""
 
     def __init__(self, path, resolution=None):
         self.path, self.resolution, self.given, self.made_by = Path(path), resolution, {}, {}
-        self.files, self.n, self.shape, self.stream, self.tallies = None, 0, None, None, [torch.zeros(1)]
+        self.files, self.n, self.shape, self.stream, self.tallies = None, 0, None, None, torch.zeros(1)
         if self.path.suffix == ".npz":
             try:
                 self.open_npz()
@@ -204,7 +196,7 @@ class ImageSet(Dataset):
 
     def open_npz(self):
         with np.load(self.path) as f:
-            names = f.files
+            has_images = "arr_0" in f
             for key, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
                 if mu in f and sigma in f:
                     self.given[key] = torch.from_numpy(f[mu]).double(), torch.from_numpy(f[sigma]).double()
@@ -214,11 +206,10 @@ class ImageSet(Dataset):
                 raise UserError(f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}: not [D], [D, D]")
             if not (mu.isfinite().all() and sigma.isfinite().all()):
                 raise UserError(f"{self.path}: its statistics are not finite")
-        if "arr_0" in names:
+        if has_images:
             with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
-                v1 = np.lib.format.read_magic(f) == (1, 0)
-                shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if v1 else
-                                         np.lib.format.read_array_header_2_0)(f)
+                np.lib.format.read_magic(f)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
                 self.offset = f.tell()
             if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
                 raise UserError(f"{self.path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3]")
@@ -226,50 +217,43 @@ class ImageSet(Dataset):
         elif "pool" not in self.given:
             raise UserError(f"{self.path}: neither arr_0 (images) nor mu and sigma (statistics) in it")
 
-    def __len__(self):
+    def __len__(self):                                                                    # for DataLoader
         return self.n
 
-    def read(self, i):
-        """Image i as uint8 [3, H, W], and whether it was not RGB; an .npz is read on from where it was
-        left."""
-        if self.files is None:
-            self.stream = self.stream or zipfile.ZipFile(self.path).open("arr_0.npy")
-            size = 3 * self.shape[0] * self.shape[1]
-            self.stream.seek(self.offset + i * size)
-            pixels = np.frombuffer(bytearray(self.stream.read(size)), np.uint8)
-            return torch.from_numpy(pixels).view(*self.shape, 3).permute(2, 0, 1), False
-        with Image.open(self.files[i]) as image:
-            not_rgb = image.mode != "RGB" or "transparency" in image.info
-        return read_image(self.files[i], self.resolution), not_rgb
-
     def __getitem__(self, indices):
-        """Indices -> (uint8 [B, 3, H, W], how many were not RGB, error or ''). An error is returned, not
-        raised: a loader's process would wrap it into a traceback."""
+        """Indices -> (uint8 [B, 3, H, W], how many were not RGB, error or ''): raised in a loader's process,
+        an error would become a traceback."""
         images, not_rgb = [], 0
         for i in indices:
             name = self.files[i] if self.files else f"{self.path}: image {i}"
             try:
-                image, other = self.read(i)
+                if self.files:
+                    with Image.open(self.files[i]) as file:
+                        not_rgb += file.mode != "RGB" or "transparency" in file.info
+                    images.append(read_image(self.files[i], self.resolution))
+                else:
+                    self.stream = self.stream or zipfile.ZipFile(self.path).open("arr_0.npy")
+                    size = math.prod(self.shape) * 3
+                    self.stream.seek(self.offset + i * size)         # where it is already, but at the start
+                    pixels = torch.frombuffer(bytearray(self.stream.read(size)), dtype=torch.uint8)
+                    images.append(pixels.view(*self.shape, 3).permute(2, 0, 1))
             except READ_ERRORS as e:
                 return None, 0, (f"{name}: cannot be read ({one_line(e)}); a metric over fewer images would "
                                  "be wrong: mend it or take it away")
-            (h, w), (h0, w0) = image.shape[1:], self.shape or image.shape[1:]
+            (h, w), (h0, w0) = images[-1].shape[1:], self.shape or images[0].shape[1:]
             if (h, w) != (h0, w0):
                 return None, 0, (f"{name}: {w}x{h} pixels, but {self.files[0]} has {w0}x{h0}; --resolution N "
                                  "crops every image of a folder to N")
-            images.append(image)
-            not_rgb += other
         return torch.stack(images), not_rgb, ""
 
     def batches(self, indices, batch_size, num_workers=0):
-        """The images `indices` (a range), in order, decoded in processes (an .npz: in one, which reads
-        on)."""
+        """The images `indices` (a range), in order, decoded in processes (an .npz in one, which reads on)."""
         parts = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         workers = min(num_workers, len(parts) if self.files else 1)
         for images, not_rgb, error in DataLoader(self, batch_size=None, sampler=parts, num_workers=workers):
             if error:
                 raise UserError(error)
-            self.tallies[0] += not_rgb
+            self.tallies += not_rgb
             yield images
 
 
@@ -278,11 +262,7 @@ class Samples:
 
     def __init__(self, path, model, n, settings):
         self.path, self.model, self.n, self.settings = path, model, n, settings
-        self.given, self.tallies = {}, []
-        self.shape = (model.args["resolution"],) * 2
-
-    def __len__(self):
-        return self.n
+        self.given, self.tallies, self.shape = {}, torch.zeros(1), (model.args["resolution"],) * 2
 
     def batches(self, indices, batch_size, num_workers=0):
         for i in range(0, len(indices), batch_size):
@@ -290,22 +270,18 @@ class Samples:
 
 
 class Reconstructions:
-    """What the VAE makes of images (the mode of the posterior, rounded to uint8). tallies: the sums of PSNR
-    and SSIM over the images passed so far."""
+    """What the VAE makes of images (the posterior's mode, as uint8). tallies: the sums of PSNR and SSIM."""
 
     def __init__(self, path, model, originals):
-        self.path, self.model, self.originals, self.shape = path, model, originals, originals.shape
-        self.given, self.tallies = {}, [torch.zeros(2)]
-
-    def __len__(self):
-        return len(self.originals)
+        self.path, self.model, self.originals, self.n = path, model, originals, originals.n
+        self.given, self.tallies, self.shape = {}, torch.zeros(2), originals.shape
 
     def batches(self, indices, batch_size, num_workers=0):
         for images in self.originals.batches(indices, batch_size, num_workers):
             x = to_float(images)
             z = self.model.vae.encode(x.to(self.model.device)).mode()
             y = to_uint8(self.model.vae.decode(z)).cpu()
-            self.tallies[0] += torch.stack([psnr(x, to_float(y)).sum(), ssim(x, to_float(y)).sum()])
+            self.tallies += torch.stack([psnr(x, to_float(y)).sum(), ssim(x, to_float(y)).sum()])
             yield y
 
 
@@ -317,36 +293,25 @@ class Moments:
     """Mean [D] and covariance [D, D] (N - 1) of rows that come in batches, summed in float64."""
 
     def __init__(self, width):
-        self.n, self.sum = torch.zeros(1, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-        self.outer, self.waiting = torch.zeros(width, width, dtype=torch.float64), []
+        self.n, self.sum, self.outer = (torch.zeros(*shape, dtype=torch.float64)
+                                        for shape in ((1,), (width,), (width, width)))
 
     def add(self, rows, start):
-        self.waiting.append(rows)
-        if sum(map(len, self.waiting)) >= 512:           # so that D x D sums are touched once for many rows
-            self.tensors()
-
-    def tensors(self):
-        """What to add up over processes."""
-        if self.waiting:
-            x = torch.cat(self.waiting).double()
-            self.waiting = []
-            self.n += len(x)
-            self.sum += x.sum(0)
-            self.outer.addmm_(x.T, x)
-        return self.n, self.sum, self.outer
+        x = rows.double()
+        self.n += len(x)
+        self.sum += x.sum(0)
+        self.outer.addmm_(x.T, x)
 
     def result(self):
-        n, total, outer = self.tensors()
-        mean = total / n
-        return mean, (outer - n * torch.outer(mean, mean)) / (n - 1)
+        mean = self.sum / self.n
+        return mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64 tensors [D], [D, D] (arXiv 1706.08500, eq. 6).
 
     C1 C2 has the eigenvalues of A^T C2 A where C1 = A A^T, which is symmetric: no matrix square root is
-    taken. A is Cholesky's factor or, where C1 is singular (few images), comes from C1's own eigenvectors,
-    which takes longer."""
+    taken. A is Cholesky's factor or, where C1 is singular (few images), from C1's own eigenvectors."""
     a, singular = torch.linalg.cholesky_ex(cov1)
     if singular:
         values, vectors = torch.linalg.eigh(cov1)
@@ -360,25 +325,20 @@ class InceptionScore:
     1606.03498, as ADM computes it). Per split it needs only the sums of p and of p log p."""
     SPLIT = 5000
 
-    def __init__(self, n, classes=1008):
-        splits = -(-n // self.SPLIT)
-        self.count, self.plogp = torch.zeros(2, splits, dtype=torch.float64)
-        self.p = torch.zeros(splits, classes, dtype=torch.float64)
+    def __init__(self, n):
+        self.p = torch.zeros(-(-n // self.SPLIT), 1008, dtype=torch.float64)
+        self.plogp = torch.zeros(len(self.p), dtype=torch.float64)
 
     def add(self, logits, start):
         """Logits [B, 1008] of the images from number `start` on."""
         log_p, split = logits.double().log_softmax(1), torch.arange(start, start + len(logits)) // self.SPLIT
-        p = log_p.exp()
-        self.count.index_add_(0, split, torch.ones(len(p), dtype=torch.float64))
-        self.plogp.index_add_(0, split, (p * log_p).sum(1))
-        self.p.index_add_(0, split, p)
-
-    def tensors(self):
-        return self.count, self.plogp, self.p
+        self.p.index_add_(0, split, log_p.exp())
+        self.plogp.index_add_(0, split, (log_p.exp() * log_p).sum(1))
 
     def result(self):
-        q = self.p / self.count[:, None]
-        return (self.plogp / self.count - torch.special.xlogy(q, q).sum(1)).exp().mean().item()
+        n = self.p.sum(1)                                                                # each p sums to 1
+        q = self.p / n[:, None]
+        return (self.plogp / n - torch.special.xlogy(q, q).sum(1)).exp().mean().item()
 
 
 def kid(x, y, subsets=100, size=1000, seed=2020):
@@ -397,11 +357,11 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
             total += (inside @ (rows @ b.T / width + 1).cpu().double().pow(3) * in_b).sum(1)
         return total
 
-    def diagonal(a, in_a):
-        return in_a @ (a.cpu().double().square().sum(1) / width + 1).pow(3)
-
-    xx, yy = (kernel_sum(f, inside, f, inside) - diagonal(f, inside) for f, inside in ((x, in_x), (y, in_y)))
-    return ((xx + yy) / (size * (size - 1)) - 2 * kernel_sum(x, in_x, y, in_y) / size ** 2).mean().item()
+    within = 0
+    for f, inside in ((x, in_x), (y, in_y)):
+        diagonal = inside @ (f.cpu().double().square().sum(1) / width + 1).pow(3)
+        within += kernel_sum(f, inside, f, inside) - diagonal
+    return (within / (size * (size - 1)) - 2 * kernel_sum(x, in_x, y, in_y) / size ** 2).mean().item()
 
 
 def precision_recall(reference, samples, k=3, block=1000):
@@ -428,20 +388,15 @@ def precision_recall(reference, samples, k=3, block=1000):
 # ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def collect(source, net, keep=(), moments=(), score=False, *, device, batch_size, num_workers=0, rank=0,
-            world=1, desc=""):
-    """One pass over a source, every process over a run of neighbouring images. keep: ascending indices of the
-    images whose features are wanted; moments: of 'pool', 'spatial'; score: whether the Inception Score is.
-    Returns {'rows': features [len(keep), D] float32 (on process 0; elsewhere its own share), 'pool': (mean,
-    covariance), 'spatial': (mean, covariance), 'is': score}. Raises UserError for an unreadable image or
-    features not finite."""
-    n = len(source)
-    mine = range(rank * n // world, (rank + 1) * n // world)
-    kept = [i for i in keep if i in mine]
-    rows, filled, at = torch.empty(len(kept), net.width), 0, mine.start
-    sums = {key: Moments(net.width if key == "pool" else SPATIAL) for key in moments}
-    if score:
-        sums["is"] = InceptionScore(n)
+def collect(source, net, keep=(), sums=(), *, device, batch_size, num_workers=0, rank=0, world=1, desc=""):
+    """One pass over a source, every process over a run of neighbouring images. keep: numbers of the images
+    whose features are wanted; sums: of 'pool', 'spatial', 'logits'. Returns {'rows': features [len(keep), D]
+    float32 (on process 0), 'pool': (mean, covariance), 'spatial': (mean, covariance), 'logits': Inception
+    Score}. Raises UserError for an unreadable image or features not finite."""
+    mine = range(rank * source.n // world, (rank + 1) * source.n // world)
+    at, keep, rows = mine.start, set(keep), [torch.empty(0, net.width)]
+    totals = {key: InceptionScore(source.n) if key == "logits" else
+              Moments(SPATIAL if key == "spatial" else net.width) for key in sums}
     with tqdm(total=len(mine), unit="img", desc=desc, disable=rank > 0) as bar:
         for images in source.batches(mine, batch_size, num_workers):
             parts = images.split(8 if device.type == "cpu" else len(images))   # 8: they stay in a CPU's cache
@@ -451,40 +406,37 @@ def collect(source, net, keep=(), moments=(), score=False, *, device, batch_size
             if len(bad):
                 raise UserError(f"{source.path}: the features of image {at + bad[0].item()} are not finite; "
                                 f"are the weights of {net.name} damaged?")
-            for key, total in sums.items():
-                total.add(f["logits"] if key == "is" else f[key], at)
-            while filled < len(kept) and kept[filled] < at + len(images):
-                rows[filled] = f["pool"][kept[filled] - at]
-                filled += 1
+            for key, total in totals.items():
+                total.add(f[key], at)
+            rows.append(f["pool"][[i for i in range(len(images)) if at + i in keep]])
             at += len(images)
             bar.update(len(images))
+    rows = torch.cat(rows)
     if world > 1:
-        for t in [t for total in sums.values() for t in total.tensors()] + list(source.tallies):
+        for t in [t for total in totals.values() for t in vars(total).values()] + [source.tallies]:
             shared = t.to(device)
             dist.all_reduce(shared)
             t.copy_(shared)
         parts = [None] * world if rank == 0 else None
         dist.gather_object(rows, parts)
         rows = torch.cat(parts) if rank == 0 else rows
-    return dict(rows=rows) | {key: total.result() for key, total in sums.items()}
+    return dict(rows=rows) | {key: total.result() for key, total in totals.items()}
 
 
-def spread(n, pool=10_000):
-    """At most 10,000 of n indices, evenly spread (a folder is sorted by class): KID's, so that its memory is
-    bounded. Of up to 10,000 images it takes all."""
-    return [k * n // min(n, pool) for k in range(min(n, pool))]
+def spread(n, most=10_000):
+    """At most 10,000 of n indices, evenly spread (a folder is sorted by class): they bound KID's memory."""
+    return [k * n // min(n, most) for k in range(min(n, most))]
 
 
-def reason_against(metric, net, ref, samples):
+def reason_against(metric, net, sources):
     """Why a metric cannot be had from these features and inputs; '' if it can."""
     if metric in ("sfid", "is") and net.name != "inception":
         return f"is defined on Inception's features, not {net.name}'s"
-    key = {"fid": "pool", "sfid": "spatial"}.get(metric)
-    for source in (samples,) if metric == "is" else (ref, samples):
-        if len(source) == 0 and key not in source.given:
+    for source in sources[1:] if metric == "is" else sources:
+        if source.n == 0 and SUMS.get(metric) not in source.given:
             return f"needs images, and {source.path} holds statistics only"
-        if metric in ("precision", "recall") and len(source) < 4:
-            return f"needs at least 4 images, and {source.path} has {len(source)}"
+        if metric in ("precision", "recall") and source.n < 4:
+            return f"needs at least 4 images, and {source.path} has {source.n}"
     return ""
 
 
@@ -495,7 +447,7 @@ def check_statistics(source, net):
         return False
     width = len(source.given["pool"][0])
     name = source.made_by.get("features", "inception" if width == 2048 else net.name)
-    if name != net.name and len(source):
+    if name != net.name and source.n:
         source.given = {}
         return True
     if name != net.name:
@@ -508,42 +460,37 @@ def check_statistics(source, net):
     return False
 
 
-def evaluate(ref, samples, net, metrics, save_stats=None, *, device, rank=0, **settings):
-    """The metrics (of METRICS) of samples against ref, one pass over each: {name: value} on process 0, {}
-    elsewhere. save_stats: also write the statistics of ref there. samples None: only that. settings: of
-    `collect`."""
-    found = []
-    for source, desc in ((ref, "reference"), (samples, "samples"))[:1 if samples is None else 2]:
-        save = save_stats and source is ref
-        wanted = [key for key, metric in (("pool", "fid"), ("spatial", "sfid")) if key not in source.given
-                  and (metric in metrics or save and (key == "pool" or net.name == "inception"))]
-        n, score = len(source), "is" in metrics and source is samples
-        keep = range(n) if {"precision", "recall"} & set(metrics) else spread(n) if "kid" in metrics else ()
+def evaluate(sources, net, metrics, save_stats=None, *, device, rank=0, **settings):
+    """The metrics (of METRICS) of samples against a reference, sources = [reference, samples], one pass over
+    each: {name: value} on process 0, {} elsewhere. save_stats: also write the reference's statistics there;
+    [reference] alone will do for that. settings: of `collect`."""
+    manifold, found = {"precision", "recall"} & set(metrics), []
+    for source, desc in zip(sources, ("reference", "samples")):
+        sums = [SUMS[m] for m in metrics if m in SUMS and not (m == "is" and desc == "reference")]
+        if save_stats and desc == "reference":
+            sums = ["pool", "spatial"] if net.name == "inception" else ["pool"]
+        sums = [key for key in sums if key not in source.given]
+        keep = range(source.n) if manifold else spread(source.n) if "kid" in metrics else ()
         found.append(dict(source.given))
-        if wanted or score or keep:
-            found[-1] |= collect(source, net, keep, wanted, score, device=device, rank=rank, desc=desc,
-                                 **settings)
+        if source.n and (sums or keep):
+            found[-1] |= collect(source, net, keep, sums, device=device, rank=rank, desc=desc, **settings)
     if rank > 0:
         return {}
-    r, s = found[0], found[-1]
+    ref, (r, s) = sources[0], (found[0], found[-1])
     if save_stats:
         stats = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), r["pool"] + r.get("spatial", ())))
-
-        def write(tmp):
-            with open(tmp, "wb") as f:
-                n = len(ref) or ref.made_by.get("n", 0)
-                np.savez(f, features=net.name, sha256=net.sha256, n=n, **stats)
-        write_atomic(save_stats, write)
+        n = ref.n or ref.made_by.get("n", 0)
+        save_npz(save_stats, features=net.name, sha256=net.sha256, n=n, **stats)
     out = {}
     if "fid" in metrics:
         out["fid" if net.name == "inception" else f"fd_{net.name}"] = frechet_distance(*r["pool"], *s["pool"])
     if "sfid" in metrics:
         out["sfid"] = frechet_distance(*r["spatial"], *s["spatial"])
     if "is" in metrics:
-        out["is"] = s["is"]
+        out["is"] = s["logits"]
     if "kid" in metrics:
         out["kid"] = kid(*(side["rows"][spread(len(side["rows"]))].to(device) for side in (r, s)))
-    if {"precision", "recall"} & set(metrics):
+    if manifold:
         both = zip(("precision", "recall"), precision_recall(r["rows"].to(device), s["rows"].to(device)))
         out |= {name: value for name, value in both if name in metrics}
     return out
@@ -584,15 +531,10 @@ def parse_args(argv=None):
     for name, low in (("batch_size", 1), ("num_workers", 0), ("resolution", 1), ("num_samples", 2)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {low}")
-    for file in (args.inception_weights, args.features_weights, args.ckpt):
-        if file and not Path(file).is_file():
-            raise UserError(f"{file}: no such file")
     for file in (args.json, args.save_stats):
         if file and Path(file).is_dir():
             raise UserError(f"{file}: a folder; name a file")
     inception = args.features in (None, "inception")
-    if not inception and args.features != "dinov2":
-        timm_name(args.features)
     for wrong, line in (
             (not inception and (args.inception_weights or args.download),
              f"--inception-weights and --download go with --features inception, not {args.features}"),
@@ -615,9 +557,9 @@ def parse_args(argv=None):
 
 
 def open_sources(args, device):
-    """(REF, SAMPLES or None) as the flags say."""
+    """[REF, SAMPLES], or [REF] for its statistics alone, as the flags say."""
     if args.ref and not args.ckpt:
-        return ImageSet(args.ref, args.resolution), args.samples and ImageSet(args.samples, args.resolution)
+        return [ImageSet(path, args.resolution) for path in (args.ref, args.samples) if path]
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     model = load_checkpoint(ckpt, device, compile=args.compile)
     size, data = model.args["resolution"], args.ref or args.data_dir or model.args.get("data_dir")
@@ -625,11 +567,11 @@ def open_sources(args, device):
         raise UserError(f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")
     ref = ImageSet(data, size)
     if not args.reconstruct:
-        n = args.num_samples or min(len(ref) or ref.made_by.get("n", 50_000), 50_000)
-        return ref, Samples(ckpt, model, n, args.sampler)
+        n = args.num_samples or min(ref.n or ref.made_by.get("n", 50_000), 50_000)
+        return [ref, Samples(ckpt, model, n, args.sampler)]
     if ref.shape != (size, size):
         raise UserError(f"{data}: --reconstruct needs images, of {size}x{size} pixels")
-    return ref, Reconstructions(ckpt, model, ImageSet(data, size))
+    return [ref, Reconstructions(ckpt, model, ImageSet(data, size))]
 
 
 def main():
@@ -638,8 +580,8 @@ def main():
     torch.backends.cudnn.allow_tf32 = False              # its ten bits of mantissa would show in the numbers
     rank, world = start_processes(device)
     say = print if rank == 0 else lambda line: None
-    ref, samples = open_sources(args, device)
-    sources = [ref] if samples is None else [ref, samples]
+    sources = open_sources(args, device)
+    ref, samples = sources[0], sources[-1]
     net = load_features(args)
     if args.features is None:
         say(f"features: {net.name}" + ("" if net.name == "inception" else
@@ -647,46 +589,46 @@ def main():
     for source in sources:
         if check_statistics(source, net):
             say(f"{source.path}: its statistics are another network's, not used; its images are")
-    metrics = (args.metrics or (["fid"] if args.reconstruct else METRICS)) if samples is not None else []
-    reasons = {metric: reason_against(metric, net, ref, samples) for metric in metrics}
-    if args.metrics and any(reasons.values()):
-        raise UserError(next(f"--metrics {metric} {reason}" for metric, reason in reasons.items() if reason))
-    if not args.metrics and max(map(len, sources)) > 100_000:      # all pairs of them: only where asked for
-        reasons |= dict(precision="more than 100,000 images", recall="more than 100,000 images")
-    metrics = [metric for metric in metrics if not reasons[metric]]
+    wanted = args.metrics or (["fid"] if args.reconstruct else METRICS)
+    reasons = {metric: reason_against(metric, net, sources) for metric in wanted if len(sources) == 2}
+    for metric, reason in reasons.items():
+        if reason and args.metrics:
+            raise UserError(f"--metrics {metric} {reason}")
+    metrics = [metric for metric, reason in reasons.items() if not reason]
+    if not args.metrics and max(ref.n, samples.n) > 100_000:       # all pairs of them: only where asked for
+        metrics = [metric for metric in metrics if metric not in ("precision", "recall")]
 
     shapes = {source.shape for source in sources if source.shape}
     for h, w in shapes:
-        say(f"images of {w}x{h} pixels" + (f", resized to {net.size}x{net.size} ({net.resize})" if
-                                           (h, w) != (net.size, net.size) else ""))
+        resized = f", resized to {net.size}x{net.size} ({net.resize})" if {h, w} != {net.size} else ""
+        say(f"images of {w}x{h} pixels{resized}")
     if len(shapes) > 1:
         say("warning: reference and samples differ in size")
     for source in sources:
-        if 0 < len(source) <= net.width:
-            say(f"warning: {source.path}: {len(source)} images are too few for a covariance of {net.width} "
+        if 0 < source.n <= net.width:
+            say(f"warning: {source.path}: {source.n} images are too few for a covariance of {net.width} "
                 "features; compare such a distance only with others of as many images")
-    results = evaluate(ref, samples, net.to(device), metrics, args.save_stats, device=device, rank=rank,
+    results = evaluate(sources, net.to(device), metrics, args.save_stats, device=device, rank=rank,
                        world=world, batch_size=args.batch_size or (64 if device.type == "cuda" else 32),
                        num_workers=args.num_workers)
     for source in sources:
-        if isinstance(source, ImageSet) and source.tallies[0] > 0:
-            n = int(source.tallies[0])
+        if isinstance(source, ImageSet) and source.tallies > 0:
+            n = int(source.tallies)
             say(f"{source.path}: {n} grey, palette or transparent images, read as RGB on white")
     if args.reconstruct:
-        results |= dict(zip(("psnr", "ssim"), (samples.tallies[0] / len(samples)).tolist()))
+        results |= dict(zip(("psnr", "ssim"), (samples.tallies / samples.n).tolist()))
     seconds = time.time() - start
     if args.save_stats:
         say(f"statistics of {ref.path} -> {args.save_stats}")
-    if samples is not None:
-        theirs, ours = (f"{source.path} ({len(source) or 'statistics'})" for source in (ref, samples))
+    if len(sources) == 2:
+        theirs, ours = (f"{source.path} ({source.n or 'statistics'})" for source in sources)
         say(f"{ours} against {theirs}, {net.name} {net.sha256[:8]}, {seconds:.0f} s")
     for name, value in results.items():
         say(f"  {'r' if args.reconstruct and name[0] == 'f' else ''}{name:<28}{value:.6g}")
     if args.json and rank == 0:
-        record = results | dict(n_samples=0 if samples is None else len(samples),
-                                n_reference=len(ref) or ref.made_by.get("n"), features=net.name,
-                                resolution=list(sources[-1].shape or ()), weights_sha256=net.sha256,
-                                seconds=round(seconds, 2))
+        record = results | dict(n_samples=sum(source.n for source in sources[1:]), features=net.name,
+                                n_reference=ref.n or ref.made_by.get("n"), weights_sha256=net.sha256,
+                                resolution=list(samples.shape or ()), seconds=round(seconds, 2))
         write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
     if world > 1:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ Model, sizes, VAE and latent statistics all come from the checkpoint; no encoder
 import argparse
 import math
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sit import SIZES, SiT, path
-from vae import (AutoencoderKL, Parser, UserError, build_vae, can_compile, image_grid, load_into,
-                 load_tensors, load_vae, pick_device, run_command, save_png, to_uint8, write_atomic)
+from vae import (AutoencoderKL, Parser, UserError, can_compile, image_grid, load_into, load_tensors, load_vae,
+                 pick_device, run_command, save_png, to_uint8, write_atomic)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -30,8 +30,7 @@ from vae import (AutoencoderKL, Parser, UserError, build_vae, can_compile, image
 # ------------------------------------------------------------------------------------------------------------
 
 def time_grid(mode, num_steps):
-    """The times of `num_steps` steps (SiT's settings): the SDE's last step, 0.04 to 0, is the one without
-    noise."""
+    """The times of `num_steps` steps (SiT's settings); the SDE's last one, 0.04 to 0, goes without noise."""
     if mode == "ode":
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     return torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]
@@ -80,26 +79,11 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
 
 
 def label_of(i, seed, num_classes, classes=None, labels="equal"):
-    """Image i's label: i mod the number of classes ('equal', as the paper's later tables), or drawn at
-    random."""
+    """Image i's label: i mod the number of classes ('equal', as the paper's later tables), or 'random'."""
     classes = classes or range(num_classes)
     if labels == "equal":
         return classes[i % len(classes)]
     return classes[np.random.default_rng((seed, i, 1)).integers(len(classes))]
-
-
-@torch.no_grad()
-def sample_latents(sit, indices, y, size, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0,
-                   guidance_low=0.0, guidance_high=1.0, seed=0, kind="linear"):
-    """Normalised latents float64 [B, C, h, w] of the images `indices` with labels y [B]."""
-    generators = [np.random.default_rng((seed, i)) for i in indices]
-
-    def noise(dtype=np.float64):
-        return torch.from_numpy(np.stack([g.standard_normal((sit.channels, size, size), dtype=dtype)
-                                          for g in generators])).to(y.device)
-
-    velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
-    return integrate(velocity, noise(np.float32).double(), mode, num_steps, heun, kind, noise)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,8 +92,7 @@ def sample_latents(sit, indices, y, size, *, num_steps=50, mode="ode", heun=Fals
 
 @dataclass
 class Model:
-    """What sampling needs: the averaged SiT (its latent statistics included), the VAE, the settings, the
-    step."""
+    """What sampling needs: the averaged SiT (with its latent statistics), the VAE, the settings, the step."""
     sit: SiT
     vae: AutoencoderKL
     args: dict
@@ -140,12 +123,9 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
     the VAE of a second-stage checkpoint, which holds none (anything `load_vae` takes). Raises UserError."""
     ckpt = read_checkpoint(file)
     args, state = ckpt["args"], {k: v for k, v in ckpt["ema"].items() if not k.startswith("projectors.")}
-    if vae_ckpt:
-        vae, stats = load_vae(vae_ckpt)
-    elif "vae" in ckpt:
-        vae, stats = build_vae(ckpt["vae"], f"{file}: vae"), None
-    else:
+    if not vae_ckpt and "vae" not in ckpt:
         raise UserError(f"{file}: no VAE in this checkpoint, it was frozen; give its file by --vae-ckpt")
+    vae, stats = load_vae(vae_ckpt or file)
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
@@ -177,20 +157,29 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
 
 
 @torch.no_grad()
-def sample_images(model, indices, labels=None, *, mixed_precision="no", **sampler):
+def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0,
+                  guidance_low=0.0, guidance_high=1.0, seed=0, mixed_precision="no"):
     """Images `indices` (any integers) as uint8 [n, 3, H, W] on the model's device, not waited for; labels:
-    one each, i mod classes by default. sampler: the keywords of `sample_latents`."""
-    num_classes = model.sit.num_classes
+    one each, i mod classes by default. Raises UserError."""
+    sit, size = model.sit, model.args["resolution"] // model.vae.stride
     if model.args.get("vae_only"):
         raise UserError("this checkpoint was trained with --vae-only: it has no SiT to draw with")
-    labels = [label_of(i, 0, num_classes) for i in indices] if labels is None else labels
-    if sampler.get("cfg_scale", 1.0) > 1 and model.sit.null_class is None:
+    if cfg_scale > 1 and sit.null_class is None:
         raise UserError("--cfg-scale above 1: this model was trained with --cfg-prob 0, it has no null class")
+    if labels is None:
+        labels = [label_of(i, seed, sit.num_classes) for i in indices]
     y = torch.tensor(labels, device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-        z = sample_latents(model.sit, indices, y, model.args["resolution"] // model.vae.stride,
-                           kind=model.args.get("path_type", "linear"), **sampler)
-        return to_uint8(model.vae.decode(model.sit.bn.denormalize(z.float())))
+    generators = [np.random.default_rng((seed, i)) for i in indices]
+
+    def noise(dtype=np.float64):
+        drawn = [g.standard_normal((sit.channels, size, size), dtype=dtype) for g in generators]
+        return torch.from_numpy(np.stack(drawn)).to(y.device)
+
+    with torch.autocast(y.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+        velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
+        z = integrate(velocity, noise(np.float32).double(), mode, num_steps, heun,
+                      model.args.get("path_type", "linear"), noise)
+        return to_uint8(model.vae.decode(sit.bn.denormalize(z.float())))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,12 +217,19 @@ def sampler_settings(args):
 
 
 def start_processes(device):
-    """Join torchrun's process group, if there is one (NCCL on CUDA, gloo elsewhere); returns (rank, world
-    size)."""
+    """Join torchrun's process group, if any (NCCL on CUDA, gloo elsewhere); returns (rank, world size)."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def save_npz(file, **arrays):
+    """np.savez, whole or not at all."""
+    def write(tmp):
+        with open(tmp, "wb") as f:                           # given a name, np.savez would add .npz to it
+            np.savez(f, **arrays)
+    write_atomic(file, write)
 
 
 def main():
@@ -255,12 +251,13 @@ def main():
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
     num_classes = model.sit.num_classes
-    try:
-        classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(num_classes))
-    except ValueError:
-        raise UserError(f"--classes {args.classes}: write numbers with commas, e.g. 3,5") from None
-    if not all(0 <= c < num_classes for c in classes):
-        raise UserError(f"--classes {args.classes}: this model's classes are 0 to {num_classes - 1}")
+    classes = range(num_classes)
+    if args.classes:
+        try:
+            classes = [classes.index(int(c)) for c in args.classes.split(",")]       # ValueError if outside
+        except ValueError:
+            raise UserError(f"--classes {args.classes}: write numbers from 0 to {num_classes - 1}, with "
+                            "commas") from None
     n = args.num_samples or min(8 * len(classes), 80)
     out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
     is_folder = out.suffix not in (".png", ".npz")
@@ -273,11 +270,11 @@ def main():
     if rank == 0:
         (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
         if not is_folder:
-            np.lib.format.open_memmap(shared, "w+", np.uint8, (n, resolution, resolution, 3)).flush()
+            np.lib.format.open_memmap(shared, "w+", np.uint8, (n, resolution, resolution, 3))
     if world > 1:
         dist.barrier()
-    rows = None if is_folder else np.lib.format.open_memmap(shared, "r+")
-    mine = list(range(rank, n, world))
+    rows = None if is_folder else np.load(shared, mmap_mode="r+")
+    mine = range(rank, n, world)
 
     def store(indices, images):
         for i, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy()):
@@ -286,10 +283,9 @@ def main():
             else:
                 rows[i] = image
 
-    stored = Future()
-    stored.set_result(None)
     bar = tqdm(total=len(mine), unit="img", disable=rank > 0, desc="sampling")
     with ThreadPoolExecutor(1) as writer, bar:
+        stored = writer.submit(lambda: None)
         for start in range(0, len(mine), args.batch_size):
             indices = mine[start:start + args.batch_size]
             labels = [label_of(i, args.seed, num_classes, classes, args.label_sampling) for i in indices]
@@ -304,15 +300,12 @@ def main():
         dist.barrier()
     if rank == 0 and not is_folder:
         try:
-            rows = np.lib.format.open_memmap(shared, "r")
+            rows = np.load(shared, mmap_mode="c")          # anew: on a network drive, with the others' rows
             if out.suffix == ".npz":
-                def write(tmp):
-                    with open(tmp, "wb") as f:
-                        np.savez(f, arr_0=rows)
-                write_atomic(out, write)
+                save_npz(out, arr_0=rows)
             else:
                 columns = len(classes) if args.label_sampling == "equal" and 4 <= len(classes) <= 20 else 10
-                save_png(image_grid(torch.from_numpy(rows.copy()).permute(0, 3, 1, 2), columns,
+                save_png(image_grid(torch.from_numpy(rows).permute(0, 3, 1, 2), columns,
                                     scale=max(1, 64 // resolution)), out)
         finally:
             shared.unlink()
