@@ -1204,7 +1204,7 @@ def test_the_releases_encoder_names():
 
 def test_batch_must_divide_over_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="not divisible by the 3 processes"):
+    with pytest.raises(UserError, match="not divisible by 3, the processes"):
         train.parse_config([])
 
 

@@ -188,14 +188,26 @@ def parse_config(argv=None):
             raise UserError(f"{flag}: must lie in [0, 1]")
         if type(value) in (int, float) and not 0 <= value < math.inf:
             raise UserError(f"{flag}: must not be negative")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.batch_size % (world * cfg.gradient_accumulation_steps):
-        raise UserError(f"--batch-size {cfg.batch_size}: not divisible by the {world} processes x "
-                        f"{cfg.gradient_accumulation_steps} parts of --gradient-accumulation-steps")
-    if cfg.resume and cfg.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    if cfg.cfg_scale > 1 and cfg.cfg_prob == 0:
-        raise UserError("--cfg-scale above 1 needs labels dropped in training (--cfg-prob above 0)")
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * cfg.gradient_accumulation_steps
+    trained, vae_frozen = cfg.vae_ckpt or cfg.init_from, cfg.vae_grad == "none"
+    for wrong, line in (
+            (cfg.batch_size % parts, f"--batch-size {cfg.batch_size}: not divisible by {parts}, the "
+             "processes times --gradient-accumulation-steps"),
+            (cfg.resume and cfg.overwrite, "--resume and --overwrite exclude each other"),
+            (cfg.cfg_scale > 1 and cfg.cfg_prob == 0,
+             "--cfg-scale above 1 needs labels dropped in training (--cfg-prob above 0)"),
+            (not cfg.data_dir and preset != "tiny",
+             f"--preset {preset} needs --data-dir DIR with images as DIR/CLASS/*.jpg"),
+            (cfg.vae_only and cfg.vae_grad != "repa", "--vae-only trains no SiT: drop it or --vae-grad"),
+            (cfg.vae_grad == "repa" and cfg.proj_coeff == 0 and not cfg.vae_only,
+             "--proj-coeff 0 leaves no alignment for --vae-grad repa; take --vae-grad none or diffusion"),
+            (cfg.cache_latents and (cfg.flip or not vae_frozen),
+             "--cache-latents needs latents that stay: --vae-grad none and no --flip"),
+            (vae_frozen and not trained, "--vae-grad none freezes the VAE: give a trained one by --vae-ckpt"),
+            (not (trained or cfg.vae_from_scratch),
+             "the VAE needs --vae-ckpt FILE, or --vae-from-scratch to start from random weights")):
+        if wrong:
+            raise UserError(line)
     with torch.device("meta"):                                      # names and depths, checked at no cost
         stride, channels = (vae := AutoencoderKL(cfg.vae)).stride, vae.latent_channels
         if cfg.resolution % stride:
@@ -210,21 +222,6 @@ def parse_config(argv=None):
         path = getattr(cfg, name)
         if path and not Path(path).exists() and not (name == "vae_ckpt" and is_hub_id(path)):
             raise UserError(f"--{name.replace('_', '-')} {path}: no such file")
-    if not cfg.data_dir and preset != "tiny":
-        raise UserError(f"--preset {preset} needs --data-dir DIR with images as DIR/CLASS/*.jpg")
-    trained = cfg.vae_ckpt or cfg.init_from or cfg.resume
-    for wrong, line in (
-            (cfg.vae_only and cfg.vae_grad != "repa", "--vae-only trains no SiT: drop it or --vae-grad"),
-            (cfg.vae_grad == "repa" and cfg.proj_coeff == 0 and not cfg.vae_only,
-             "--proj-coeff 0 leaves no alignment for --vae-grad repa; take --vae-grad none or diffusion"),
-            (cfg.vae_grad == "none" and not trained,
-             "--vae-grad none freezes the VAE: give a trained one by --vae-ckpt"),
-            (cfg.cache_latents and (cfg.vae_grad != "none" or cfg.flip),
-             "--cache-latents needs latents that stay: --vae-grad none and no --flip")):
-        if wrong:
-            raise UserError(line)
-    if not (trained or cfg.vae_from_scratch):
-        raise UserError("the VAE needs --vae-ckpt FILE, or --vae-from-scratch to start from random weights")
     if cfg.disc_pretrained_ckpt and "disc_start" not in given:
         cfg.disc_start = 0
     return cfg
