@@ -630,8 +630,9 @@ def cache_latents(m, cfg, dataset, device, rank, world, chunk=32):
             try:
                 shape = len(files), 2 * m.vae.latent_channels, m.size, m.size
                 np.lib.format.open_memmap(file, "w+", np.float16, shape)
-                with open(file, "rb+") as f:           # a full disk shows here, not as a bus error later
-                    os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+                if hasattr(os, "posix_fallocate"):     # a full disk shows here, not as a bus error later
+                    with open(file, "rb+") as f:
+                        os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
             except OSError as e:
                 file.unlink(missing_ok=True)
                 raise UserError(f"cannot write {file}: {e.strerror}") from None
