@@ -3,7 +3,8 @@
     python train.py                                               the tiny preset: emoji, minutes, no GPU
     torchrun --nproc_per_node=8 train.py --preset sdvae-xl2 --data-dir imagenet/train --vae-ckpt sdvae.pt
 
-Read `train_step` first: it is the method. Everything else in this file exists so that it can be plain.
+Read `train_step` and its three passes first: they are the method. Everything else in this file exists so that
+they can be plain.
 """
 import argparse
 import copy
@@ -237,75 +238,84 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop, moments=None):
     posterior [B, 2C, h, w], where they are cached. Returns {name: scalar tensor}.
 
     m.vae, m.sit, m.disc are the networks; m.ddp_* the same ones with gradients averaged over processes. The
-    batch goes through in parts (one, but for --gradient-accumulation-steps); its latents are normalised as
-    a whole."""
-    statistics, n = [b.clone() for b in m.statistics], cfg.gradient_accumulation_steps
-    parts = list(zip(*(a.chunk(n) for a in (x, y, noise, eps, t, drop, x if moments is None else moments))))
-    latents, targets, norms, logs = [], [], {}, [{} for _ in parts]
+    batch goes through in parts b (one, but for --gradient-accumulation-steps), its latents are normalised as
+    a whole. Each pass ends in the backward of one loss, for one network."""
+    statistics = [s.clone() for s in m.statistics]
+    batch = dict(x=x, y=y, noise=noise, eps=eps, t=t, drop=drop, moments=x if moments is None else moments)
+    chunks = zip(*(values.chunk(cfg.gradient_accumulation_steps) for values in batch.values()))
+    parts = [SimpleNamespace(log={}, **dict(zip(batch, chunk))) for chunk in chunks]
+    vae_frozen = cfg.vae_grad == "none"
 
-    for (x, y, noise, eps, t, _, moments), log, last in zip(parts, logs, synchronised_last(m, parts)):
-        # 0. What is not trained, without graph: features f; where the VAE is frozen, z ~ q(z|x)
+    for b in synchronised_last(m, parts):
         with torch.no_grad(), m.autocast():
-            features = [encoder(x) for encoder in m.encoders]               # f: [B, N, C_i]
-            targets.append(features)
-            if cfg.vae_grad == "none":
-                posterior = DiagonalGaussian(moments) if cfg.cache_latents else m.vae.encode(x)
-                latents.append(posterior.sample(noise))
-                continue
-            target = m.perceptual.levels(x)
-
-        # 1. VAE: L1 + LPIPS + KL + GAN, and the alignment through the frozen SiT into z; the diffusion loss
-        #    only where the naive way is asked for
-        with frozen(m.sit_params), frozen(m.disc_params):
-            with m.autocast():
-                posterior, z, x_rec = m.ddp_vae(x, noise)                   # x^ = decode(z)
-                perceptual = m.perceptual(m.perceptual.levels(x_rec.float()), target)
-                x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)     # running stats
-                through_sit = 0.0
-                if cfg.vae_grad == "diffusion":                            # z reaches both x_t and v*
-                    through_sit = (m.sit(x_t, t, y)[0].float() - velocity).square().mean()
-                    log["vae_denoising_loss"] = through_sit
-                elif not cfg.vae_only:                                     # blocks 1..depth, no label dropout
-                    log["vae_align_loss"] = alignment_loss(m.sit.align(x_t, t, y), features)
-                    through_sit = cfg.vae_align_proj_coeff * log["vae_align_loss"]
-            l1, kl = (x - x_rec.float()).abs().mean(), posterior.kl().mean()
-            vae_loss = l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl + through_sit
+            b.features = [encoder(b.x) for encoder in m.encoders]               # the targets f: [B, N, C_i]
+            if vae_frozen:
+                posterior = DiagonalGaussian(b.moments) if cfg.cache_latents else m.vae.encode(b.x)
+                b.z = posterior.sample(b.noise)
+        if not vae_frozen:
+            vae_pass(m, cfg, step, b)
             if cfg.disc_weight > 0:
-                gan = -m.disc(x_rec.float()).mean()
-                vae_loss = vae_loss + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
-            norms["vae_grad_norm"] = backward(vae_loss, m.vae_params, cfg, last)
+                disc_pass(m, cfg, b)
 
-        # 2. Discriminator: hinge on real and reconstructed images, in float32
-        if cfg.disc_weight > 0:
-            disc_loss = hinge_loss(m.ddp_disc(x), m.ddp_disc(x_rec.detach().float()))
-            norms["disc_grad_norm"] = backward(disc_loss, m.disc_params, cfg, last)
-            log |= dict(gan_loss=gan, disc_loss=disc_loss)
-        latents.append(z.detach())
-        log |= dict(vae_loss=vae_loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl)
+    # the whole batch's statistics normalise its latents and move the running ones; a frozen VAE's are fixed
+    z = (m.sit.bn.normalize if vae_frozen else m.sit.bn)(torch.cat([b.z for b in parts]))
+    if not cfg.vae_only:
+        for b, b.z in zip(synchronised_last(m, parts), z.chunk(len(parts))):
+            sit_pass(m, cfg, b)
 
-    # 3. SiT: diffusion + alignment on sg(z), normalised by the batch's statistics, which move the running
-    #    ones; where the VAE is frozen, by fixed ones
-    normalise = m.sit.bn.normalize if cfg.vae_grad == "none" else m.sit.bn
-    latents = normalise(torch.cat(latents)).chunk(len(parts))
-    sit_parts = [] if cfg.vae_only else zip(parts, latents, targets, logs, synchronised_last(m, parts))
-    for (_, y, _, eps, t, drop, _), z, features, log, last in sit_parts:
+    norms = {name: value for name, value in parts[-1].log.items() if name.endswith("grad_norm")}
+    update(m, list(norms.values()), statistics)              # all optimizers: no pass sees another's update
+    torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)        # and the latent statistics
+    mean = {name: torch.stack([b.log[name].detach() for b in parts]).mean() for name in parts[0].log
+            if name not in norms}
+    return mean | norms | m.health
+
+
+def vae_pass(m, cfg, step, b):
+    """L1 + LPIPS + KL + GAN, and the alignment through the frozen SiT into z: to the VAE alone. (The
+    diffusion loss, in its place, only where the naive way is asked for.) Leaves b.z = sg(z), b.x_rec."""
+    with frozen(m.sit_params), frozen(m.disc_params):
         with m.autocast():
-            x_t, velocity = interpolate(z, t, eps, cfg.path_type)                       # the same t and eps
-            y_drop = torch.where(drop, m.sit.null_class, y) if cfg.cfg_prob > 0 else y
-            v, projected = m.ddp_sit(x_t, t, y_drop)
-            sit_loss = log["denoising_loss"] = (v.float() - velocity).square().mean()
-            if m.encoders:
-                log["proj_loss"] = alignment_loss(projected, features)
-                sit_loss = sit_loss + cfg.proj_coeff * log["proj_loss"]
-        norms["grad_norm"] = backward(sit_loss, m.sit_params, cfg, last)
-        log["loss"] = sit_loss
+            with torch.no_grad():
+                target = m.perceptual.levels(b.x)
+            posterior, z, x_rec = m.ddp_vae(b.x, b.noise)                               # x^ = decode(z)
+            perceptual = m.perceptual(m.perceptual.levels(x_rec.float()), target)
+            x_t, velocity = interpolate(m.sit.bn.normalize(z), b.t, b.eps, cfg.path_type)     # running stats
+            through_sit = 0.0
+            if cfg.vae_grad == "diffusion":                                   # z reaches both x_t and v*
+                through_sit = (m.sit(x_t, b.t, b.y)[0].float() - velocity).square().mean()
+                b.log["vae_denoising_loss"] = through_sit
+            elif not cfg.vae_only:                                            # blocks 1..depth, no label dropout
+                b.log["vae_align_loss"] = alignment_loss(m.sit.align(x_t, b.t, b.y), b.features)
+                through_sit = cfg.vae_align_proj_coeff * b.log["vae_align_loss"]
+        l1, kl = (b.x - x_rec.float()).abs().mean(), posterior.kl().mean()
+        loss = l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl + through_sit
+        if cfg.disc_weight > 0:
+            b.log["gan_loss"] = -m.disc(x_rec.float()).mean()
+            loss = loss + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * b.log["gan_loss"]
+        b.log["vae_grad_norm"] = backward(loss, m.vae_params, cfg, b.last)
+    b.z, b.x_rec = z.detach(), x_rec.detach().float()
+    b.log |= dict(vae_loss=loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl)
 
-    # 4. The optimizers (no pass above sees another's update), EMA of SiT and of its latent statistics
-    update(m, list(norms.values()), statistics)
-    torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)
 
-    metrics = {name: torch.stack([log[name].detach() for log in logs]).mean() for name in logs[0]}
-    return metrics | norms | m.health
+def disc_pass(m, cfg, b):
+    """Hinge on real and reconstructed images: to the discriminator alone, in float32."""
+    loss = b.log["disc_loss"] = hinge_loss(m.ddp_disc(b.x), m.ddp_disc(b.x_rec))
+    b.log["disc_grad_norm"] = backward(loss, m.disc_params, cfg, b.last)
+
+
+def sit_pass(m, cfg, b):
+    """Diffusion + alignment on sg(z), with the same t and eps: to SiT and its projectors alone."""
+    with m.autocast():
+        x_t, velocity = interpolate(b.z, b.t, b.eps, cfg.path_type)
+        y = torch.where(b.drop, m.sit.null_class, b.y) if cfg.cfg_prob > 0 else b.y
+        v, projected = m.ddp_sit(x_t, b.t, y)
+        loss = b.log["denoising_loss"] = (v.float() - velocity).square().mean()
+        if m.encoders:
+            b.log["proj_loss"] = alignment_loss(projected, b.features)
+            loss = loss + cfg.proj_coeff * b.log["proj_loss"]
+    b.log["grad_norm"] = backward(loss, m.sit_params, cfg, b.last)
+    b.log["loss"] = loss
 
 
 @contextmanager
@@ -321,12 +331,12 @@ def frozen(params):
 
 
 def synchronised_last(m, parts):
-    """For each part whether it is the last, in whose backward passes alone DDP averages the gradients."""
-    for i in range(len(parts)):
-        last = i == len(parts) - 1
+    """The parts; in the backward passes of the last one alone DDP averages the gradients."""
+    for b in parts:
+        b.last = b is parts[-1]
         for net in (m.ddp_vae, m.ddp_sit, m.ddp_disc):
-            net.require_backward_grad_sync = last                        # what DDP.no_sync() turns
-        yield last
+            net.require_backward_grad_sync = b.last                      # what DDP.no_sync() turns
+        yield b
 
 
 def backward(loss, params, cfg, last=True):
