@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -848,8 +849,9 @@ def evaluate(cfg, device, most=10_000):
 
 def profile(m, cfg, batches, rank, world, device):
     """cfg.profile steps after some of warm-up, as a table. An operation of the backward pass is booked under
-    the section whose forward pass recorded it (both carry one sequence number). FLOPs are counted, the peak
-    is that of a large matrix product."""
+    the section whose forward pass recorded it (both carry one sequence number). FLOPs are counted, their rates
+    are in TFLOP/s: of the whole forward pass, and of the share of it spent in matrix products and
+    convolutions; the peak is that of a large matrix product."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     sections, flops, counter = [], Counter(), FlopCounterMode(display=False)
 
@@ -920,7 +922,7 @@ def profile(m, cfg, batches, rank, world, device):
         return event
 
     events = [event for event in profiler.events() if event.device_type.name == "CPU"]
-    recorded, times = {}, Counter()
+    recorded, times, products = {}, Counter(), Counter()
     for event in events:                                     # the last to carry a number made the node
         if event.sequence_nr >= 0 and (section := ancestor(event, sections.__contains__)):
             recorded[event.sequence_nr] = section.name
@@ -928,17 +930,22 @@ def profile(m, cfg, batches, rank, world, device):
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         if section := ancestor(event, sections.__contains__):
             times[section.name, "forward"] += own / 2e3
+            if re.search("mm$|convolution|linear|attention", event.name):
+                products[section.name] += own / 2e3
         elif node := ancestor(event, lambda name: name.startswith("autograd::engine::evaluate_function")):
             times[recorded.get(node.sequence_nr, "rest"), "backward"] += own / 2e3
         else:
             is_ema = ancestor(event, lambda name: "_foreach_lerp_" in name)
             times["EMA" if is_ema else "rest", "forward"] += own / 2e3
     whole = sum(times.values())
-    lines = [f"{'':24}{'forward':>12}{'backward':>12}{'share':>9}{'forward rate':>16}"]
+    lines = [f"{'':24}{'forward':>12}{'backward':>12}{'share':>9}{'forward rate':>15}{'in products':>14}"]
     for name in [*dict.fromkeys(sections), "EMA", "rest"]:
         ahead, back = times[name, "forward"], times[name, "backward"]
-        rate = f"{counted[name] / ahead / 1e9:10.3f} TFLOP/s" if counted.get(name) else ""
-        lines.append(f"{name:24}{ahead:9.1f} ms{back:9.1f} ms{(ahead + back) / whole:9.1%}{rate:>18}")
+        rate = ""
+        if counted.get(name) and products[name]:
+            rate = f"{counted[name] / ahead / 1e9:14.3f}{products[name] / ahead:9.0%}" \
+                   f" at {counted[name] / products[name] / 1e9:.3f}"
+        lines.append(f"{name:24}{ahead:9.1f} ms{back:9.1f} ms{(ahead + back) / whole:9.1%}{rate}")
     return "\n".join(lines + [
         f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, waiting for data "
         f"{waiting * 1e3:.1f} ms of it; peak memory {memory / 2 ** 30:.2f} GiB",
