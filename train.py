@@ -898,7 +898,7 @@ def profile(m, cfg, batches, rank, world, device):
     run(1)
     waiting = 0
     seconds = run(cfg.profile)
-    waiting /= cfg.profile
+    waited = waiting / cfg.profile
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:
@@ -906,7 +906,7 @@ def profile(m, cfg, batches, rank, world, device):
         memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=activities) as profiler:
-        run(2)
+        run(cfg.profile)
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" else None)
     a @ a, sync()
@@ -928,15 +928,16 @@ def profile(m, cfg, batches, rank, world, device):
             recorded[event.sequence_nr] = section.name
     for event in events:
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        own /= 1e3 * cfg.profile                                      # milliseconds a step
         if section := ancestor(event, sections.__contains__):
-            times[section.name, "forward"] += own / 2e3
+            times[section.name, "forward"] += own
             if re.search("mm$|convolution|linear|attention", event.name):
-                products[section.name] += own / 2e3
+                products[section.name] += own
         elif node := ancestor(event, lambda name: name.startswith("autograd::engine::evaluate_function")):
-            times[recorded.get(node.sequence_nr, "rest"), "backward"] += own / 2e3
+            times[recorded.get(node.sequence_nr, "rest"), "backward"] += own
         else:
             is_ema = ancestor(event, lambda name: "_foreach_lerp_" in name)
-            times["EMA" if is_ema else "rest", "forward"] += own / 2e3
+            times["EMA" if is_ema else "rest", "forward"] += own
     whole = sum(times.values())
     lines = [f"{'':24}{'forward':>12}{'backward':>12}{'share':>9}{'forward rate':>15}{'in products':>14}"]
     for name in [*dict.fromkeys(sections), "EMA", "rest"]:
@@ -948,7 +949,7 @@ def profile(m, cfg, batches, rank, world, device):
         lines.append(f"{name:24}{ahead:9.1f} ms{back:9.1f} ms{(ahead + back) / whole:9.1%}{rate}")
     return "\n".join(lines + [
         f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, waiting for data "
-        f"{waiting * 1e3:.1f} ms of it; peak memory {memory / 2 ** 30:.2f} GiB",
+        f"{waited * 1e3:.1f} ms of it; peak memory {memory / 2 ** 30:.2f} GiB",
         f"{total / 1e12:.4f} TFLOP a step and process: {total / seconds / 1e12:.3f} TFLOP/s, "
         f"{total / seconds / peak:.1%} of a matrix product's {peak / 1e12:.3f}"])
 
