@@ -151,8 +151,9 @@ class Encoder(nn.Module):
         return F.interpolate(x, size=(size, size), mode=self.mode, align_corners=False)
 
     def forward(self, x):
-        f, = self.net.forward_intermediates(self.prepare(x, self.size), indices=[self.level],
-                                            norm=self.is_vit, output_fmt="NCHW", intermediates_only=True)
+        f, = self.net.forward_intermediates(
+            self.prepare(x, self.size), indices=[self.level], norm=self.is_vit, stop_early=True,
+            output_fmt="NCHW", intermediates_only=True)
         f = f.flatten(2).mT.float()                                                          # [B, N, C]
         return spatial_norm(f, self.gamma) if self.gamma else f
 
@@ -169,8 +170,9 @@ class EncoderDistance(nn.Module):
     def levels(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
         x = self.encoder.prepare(x, x.shape[-1] * self.scale)
+        levels = list(range(self.encoder.level + 1))
         return [unit_channels(f) for f in self.encoder.net.forward_intermediates(
-            x, indices=list(range(self.encoder.level + 1)), output_fmt="NCHW", intermediates_only=True)]
+            x, indices=levels, stop_early=True, output_fmt="NCHW", intermediates_only=True)]
 
     def forward(self, levels, target):
         """Distance [] of two results of `levels`; the target's is best made without graph."""
