@@ -34,8 +34,8 @@ from tqdm import tqdm
 from repa import EMBEDDED, create_encoder, fold_batch_norms, timm_name
 from sample import (add_sampler_flags, load_checkpoint, newest_checkpoint, sample_images, sampler_settings,
                     save_npz, start_processes)
-from vae import (Parser, UserError, list_images, load_into, load_tensors, one_line, pick_device, psnr,
-                 read_image, run_command, ssim, to_float, to_uint8, write_atomic)
+from vae import (Parser, UserError, hash_tensors, list_images, load_into, load_tensors, one_line,
+                 pick_device, psnr, read_image, run_command, ssim, to_float, to_uint8, write_atomic)
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
@@ -124,10 +124,7 @@ class TimmFeatures(nn.Module):
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(1, 3, 1, 1) * 255)
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        digest = hashlib.sha256()                                # of the tensors: the hub gives no file
-        for tensor in net.state_dict().values():
-            digest.update(tensor.contiguous().numpy().tobytes())
-        self.sha256 = digest.hexdigest()
+        self.sha256 = hash_tensors(net).hexdigest()              # the hub gives no file
         self.width = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))["pool"].shape[1]
 
     def forward(self, images):

@@ -9,7 +9,6 @@ they can be plain.
 import argparse
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -47,9 +46,9 @@ from repa import (DINOV2_B, EMBEDDED, Encoder, EncoderDistance, alignment_loss, 
 from sample import load_checkpoint, read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
 from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock,
-                 UserError, can_compile, hinge_loss, image_grid, is_hub_id, latents_in_colour, line_chart,
-                 list_images, load_into, load_tensors, load_vae, one_line, pick_device, psnr, read_image,
-                 run_command, save_png, stack, to_float, to_uint8, write_atomic)
+                 UserError, can_compile, hash_tensors, hinge_loss, image_grid, is_hub_id, latents_in_colour,
+                 line_chart, list_images, load_into, load_tensors, load_vae, one_line, pick_device, psnr,
+                 read_image, run_command, save_png, stack, to_float, to_uint8, write_atomic)
 
 try:
     import fcntl
@@ -211,10 +210,8 @@ def parse_config(argv=None):
         if wrong:
             raise UserError(line)
     with torch.device("meta"):                                      # names and depths, checked at no cost
-        stride, channels = (vae := AutoencoderKL(cfg.vae)).stride, vae.latent_channels
-        if cfg.resolution % stride:
-            raise UserError(f"--resolution {cfg.resolution}: not divisible by the VAE's stride {stride}")
-        SiT(cfg.model, cfg.resolution // stride, channels, cfg.num_classes, encoder_depth=cfg.encoder_depth)
+        size, channels = (vae := AutoencoderKL(cfg.vae)).latent_size(cfg.resolution), vae.latent_channels
+        SiT(cfg.model, size, channels, cfg.num_classes, encoder_depth=cfg.encoder_depth)
     for name in cfg.enc_type.split(","):
         timm_name(name)
     for path in (cfg.data_dir, cfg.val_dir):
@@ -242,7 +239,9 @@ def train_step(m, cfg, step, x, y, noise, eps, t, drop, moments=None):
     batch goes through in parts b (one, but for --gradient-accumulation-steps), its latents are normalised as
     a whole. Each pass ends in the backward of one loss, for one network."""
     statistics = [s.clone() for s in m.statistics]
-    batch = dict(x=x, y=y, noise=noise, eps=eps, t=t, drop=drop, moments=x if moments is None else moments)
+    batch = dict(x=x, y=y, noise=noise, eps=eps, t=t, drop=drop)
+    if cfg.cache_latents:
+        batch["moments"] = moments
     chunks = zip(*(values.chunk(cfg.gradient_accumulation_steps) for values in batch.values()))
     parts = [SimpleNamespace(log={}, **dict(zip(batch, chunk))) for chunk in chunks]
     vae_frozen = cfg.vae_grad == "none"
@@ -286,7 +285,7 @@ def vae_pass(m, cfg, step, b):
             if cfg.vae_grad == "diffusion":                                   # z reaches both x_t and v*
                 through_sit = (m.sit(x_t, b.t, b.y)[0].float() - velocity).square().mean()
                 b.log["vae_denoising_loss"] = through_sit
-            elif not cfg.vae_only:                                            # blocks 1..depth, no label dropout
+            elif not cfg.vae_only:                                         # blocks 1..depth, no label dropout
                 b.log["vae_align_loss"] = alignment_loss(m.sit.align(x_t, b.t, b.y), b.features)
                 through_sit = cfg.vae_align_proj_coeff * b.log["vae_align_loss"]
         l1, kl = (b.x - x_rec.float()).abs().mean(), posterior.kl().mean()
@@ -625,9 +624,8 @@ def cache_latents(m, cfg, dataset, device, rank, world, chunk=32):
     Its folder's name is a hash of the VAE's weights, of the images' names and sizes and of the resolution, so
     another VAE or other data never meet it. All processes take turns of 32 images; which are done is marked
     beside it, so that a killed run goes on."""
-    digest = hashlib.sha256(json.dumps([cfg.vae, cfg.resolution]).encode())
-    for tensor in m.vae.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    digest = hash_tensors(m.vae)
+    digest.update(json.dumps([cfg.vae, cfg.resolution]).encode())
     files = [os.fsdecode(path) for path in dataset.files]
     root = os.path.commonpath(files)
     for path in files:
@@ -720,7 +718,7 @@ def newest_complete(folder):
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()                           # reads all, against the archive's CRCs
-        except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
             damaged = one_line(e)
         if damaged is None:
             return path
@@ -849,8 +847,8 @@ def evaluate(cfg, device, most=10_000):
 
 def profile(m, cfg, batches, rank, world, device):
     """cfg.profile steps after some of warm-up, as a table. An operation of the backward pass is booked under
-    the section whose forward pass recorded it (both carry one sequence number). FLOPs are counted, their rates
-    are in TFLOP/s: of the whole forward pass, and of the share of it spent in matrix products and
+    the section whose forward pass recorded it (both carry one sequence number). FLOPs are counted, their
+    rates are in TFLOP/s: of the whole forward pass, and of the share of it spent in matrix products and
     convolutions; the peak is that of a large matrix product."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     sections, flops, counter = [], Counter(), FlopCounterMode(display=False)

@@ -13,6 +13,7 @@ Images are float tensors [B, 3, H, W] in [-1, 1]; latents are [B, C, h, w].
 """
 import argparse
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -137,6 +138,14 @@ def load_tensors(path):
         raise UserError(f"{path}: not a readable weights file ({type(e).__name__})") from None
     except SafetensorError as e:
         raise UserError(f"{path}: not a readable weights file ({one_line(e)})") from None
+
+
+def hash_tensors(module):
+    """SHA-256, still open, of the values in a module's state dict."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest
 
 
 def one_line(e):
@@ -491,6 +500,12 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
+    def latent_size(self, resolution):
+        """Height = width of the latents of square images. Raises UserError where the stride does not fit."""
+        if resolution % self.stride:
+            raise UserError(f"--resolution {resolution}: not divisible by the VAE's stride {self.stride}")
+        return resolution // self.stride
+
     def encode(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> DiagonalGaussian over [B, C, H/stride, W/stride]."""
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
@@ -777,8 +792,7 @@ def export_command(args):
 @torch.no_grad()
 def reconstruct_command(args):
     vae, _ = load_vae(args.vae)
-    if args.resolution % vae.stride:
-        raise UserError(f"--resolution {args.resolution}: not divisible by the VAE's stride {vae.stride}")
+    vae.latent_size(args.resolution)
     device = pick_device(args.device)
     vae.to(device, memory_format=torch.channels_last).eval()
     files = [Path(args.images)] if Path(args.images).is_file() else list_images(args.images)
@@ -819,8 +833,7 @@ def latents_command(args):
     rows, spectra, names = [images[shown]], {}, ["images"]
     for path in args.vaes:
         vae, _ = load_vae(path)
-        if args.resolution % vae.stride:
-            raise UserError(f"--resolution {args.resolution}: not divisible by {path}'s stride {vae.stride}")
+        vae.latent_size(args.resolution)
         vae.to(device, memory_format=torch.channels_last).eval()
         batches = tqdm(to_float(images).split(16), desc=path)
         z = torch.cat([vae.encode(x.to(device)).mode().cpu() for x in batches])
