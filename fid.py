@@ -16,7 +16,6 @@ import math
 import os
 import time
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from repa import EMBEDDED, create_encoder, fold_batch_norms, timm_name
 from sample import (add_sampler_flags, load_checkpoint, newest_checkpoint, sample_images, sampler_settings,
                     save_npz, start_processes)
-from vae import (Parser, UserError, hash_tensors, list_images, load_into, load_tensors, one_line,
+from vae import (READ_ERRORS, Parser, UserError, hash_tensors, list_images, load_into, load_tensors, one_line,
                  pick_device, psnr, read_image, run_command, ssim, to_float, to_uint8, write_atomic)
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
@@ -42,8 +41,6 @@ METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
 SUMS = {"fid": "pool", "sfid": "spatial", "is": "logits"}      # metrics that take only sums over features
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError,
-               zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)             # of damaged files
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS[0]}"
 
 
@@ -179,8 +176,6 @@ class ImageSet:
                 self.open_npz()
             except READ_ERRORS as e:
                 raise UserError(f"{path}: not a readable .npz ({one_line(e)})") from None
-        elif self.path.is_file():
-            raise UserError(f"{path}: neither a folder nor an .npz")
         else:
             self.files = list_images(path)
             self.n = len(self.files)
@@ -204,6 +199,7 @@ class ImageSet:
             if not (mu.isfinite().all() and sigma.isfinite().all()):
                 raise UserError(f"{self.path}: its statistics are not finite")
         if has_images:
+            self.given = self.given if "pool" in self.given else {}
             with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
                 np.lib.format.read_magic(f)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
@@ -213,9 +209,6 @@ class ImageSet:
             self.n, self.shape = shape[0], shape[1:3]
         elif "pool" not in self.given:
             raise UserError(f"{self.path}: neither arr_0 (images) nor mu and sigma (statistics) in it")
-
-    def __len__(self):                                                                    # for DataLoader
-        return self.n
 
     def __getitem__(self, indices):
         """Indices -> (uint8 [B, 3, H, W], how many were not RGB, error or ''): raised in a loader's process,
@@ -234,9 +227,9 @@ class ImageSet:
                     self.stream.seek(self.offset + i * size)         # where it is already, but at the start
                     pixels = torch.frombuffer(bytearray(self.stream.read(size)), dtype=torch.uint8)
                     images.append(pixels.view(*self.shape, 3).permute(2, 0, 1))
-            except READ_ERRORS as e:
-                return None, 0, (f"{name}: cannot be read ({one_line(e)}); a metric over fewer images would "
-                                 "be wrong: mend it or take it away")
+            except (*READ_ERRORS, UserError) as e:
+                error = e if isinstance(e, UserError) else f"{name}: cannot be read ({one_line(e)})"
+                return None, 0, f"{error}; a metric over fewer images would be wrong: mend it or take it away"
             (h, w), (h0, w0) = images[-1].shape[1:], self.shape or images[0].shape[1:]
             if (h, w) != (h0, w0):
                 return None, 0, (f"{name}: {w}x{h} pixels, but {self.files[0]} has {w0}x{h0}; --resolution N "
@@ -276,7 +269,7 @@ class Reconstructions:
     def batches(self, indices, batch_size, num_workers=0):
         for images in self.originals.batches(indices, batch_size, num_workers):
             x = to_float(images)
-            z = self.model.vae.encode(x.to(self.model.device)).mode()
+            z = self.model.vae.encode(x.to(self.model.device)).mean
             y = to_uint8(self.model.vae.decode(z)).cpu()
             self.tallies += torch.stack([psnr(x, to_float(y)).sum(), ssim(x, to_float(y)).sum()])
             yield y
@@ -364,17 +357,14 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
 def precision_recall(reference, samples, k=3, block=1000):
     """Share of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold is
     the union of balls around its features [N, D], each as wide as the k-th nearest neighbour is far."""
-    def distances(a, b):                                                                # squared, [block, N]
-        return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
-
     def radii(x):                                        # the row's nearest is itself: index k, not k - 1
-        nearest = [distances(rows, x).topk(k + 1, largest=False).values for rows in x.split(block)]
+        nearest = [torch.cdist(rows, x).topk(k + 1, largest=False).values for rows in x.split(block)]
         return torch.cat(nearest)[:, k]
 
     radii_ref, radii_samples = radii(reference), radii(samples)
     precise, recalled = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     for rows, radius in zip(samples.split(block), radii_samples.split(block)):
-        d = distances(rows, reference)
+        d = torch.cdist(rows, reference)
         precise += (d <= radii_ref).any(1).sum().item()
         recalled |= (d <= radius[:, None]).any(0)
     return precise / len(samples), recalled.sum().item() / len(reference)
@@ -515,6 +505,7 @@ def parse_args(argv=None):
     add("--num-workers", type=int, default=min(8, os.cpu_count()), help="decoding processes")
     add("--device", default="auto")
     add("--ckpt", metavar="FILE", help="judge this checkpoint (without REF: the newest under exps/)")
+    add("--vae-ckpt", help="the VAE, where the checkpoint has none: file, folder or hub id")
     add("--data-dir", metavar="DIR", help="its reference images (default: the run's own)")
     add("--num-samples", type=int, help="default: as many as reference images, 50,000 at most")
     add("--reconstruct", action="store_true", help="judge the checkpoint's VAE: rFID, PSNR, SSIM")
@@ -558,13 +549,13 @@ def open_sources(args, device):
     if args.ref and not args.ckpt:
         return [ImageSet(path, args.resolution) for path in (args.ref, args.samples) if path]
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
-    model = load_checkpoint(ckpt, device, compile=args.compile)
+    model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
     size, data = model.args["resolution"], args.ref or args.data_dir or model.args.get("data_dir")
     if not data or not Path(data).exists():
         raise UserError(f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")
     ref = ImageSet(data, size)
     if not args.reconstruct:
-        n = args.num_samples or min(ref.n or ref.made_by.get("n", 50_000), 50_000)
+        n = args.num_samples or min(ref.n or ref.made_by.get("n") or 50_000, 50_000)
         return [ref, Samples(ckpt, model, n, args.sampler)]
     if ref.shape != (size, size):
         raise UserError(f"{data}: --reconstruct needs images, of {size}x{size} pixels")

@@ -1,11 +1,9 @@
 """repa.py: what the hidden states are aligned with.
 
 REPA (arXiv 2410.06940): a frozen vision encoder gives patch features f, a projector maps a hidden state of
-SiT to their width, and the loss is minus their cosine similarity. REPA-E sends that loss into the VAE as
-well.
+SiT to their width, and the loss is minus their cosine similarity. REPA-E sends it into the VAE as well.
 """
 import math
-import re
 import sys
 
 import timm
@@ -69,16 +67,19 @@ def timm_name(name):
     return found
 
 
+def is_vit(net):
+    return hasattr(net, "patch_embed") and hasattr(net, "blocks")
+
+
 def create_encoder(name, file=None, random=False, grid=None):
     """(timm's model without classifier, its data configuration). file: weights in place of the hub's; random:
     none; grid: a transformer's positions are resampled to it on loading. Raises UserError."""
     if name == EMBEDDED:
         return embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
-    overlay = {}
-    if grid and re.search("vit|eva|beit|deit", name):
-        patch = timm.create_model(name, num_classes=0, device="meta").patch_embed.patch_size[0]
-        overlay = dict(img_size=grid * patch)
     try:
+        with torch.device("meta"):
+            shape = timm.create_model(name, num_classes=0)
+        overlay = dict(img_size=grid * shape.patch_embed.patch_size[0]) if grid and is_vit(shape) else {}
         net = timm.create_model(name, pretrained=file is None and not random, num_classes=0, **overlay)
     except Exception as e:                                               # hub errors come in many classes
         raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network give a "
@@ -90,16 +91,15 @@ def create_encoder(name, file=None, random=False, grid=None):
 
 def load_timm(net, file):
     """A weights file on disk into a timm model without classifier: timm's names or those the model's authors
-    used (timm's own filter maps them and resamples positions as it does for the hub's file). Raises
-    UserError."""
+    used (timm's own filter maps them and resamples positions as for the hub's file). Raises UserError."""
     state = load_tensors(file)
     to_timm = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", lambda state, net: state)
     try:
         state = to_timm(state, net)
     except (KeyError, RuntimeError, AttributeError, TypeError) as e:
         raise UserError(f"{file}: weights of another model ({type(e).__name__})") from None
-    classifier = ("head.", "fc.", "classifier.")
-    load_into(net, {k: v for k, v in state.items() if not k.startswith(classifier)}, file)
+    own, classifier = net.state_dict(), ("head.", "fc.", "classifier.")
+    load_into(net, {k: v for k, v in state.items() if k in own or not k.startswith(classifier)}, file)
 
 
 def spatial_norm(f, gamma):
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
-        self.is_vit = hasattr(net, "patch_embed") and hasattr(net, "blocks")
+        self.is_vit = is_vit(net)
         if self.is_vit:
             self.level, stride = len(net.blocks) - 1, net.patch_embed.patch_size[0]
         else:
@@ -177,11 +177,6 @@ class EncoderDistance(nn.Module):
     def forward(self, levels, target):
         """Distance [] of two results of `levels`; the target's is best made without graph."""
         return sum((a - b).square().sum(1).mean() for a, b in zip(levels, target)) / len(target)
-
-
-def build_encoders(names, grid, ckpt=None, random=False, gamma=0.0):
-    """--enc-type 'a,b' -> [Encoder, ...]."""
-    return [Encoder(name, grid, ckpt, random, gamma) for name in names.split(",")]
 
 
 class ConvProjector(nn.Conv2d):

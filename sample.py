@@ -8,10 +8,11 @@ Model, sizes, VAE and latent statistics all come from the checkpoint; no encoder
 (seed, i) alone: its label, its first noise and every later one come from a generator of its own.
 """
 import argparse
+import atexit
 import math
 import os
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sit import SIZES, SiT, path
-from vae import (AutoencoderKL, Parser, UserError, can_compile, image_grid, load_into, load_tensors, load_vae,
+from vae import (Parser, UserError, allocate_rows, can_compile, image_grid, load_into, load_tensors, load_vae,
                  pick_device, run_command, save_png, to_uint8, write_atomic)
 
 
@@ -69,18 +70,17 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
     null = torch.full_like(y, sit.null_class or 0)
 
     def velocity(x, t, start):
-        x, times = x.float(), torch.full((len(y),), t, device=y.device)
+        state, x, times = x.dtype, x.float(), torch.full((len(y),), t, device=y.device)
         if cfg_scale <= 1 or not low <= start <= high:
-            return sit(x, times, y)[0].double()
-        v, v_null = sit(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))[0].double().chunk(2)
+            return sit(x, times, y)[0].to(state)
+        v, v_null = sit(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))[0].to(state).chunk(2)
         return v_null + cfg_scale * (v - v_null)
 
     return velocity
 
 
-def label_of(i, seed, num_classes, classes=None, labels="equal"):
+def label_of(i, seed, classes, labels="equal"):
     """Image i's label: i mod the number of classes ('equal', as the paper's later tables), or 'random'."""
-    classes = classes or range(num_classes)
     if labels == "equal":
         return classes[i % len(classes)]
     return classes[np.random.default_rng((seed, i, 1)).integers(len(classes))]
@@ -90,23 +90,26 @@ def label_of(i, seed, num_classes, classes=None, labels="equal"):
 # Checkpoints
 # ------------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Model:
-    """What sampling needs: the averaged SiT (with its latent statistics), the VAE, the settings, the step."""
-    sit: SiT
-    vae: AutoencoderKL
-    args: dict
-    step: int
-    device: torch.device
+# What sampling needs: the averaged SiT (with its latent statistics), the VAE, the settings, the step.
+Model = namedtuple("Model", "sit vae args step device")
+
+
+def checkpoints(run):
+    """A run's checkpoints, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("*.pt") if p.stem.isdecimal()]
+    return sorted(found, key=lambda p: int(p.stem))
 
 
 def newest_checkpoint(root="exps"):
-    """The newest checkpoint of the newest run under `root`. Raises UserError where there is none."""
-    found = [p for p in Path(root).glob("*/checkpoints/*.pt") if p.stem.isdecimal()]
+    """The last checkpoint of the newest run under `root`, the same one for all processes. Raises UserError
+    where there is none."""
+    found = [path for run in Path(root).glob("*") for path in checkpoints(run)[-1:]]
     if not found:
         raise UserError(f"no checkpoint under {root}/; run python train.py first, or give --ckpt FILE")
-    run = max(found, key=lambda p: p.stat().st_mtime).parent
-    return max(run.glob("[0-9]*.pt"), key=lambda p: int(p.stem))
+    newest = [max(found, key=lambda p: p.stat().st_mtime)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(newest)
+    return newest[0]
 
 
 def read_checkpoint(file):
@@ -167,17 +170,18 @@ def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun
     if cfg_scale > 1 and sit.null_class is None:
         raise UserError("--cfg-scale above 1: this model was trained with --cfg-prob 0, it has no null class")
     if labels is None:
-        labels = [label_of(i, seed, sit.num_classes) for i in indices]
+        labels = [label_of(i, seed, range(sit.num_classes)) for i in indices]
     y = torch.tensor(labels, device=model.device)
     generators = [np.random.default_rng((seed, i)) for i in indices]
+    state = torch.float32 if model.device.type == "mps" else torch.float64        # MPS has no float64
 
     def noise(dtype=np.float64):
         drawn = [g.standard_normal((sit.channels, size, size), dtype=dtype) for g in generators]
-        return torch.from_numpy(np.stack(drawn)).to(y.device)
+        return torch.from_numpy(np.stack(drawn)).to(state).to(y.device)
 
     with torch.autocast(y.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
-        z = integrate(velocity, noise(np.float32).double(), mode, num_steps, heun,
+        z = integrate(velocity, noise(np.float32), mode, num_steps, heun,
                       model.args.get("path_type", "linear"), noise)
         return to_uint8(model.vae.decode(sit.bn.denormalize(z.float())))
 
@@ -248,15 +252,15 @@ def main():
     if args.batch_size < 1 or (args.num_samples is not None and args.num_samples < 1):
         raise UserError("--batch-size and --num-samples: at least 1")
     device = pick_device(args.device)
+    rank, world = start_processes(device)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
-    num_classes = model.sit.num_classes
-    classes = range(num_classes)
+    classes = range(model.sit.num_classes)
     if args.classes:
         try:
             classes = [classes.index(int(c)) for c in args.classes.split(",")]       # ValueError if outside
         except ValueError:
-            raise UserError(f"--classes {args.classes}: write numbers from 0 to {num_classes - 1}, with "
+            raise UserError(f"--classes {args.classes}: write numbers from 0 to {len(classes) - 1}, with "
                             "commas") from None
     n = args.num_samples or min(8 * len(classes), 80)
     out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
@@ -264,13 +268,13 @@ def main():
     if is_folder and out.is_dir() and any(out.glob("*.png")):
         raise UserError(f"--out {out}: the folder holds pictures already; name another")
 
-    rank, world = start_processes(device)
     resolution = model.args["resolution"]
     shared = out.with_name(f".{out.name}.samples.npy")              # every process writes its own rows
     if rank == 0:
         (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
         if not is_folder:
-            np.lib.format.open_memmap(shared, "w+", np.uint8, (n, resolution, resolution, 3))
+            atexit.register(shared.unlink, missing_ok=True)
+            allocate_rows(shared, np.uint8, (n, resolution, resolution, 3))
     if world > 1:
         dist.barrier()
     rows = None if is_folder else np.load(shared, mmap_mode="r+")
@@ -288,7 +292,7 @@ def main():
         stored = writer.submit(lambda: None)
         for start in range(0, len(mine), args.batch_size):
             indices = mine[start:start + args.batch_size]
-            labels = [label_of(i, args.seed, num_classes, classes, args.label_sampling) for i in indices]
+            labels = [label_of(i, args.seed, classes, args.label_sampling) for i in indices]
             images = sample_images(model, indices, labels, **settings)
             stored.result()                                  # at most one batch behind; raises what it raised
             stored = writer.submit(store, indices, images)
@@ -299,16 +303,13 @@ def main():
     if world > 1:
         dist.barrier()
     if rank == 0 and not is_folder:
-        try:
-            rows = np.load(shared, mmap_mode="c")          # anew: on a network drive, with the others' rows
-            if out.suffix == ".npz":
-                save_npz(out, arr_0=rows)
-            else:
-                columns = len(classes) if args.label_sampling == "equal" and 4 <= len(classes) <= 20 else 10
-                save_png(image_grid(torch.from_numpy(rows).permute(0, 3, 1, 2), columns,
-                                    scale=max(1, 64 // resolution)), out)
-        finally:
-            shared.unlink()
+        rows = np.load(shared, mmap_mode="c")              # anew: on a network drive, with the others' rows
+        if out.suffix == ".npz":
+            save_npz(out, arr_0=rows)
+        else:
+            columns = len(classes) if args.label_sampling == "equal" and 4 <= len(classes) <= 20 else 10
+            save_png(image_grid(torch.from_numpy(rows).permute(0, 3, 1, 2), columns,
+                                scale=max(1, 64 // resolution)), out)
     if rank == 0:
         print(f"{n} samples of {ckpt} (step {model.step}) -> {out}")
     if world > 1:

@@ -6,6 +6,7 @@ in [0, 1], unscaled. It knows nothing of encoders: the projectors are handed in 
 one block.
 """
 import math
+from collections import OrderedDict
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def parse_model(name):
     return *SIZES[size], int(patch)
 
 
-class LatentNorm(nn.Module):
+class LatentNorm(nn.BatchNorm2d):
     """Batch norm without affine over latents [B, C, h, w] (paper, 3.2): keeps the moving latents normalised.
 
     Called, it normalises with the statistics of the batch over all processes (biased variance) and moves the
@@ -41,12 +42,8 @@ class LatentNorm(nn.Module):
     gloo as on NCCL.
     """
 
-    def __init__(self, channels, momentum=0.1, eps=LATENT_EPS):
-        super().__init__()
-        self.momentum, self.eps = momentum, eps
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+    def __init__(self, channels, momentum=0.1):
+        super().__init__(channels, LATENT_EPS, momentum, affine=False)
 
     def start(self, mean, std):
         """Set the running statistics, [C] each."""
@@ -99,17 +96,6 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         args = t.float()[:, None] * self.freqs                                 # [B, 128]
         return self.mlp(torch.cat([args.cos(), args.sin()], dim=1))
-
-
-class LabelEmbedder(nn.Module):
-    """y [B] -> [B, D]; the last row, if labels are dropped in training, is the null class of guidance."""
-
-    def __init__(self, rows, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
 
 
 class SiTBlock(nn.Module):
@@ -171,7 +157,8 @@ class SiT(nn.Module):
         self.null_class = num_classes if cfg_prob > 0 else None
         self.x_embedder = PatchEmbed(size, patch, channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes + (cfg_prob > 0), width)
+        labels = nn.Embedding(num_classes + (cfg_prob > 0), width)        # its last row is the null class
+        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=labels))                   # [B] -> [B, D]
         # A Parameter, as released, but one that never trains: in the release a switch turned its gradient on.
         self.pos_embed = nn.Parameter(sincos_positions(width, size // patch), requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
@@ -185,8 +172,7 @@ class SiT(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+                nn.init.zeros_(m.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
@@ -195,11 +181,9 @@ class SiT(nn.Module):
         for m in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
                   self.final_layer.linear):
             nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
 
     def place(self, device):
-        """Move to the device; on a CPU, attention goes without the fused kernel, which is slower there in
-        bf16."""
+        """Move to the device; on a CPU, attention goes without the fused kernel, slower there in bf16."""
         for block in self.blocks:
             block.attn.fused_attn = torch.device(device).type != "cpu"
         return self.to(device)
@@ -209,30 +193,25 @@ class SiT(nn.Module):
         for block in self.blocks:
             block.compile()
 
-    def embed(self, x, t, y):
+    def first_blocks(self, x, t, y):
+        """Blocks 1 to encoder_depth: their output h, the conditioning c, and h through the projectors."""
         c = self.t_embedder(t) + self.y_embedder(y)                                        # [B, D]
         x = self.x_embedder(x.contiguous())             # so is its gradient then, as DDP's buckets want it
-        return x + self.pos_embed, c                                                       # [B, N, D]
-
-    def project(self, h):
-        return [projector(h) for projector in self.projectors]                              # [B, N, C_i] each
+        h = x + self.pos_embed                                                             # [B, N, D]
+        for block in self.blocks[:self.encoder_depth]:
+            h = block(h, c)
+        return h, c, [projector(h) for projector in self.projectors]                       # [B, N, C_i] each
 
     def align(self, x, t, y):
         """The alignment-only pass: blocks 1 to encoder_depth and the projectors; no later block, no head."""
-        h, c = self.embed(x, t, y)
-        for block in self.blocks[:self.encoder_depth]:
-            h = block(h, c)
-        return self.project(h)
+        return self.first_blocks(x, t, y)[2]
 
     def forward(self, x, t, y):
         """Normalised noisy latents [B, C, h, w], t [B], labels [B] -> velocity [B, C, h, w] and, per
         projector, the projected hidden state [B, N, C_i]."""
-        h, c = self.embed(x, t, y)
-        projected = []
-        for i, block in enumerate(self.blocks, start=1):
+        h, c, projected = self.first_blocks(x, t, y)
+        for block in self.blocks[self.encoder_depth:]:
             h = block(h, c)
-            if i == self.encoder_depth:
-                projected = self.project(h)
         return self.unpatchify(self.final_layer(h, c)), projected
 
     def unpatchify(self, tokens):
@@ -247,8 +226,7 @@ class SiT(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 def path(t, kind):
-    """alpha, sigma and their derivatives at t, for kind 'linear' or 'cosine'; data at t = 0, noise at t =
-    1."""
+    """alpha, sigma and their derivatives at t, for kind 'linear' or 'cosine'; data at t = 0, noise at 1."""
     if kind == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     a = t * (math.pi / 2)

@@ -7,14 +7,17 @@ Read `train_step` and its three passes first: they are the method. Everything el
 they can be plain.
 """
 import argparse
+import atexit
 import copy
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 import warnings
 import zipfile
@@ -35,23 +38,24 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, record_function
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from repa import (DINOV2_B, EMBEDDED, Encoder, EncoderDistance, alignment_loss, build_encoders, cknna,
-                  projector, timm_name)
-from sample import load_checkpoint, read_checkpoint, sample_images, start_processes
+from repa import DINOV2_B, EMBEDDED, Encoder, EncoderDistance, alignment_loss, cknna, projector, timm_name
+from sample import checkpoints, load_checkpoint, read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
 from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock,
-                 UserError, can_compile, hash_tensors, hinge_loss, image_grid, is_hub_id, latents_in_colour,
-                 line_chart, list_images, load_into, load_tensors, load_vae, one_line, pick_device, psnr,
-                 read_image, run_command, save_png, stack, to_float, to_uint8, write_atomic)
+                 UserError, allocate_rows, can_compile, hash_tensors, hinge_loss, image_grid, is_hub_id,
+                 latents_in_colour, line_chart, list_images, load_into, load_tensors, load_vae, one_line,
+                 pick_device, psnr, read_image, run_command, save_png, to_float, to_uint8, write_atomic)
 
 try:
     import fcntl
+    import resource
 except ImportError:                                                   # Windows: two runs are not told apart
     fcntl = None
 
@@ -141,7 +145,7 @@ class Config:
     allow_random_weights: bool = opt(False, "frozen encoders without weights: for trying things out")
 
 
-SECOND_STAGE = dict(vae_grad="none", cache_latents=True, max_train_steps=4_000_000)
+SECOND_STAGE = dict(vae_grad="none", cache_latents=True, max_train_steps=4_000_000, keep_every=500_000)
 PRESETS = {
     "tiny": dict(
         resolution=32, num_classes=10, batch_size=32, max_train_steps=1100, checkpointing_steps=550,
@@ -419,46 +423,28 @@ class ImageFolder(Dataset):
             i = (index + k) % len(self)
             path = os.fsdecode(self.files[i])
             try:
-                moments = [torch.from_numpy(open_rows(self.cached)[i].copy())] if self.cached else []
+                moments = [torch.tensor(np.load(self.cached, mmap_mode="r")[i])] if self.cached else []
                 if self.cached and moments[0].isnan().any():
-                    raise ValueError("unreadable when the latents were cached")
-                image = torch.empty(3, 0, 0, dtype=torch.uint8)
-                if self.with_images:
-                    image = read_image(path, self.resolution)
+                    raise UserError("unreadable when the latents were cached")
+                image = read_image(path, self.resolution) if self.with_images else torch.empty(3, 0, 0)
                 return image.flip(2) if flip else image, int(self.labels[i]), bad, *moments
-            except (OSError, ValueError):
+            except UserError:
                 bad = bad or path
         raise UserError(f"{path}: unreadable, as all {len(self)} images of its data set are")
 
 
-@lru_cache(1)
-def open_rows(path):
-    """The array of an .npy file, memory-mapped; opened once in each loader process."""
-    return np.load(path, mmap_mode="r")
-
-
-class StepSampler(Sampler):
+def step_batches(n, cfg, step, rank, world):
     """This process's batches from `step` on: the data is one endless stream of epochs, each shuffled by
     (seed, epoch); step s takes positions s*B to (s+1)*B of it."""
-
-    def __init__(self, n, cfg, step, rank, world):
-        self.n, self.cfg, self.step, self.rank, self.world = n, cfg, step, rank, world
-
-    def __iter__(self):
-        cfg, orders = self.cfg, {}
-        for step in range(self.step, cfg.max_train_steps):
-            flips = np.random.default_rng((cfg.seed, step, 2)).random(cfg.batch_size) < 0.5 * cfg.flip
-            batch, share = [], cfg.batch_size // self.world
-            for k in range(self.rank * share, (self.rank + 1) * share):
-                epoch, place = divmod(step * cfg.batch_size + k, self.n)
-                if epoch not in orders:
-                    orders = {e: o for e, o in orders.items() if e >= epoch - 1}
-                    orders[epoch] = np.random.default_rng((cfg.seed, epoch, 3)).permutation(self.n)
-                batch.append((int(orders[epoch][place]), bool(flips[k])))
-            yield batch
-
-    def __len__(self):
-        return self.cfg.max_train_steps - self.step
+    order = lru_cache(1)(lambda epoch: np.random.default_rng((cfg.seed, epoch, 3)).permutation(n))
+    share = cfg.batch_size // world
+    for step in range(step, cfg.max_train_steps):
+        flips = np.random.default_rng((cfg.seed, step, 2)).random(cfg.batch_size) < 0.5 * cfg.flip
+        batch = []
+        for k in range(rank * share, (rank + 1) * share):
+            epoch, place = divmod(step * cfg.batch_size + k, n)
+            batch.append((int(order(epoch)[place]), bool(flips[k])))
+        yield batch
 
 
 # Classes by the first code point, the first row that holds it; whatever is left is a symbol.
@@ -494,8 +480,7 @@ def openmoji_class(code):
 
 
 def draw_openmoji(folder, size):
-    """Draw OpenMoji's emoji at size x size pixels into folder/train/CLASS/CODE.png and
-    folder/val/CLASS/CODE.png.
+    """Draw OpenMoji's emoji at size x size pixels into folder/{train,val}/CLASS/CODE.png.
 
     Each is drawn at twice the size and box-halved, equal pictures once. Held out for val: one base (first
     code point) in 16, with all its variants; people stay in training, since a woman and a man differ in their
@@ -521,8 +506,10 @@ def draw_openmoji(folder, size):
         target = tmp / ("val" if held_out else "train") / kind / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp.rename(folder)
+    try:
+        tmp.rename(folder)
+    except OSError:                                                   # another run was first
+        shutil.rmtree(tmp)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -538,8 +525,8 @@ def build(cfg, device):
     if cfg.disc_pretrained_ckpt:
         load_into(disc, load_tensors(cfg.disc_pretrained_ckpt), cfg.disc_pretrained_ckpt)
     size, (_, width, _, patch) = cfg.resolution // vae.stride, parse_model(cfg.model)
-    load_encoders = partial(build_encoders, cfg.enc_type, size // patch, cfg.enc_ckpt or None,
-                            cfg.allow_random_weights, cfg.spatial_norm)
+    load_encoders = lambda: [Encoder(name, size // patch, cfg.enc_ckpt or None, cfg.allow_random_weights,
+                                     cfg.spatial_norm) for name in cfg.enc_type.split(",")]
     encoders = load_encoders() if cfg.proj_coeff > 0 and not cfg.vae_only else []
     projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders]
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes, cfg.cfg_prob, cfg.qk_norm,
@@ -554,7 +541,7 @@ def build(cfg, device):
         sit.bn.start(*stats)
     ema = copy.deepcopy(sit).eval().requires_grad_(False)
     if cfg.init_from:
-        init_from(cfg.init_from, sit, ema)
+        init_from(cfg.init_from, sit, ema, with_norm=not cfg.vae_ckpt)
     for module in filter(None, (vae, disc, perceptual, *encoders)):
         module.to(device, memory_format=torch.channels_last)
     sit.place(device), ema.place(device)
@@ -572,8 +559,8 @@ def build(cfg, device):
     m.saving.set_result(None)
     m.health = dict.fromkeys(("skipped", "skipped_in_a_row", "zero_gradients_in_a_row"),
                              torch.zeros((), device=device))
-    m.ema_tensors, m.sit_tensors = ([*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]
-                                    for net in (m.ema, sit))
+    m.ema_tensors, m.sit_tensors = ([t.detach() for t in (*net.parameters(), *net.buffers())   # no graph
+                                     if t.is_floating_point()] for net in (ema, sit))
     return m
 
 
@@ -617,7 +604,7 @@ def measure_latents(m, dataset, device, images=512):
 
 
 @torch.no_grad()
-def cache_latents(m, cfg, dataset, device, rank, world, chunk=32):
+def cache_latents(m, cfg, dataset, device, rank, world, host=None, chunk=32):
     """Write the posterior's moments of the whole data set once, float16 [N, 2C, h, w] (NaN for an unreadable
     image), memory-mapped; returns the file's path.
 
@@ -631,23 +618,15 @@ def cache_latents(m, cfg, dataset, device, rank, world, chunk=32):
     for path in files:
         digest.update(f"{os.path.relpath(path, root)} {os.path.getsize(path)} ".encode())
     folder = Path(cfg.output_dir) / f"latents-{digest.hexdigest()[:16]}"
-    file, marks, held = folder / "moments.npy", folder / "done.npy", None
+    file, marks = folder / "moments.npy", folder / "done.npy"
     turns = [range(i, min(i + chunk, len(files))) for i in range(0, len(files), chunk)]
     if rank == 0 and not (marks.is_file() and np.load(marks).all()):
-        held = lock(folder)
+        held = lock(folder)                                           # while this name lives
         if not marks.is_file():
-            try:
-                shape = len(files), 2 * m.vae.latent_channels, m.size, m.size
-                np.lib.format.open_memmap(file, "w+", np.float16, shape)
-                if hasattr(os, "posix_fallocate"):     # a full disk shows here, not as a bus error later
-                    with open(file, "rb+") as f:
-                        os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
-            except OSError as e:
-                file.unlink(missing_ok=True)
-                raise UserError(f"cannot write {file}: {e.strerror}") from None
+            allocate_rows(file, np.float16, (len(files), 2 * m.vae.latent_channels, m.size, m.size))
             write_atomic(marks, lambda tmp: np.lib.format.open_memmap(tmp, "w+", np.uint8, (len(turns),)))
     if world > 1:
-        dist.barrier()
+        dist.barrier(host)
     rows, done = (np.lib.format.open_memmap(path, "r+") for path in (file, marks))
     mine = [k for k in range(rank, len(turns), world) if not done[k]]
     loader = DataLoader(dataset, batch_sampler=[[(i, False) for i in turns[k]] for k in mine],
@@ -663,31 +642,24 @@ def cache_latents(m, cfg, dataset, device, rank, world, chunk=32):
         done[k] = 1
         done.flush()
     if world > 1:
-        dist.barrier()
-    if held:
-        held.close()
+        dist.barrier(host)
     return file
 
 
-def init_from(path, sit, ema):
-    """SiT and its average from a training checkpoint; a projector that does not fit starts anew."""
+def init_from(path, sit, ema, with_norm):
+    """SiT and its average from a training checkpoint, the latent norm only if its VAE is taken as well; a
+    projector that does not fit starts anew."""
     ckpt = read_checkpoint(path)
     for net, key in ((sit, "model"), (ema, "ema")):
         own = net.state_dict()
-        state = {name: tensor for name, tensor in ckpt[key].items() if not name.startswith("projectors.")
-                 or name in own and own[name].shape == tensor.shape}
+        state = {name: tensor for name, tensor in ckpt[key].items() if with_norm or not name.startswith("bn.")
+                 if not name.startswith("projectors.") or name in own and own[name].shape == tensor.shape}
         kept = {name: tensor for name, tensor in own.items() if name.startswith(("projectors.", "bn."))}
         load_into(net, kept | state, f"{path}: {key}")
 
 
 STATE = dict(model="sit", ema="ema", vae="vae", discriminator="disc", opt="opt", opt_vae="opt_vae",
              opt_disc="opt_disc")
-
-
-def checkpoints(folder):
-    """The run's checkpoints, oldest first."""
-    found = [p for p in (folder / "checkpoints").glob("*.pt") if p.stem.isdecimal()]
-    return sorted(found, key=lambda p: int(p.stem))
 
 
 def save_checkpoint(m, cfg, folder, step):
@@ -762,8 +734,7 @@ def load_run(m, cfg, path, say):
 @torch.no_grad()
 def draw_pictures(m, cfg, folder, step, classes, held_out, device):
     """Sample grid of the EMA (a column per class), reconstructions beside originals, latents in colour;
-    returns the mean PSNR in dB of reconstructing `held_out`, uint8 [N, 3, R, R] (from the posterior's
-    mean)."""
+    returns the mean PSNR in dB of reconstructing `held_out`, uint8 [N, 3, R, R] (the posterior's mean)."""
     ema = SimpleNamespace(sit=m.ema, vae=m.vae, args=dataclasses.asdict(cfg), device=device)
     columns, scale = min(classes, 10), max(1, 64 // cfg.resolution)
     rows = 8 if cfg.resolution <= 64 else 4
@@ -772,15 +743,12 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
                                            cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision)
                              for i in range(0, columns * rows, columns)])
         save_png(image_grid(samples, columns, scale), folder / f"pictures/samples-{step:07d}.png")
-    recs, latents = [], []
-    for x in to_float(held_out).split(32):
-        with m.autocast():
-            z = m.vae.encode(x.to(device, memory_format=torch.channels_last)).mode()
-            recs.append(m.vae.decode(z).float().cpu())
-            latents.append(z.cpu())
-    recs, latents = torch.cat(recs), torch.cat(latents)
+    with m.autocast():
+        batches = to_float(held_out).to(device, memory_format=torch.channels_last).split(32)
+        latents = [m.vae.encode(x).mean for x in batches]
+        recs = torch.cat([m.vae.decode(z).float().cpu() for z in latents])
     k = min(24, len(held_out))
-    colour = latents_in_colour(latents, m.vae.stride)[:k]
+    colour = latents_in_colour(torch.cat(latents).cpu(), m.vae.stride)[:k]
     triples = torch.stack([held_out[:k], to_uint8(recs[:k]), colour], 1).flatten(0, 1)
     save_png(image_grid(triples, 12, scale), folder / f"pictures/reconstructions-{step:07d}.png")
     return psnr(to_float(held_out), recs).mean().item()
@@ -810,6 +778,8 @@ def evaluate(cfg, device, most=10_000):
     pooled, hidden, targets, losses = [], [], [], {k / 10: 0.0 for k in range(1, 10)}
     for block in sit.blocks:
         block.register_forward_hook(lambda block, args, h: pooled.append(h.mean(1)))       # [B, D]
+    if len(data) <= 10:
+        raise UserError(f"{data.folder}: {len(data)} images; CKNNA is over each one's 10 nearest neighbours")
     chosen = np.random.default_rng(0).permutation(len(data))[:most]
     for indices in tqdm(np.array_split(chosen, -(-len(chosen) // 32)), desc="evaluating", unit="batch"):
         x, y, _ = zip(*(data[int(i), False] for i in indices))
@@ -833,9 +803,9 @@ def evaluate(cfg, device, most=10_000):
     record = dict(images=len(chosen), encoder=cfg.enc_type, cknna=alignment, denoising_loss=losses)
     write_atomic(out.with_suffix(".json"), lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
     blocks = range(1, len(alignment) + 1)
-    save_png(stack([line_chart({"": (blocks, alignment)}, "CKNNA (k = 10, t = 0.5) by block"),
-                    line_chart({"": (list(losses), list(losses.values()))}, "denoising loss by t")]),
-             out.with_suffix(".png"))
+    charts = (line_chart({"": (blocks, alignment)}, "CKNNA (k = 10, t = 0.5) by block"),
+              line_chart({"": (list(losses), list(losses.values()))}, "denoising loss by t"))
+    save_png(Image.fromarray(np.vstack(charts)), out.with_suffix(".png"))
     print(f"{ckpt}: {len(chosen)} images of {data.folder}, {cfg.enc_type} -> {out}.json, .png")
     print("  CKNNA by block       " + "  ".join(f"{k}: {value:.3f}" for k, value in zip(blocks, alignment)))
     print("  denoising loss by t  " + "  ".join(f"{t}: {value:.3f}" for t, value in losses.items()))
@@ -850,7 +820,7 @@ def profile(m, cfg, batches, rank, world, device):
     the section whose forward pass recorded it (both carry one sequence number). FLOPs are counted, their
     rates are in TFLOP/s: of the whole forward pass, and of the share of it spent in matrix products and
     convolutions; the peak is that of a large matrix product."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync = getattr(torch, device.type).synchronize
     sections, flops, counter = [], Counter(), FlopCounterMode(display=False)
 
     def label(name, owner, *methods):
@@ -876,43 +846,30 @@ def profile(m, cfg, batches, rank, world, device):
     for optimizer in (m.opt, m.opt_vae, m.opt_disc):
         label("optimizers", optimizer, "step")
 
-    step = waiting = 0
-
     def run(steps):
-        nonlocal step, waiting
-        start = time.perf_counter()
-        for step in range(step, step + steps):
+        start, waited = time.perf_counter(), 0.0
+        for step in range(steps):
             before = time.perf_counter()
             batch = next(batches)
-            waiting += time.perf_counter() - before
+            waited += time.perf_counter() - before
             run_step(m, cfg, step, batch, rank, world, device)
         sync()
-        return (time.perf_counter() - start) / steps
+        return (time.perf_counter() - start) / steps, waited / steps
 
     run(3)
     with torch.compiler.set_stance("force_eager"), counter:           # it does not see into compiled code
         run(1)
-    total, counted = counter.get_total_flops(), dict(flops)
     run(1)
-    waiting = 0
-    seconds = run(cfg.profile)
-    waited = waiting / cfg.profile
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        from resource import RUSAGE_SELF, getrusage                   # not on Windows
-        memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    seconds, waited = run(cfg.profile)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=activities) as profiler:
         run(cfg.profile)
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" else None)
-    a @ a, sync()
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    sync()
-    peak = 10 * 2 * n ** 3 / (time.perf_counter() - start)
+    timer = Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads())
+    peak, total = 2 * n ** 3 / timer.timeit(10).mean, counter.get_total_flops()
 
     def ancestor(event, found):
         while event is not None and not found(event.name):
@@ -941,9 +898,9 @@ def profile(m, cfg, batches, rank, world, device):
     for name in [*dict.fromkeys(sections), "EMA", "rest"]:
         ahead, back = times[name, "forward"], times[name, "backward"]
         rate = ""
-        if counted.get(name) and products[name]:
-            rate = f"{counted[name] / ahead / 1e9:14.3f}{products[name] / ahead:9.0%}" \
-                   f" at {counted[name] / products[name] / 1e9:.3f}"
+        if flops[name] and products[name]:
+            rate = f"{flops[name] / ahead / 1e9:14.3f}{products[name] / ahead:9.0%}" \
+                   f" at {flops[name] / products[name] / 1e9:.3f}"
         lines.append(f"{name:24}{ahead:9.1f} ms{back:9.1f} ms{(ahead + back) / whole:9.1%}{rate}")
     return "\n".join(lines + [
         f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, waiting for data "
@@ -956,38 +913,23 @@ def profile(m, cfg, batches, rank, world, device):
 # The loop
 # ------------------------------------------------------------------------------------------------------------
 
-def prepare_folder(cfg):
-    """exps/NAME, refused where it holds a run already and neither --resume nor --overwrite was said."""
-    folder = Path(cfg.output_dir) / cfg.exp_name
-    found = checkpoints(folder)
-    if found and not (cfg.resume or cfg.overwrite):
-        raise UserError(f"{folder} already holds checkpoints: --resume goes on from {found[-1].name}, "
-                        "--overwrite starts afresh, --exp-name NAME keeps both")
-    return folder
-
-
-def start_metrics(folder, step, report_to, cfg):
-    """metrics.jsonl cut back to `step`, open for appending, and the optional second logger; returns log(step,
-    dict)."""
+def start_metrics(folder, step, cfg):
+    """metrics.jsonl cut back to `step` and open for appending, another logger if wanted: log(step, row)."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_atomic(path, lambda tmp: tmp.write_text("".join(lines)))
-    file, also = open(path, "a", buffering=1), None
-    if report_to == "tensorboard":
+    file = open(path, "a", buffering=1)
+    logs = [lambda step, row: file.write(json.dumps(dict(step=step) | row) + "\n")]
+    if cfg.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(folder)
-        also = lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()]
-    elif report_to == "wandb":
+        logs.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
+    elif cfg.report_to == "wandb":
         import wandb
         wandb.init(project="repa-e", name=cfg.exp_name, config=dataclasses.asdict(cfg), dir=folder)
-        also = lambda step, row: wandb.log(row, step=step)
-
-    def log(step, row):
-        file.write(json.dumps(dict(step=step) | row) + "\n")
-        if also:
-            also(step, row)
-    return log
+        logs.append(lambda step, row: wandb.log(row, step=step))
+    return lambda step, row: [log(step, row) for log in logs]
 
 
 def lock(folder):
@@ -997,11 +939,12 @@ def lock(folder):
     file = open(folder / ".lock", "w")
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)          # flock's would go on in loader processes
     except OSError:
         raise UserError(f"{folder}: another run is writing to it; --exp-name NAME names another") from None
     for half_written in folder.rglob(".*.tmp"):
-        half_written.unlink()
+        if half_written.is_file():
+            half_written.unlink()
     return file
 
 
@@ -1021,14 +964,13 @@ def agree(stopping, host):
 
 
 def ignore_signals(worker):
-    """Loader processes outlive a Ctrl-C or SIGTERM to the group: the main process ends them."""
+    """Loader processes outlive a Ctrl-C or SIGTERM to the group: the main process ends them, see `main`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def run_step(m, cfg, step, batch, rank, world, device):
-    """train_step on this process's batch as it comes from the loader; the learning rates warm up and decay
-    linearly."""
+    """train_step on a batch as it comes from the loader; learning rates warm up and decay linearly."""
     x, y, _, *moments = batch
     x, y, *moments = (tensor.to(device, non_blocking=True) for tensor in (x, y, *moments))
     x = to_float(x).contiguous(memory_format=torch.channels_last)
@@ -1036,8 +978,7 @@ def run_step(m, cfg, step, batch, rank, world, device):
                 (cfg.max_train_steps - step) / max(cfg.lr_decay_steps, 1))
     for optimizer, rate in ((m.opt, cfg.learning_rate), (m.opt_vae, cfg.vae_learning_rate),
                             (m.opt_disc, cfg.disc_learning_rate)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * scale
+        optimizer.param_groups[0]["lr"] = rate * scale
     latent_shape = m.vae.latent_channels, m.size, m.size
     return train_step(m, cfg, step, x, y, *draw_noise(cfg, step, latent_shape, rank, world, device), *moments)
 
@@ -1045,16 +986,21 @@ def run_step(m, cfg, step, batch, rank, world, device):
 def main():
     cfg = parse_config()
     device = pick_device(cfg.device)
+    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     if cfg.evaluate:
         return evaluate(cfg, device)
-    folder = prepare_folder(cfg)
+    folder = Path(cfg.output_dir) / cfg.exp_name
+    found = checkpoints(folder)
+    if found and not (cfg.resume or cfg.overwrite or cfg.profile):
+        raise UserError(f"{folder} already holds checkpoints: --resume goes on from {found[-1].name}, "
+                        "--overwrite starts afresh, --exp-name NAME keeps both")
     rank, world = start_processes(device)
     main_process = rank == 0
     say = lambda line: main_process and tqdm.write(line)
-    if main_process:
+    if main_process and not cfg.profile:
         held = lock(folder)                                           # while this name lives
     host = dist.new_group(backend="gloo") if world > 1 else None      # to agree on stopping
-    resume_from = newest_complete(folder) if main_process and cfg.resume else None
+    resume_from = newest_complete(folder) if main_process and cfg.resume and not cfg.profile else None
     if world > 1:
         dist.broadcast_object_list(agreed := [resume_from], group=host)
         resume_from, = agreed
@@ -1072,10 +1018,9 @@ def main():
     if main_process:
         ImageFolder(cfg.data_dir, cfg.resolution, cfg.output_dir)     # writes the index that the others read
     if world > 1:
-        dist.barrier()
+        dist.barrier(host)
     dataset = ImageFolder(cfg.data_dir, cfg.resolution, cfg.output_dir)
-    if len(dataset.classes) > cfg.num_classes:
-        n = len(dataset.classes)
+    if (n := len(dataset.classes)) > cfg.num_classes:
         raise UserError(f"{cfg.data_dir} has {n} classes: give --num-classes {n}")
 
     m = build(cfg, device)
@@ -1084,14 +1029,12 @@ def main():
         n = measure_latents(m, dataset, device)
         say(f"latent statistics: measured over {n} images")
     wrap(m, cfg, device, world)
-    if main_process:
+    if main_process and not cfg.profile:
         if cfg.overwrite:
             for stale in ("checkpoints", "pictures"):
                 shutil.rmtree(folder / stale, ignore_errors=True)
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
-        args = json.dumps(dataclasses.asdict(cfg), indent=2)
-        write_atomic(folder / "args.json", lambda tmp: tmp.write_text(args))
-        log = start_metrics(folder, step, cfg.report_to, cfg)
+        write_atomic(folder / "args.json", lambda tmp: tmp.write_text(json.dumps(vars(cfg), indent=2)))
+        log = start_metrics(folder, step, cfg)
         shown = ImageFolder(cfg.val_dir, cfg.resolution, cfg.output_dir) if cfg.val_dir else dataset
         chosen = np.random.default_rng(0).permutation(len(shown))[:256]
         shown = torch.stack([shown[int(i), False][0] for i in chosen])
@@ -1099,15 +1042,18 @@ def main():
         say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} "
             f"{millions[0]:.1f} M, VAE {cfg.vae} {millions[1]:.1f} M, {world} x {device.type}, step {step}")
 
+    if cfg.profile:
+        cfg.max_train_steps = 2 * cfg.profile + 5
     if cfg.cache_latents:
-        cached = cache_latents(m, cfg, dataset, device, rank, world)
+        cached = cache_latents(m, cfg, dataset, device, rank, world, host)
         say(f"latents: read from {cached}")
         dataset.cached, dataset.with_images = cached, bool(m.encoders)
-    loader = DataLoader(dataset, batch_sampler=StepSampler(len(dataset), cfg, step, rank, world),
+    loader = DataLoader(dataset, batch_sampler=step_batches(len(dataset), cfg, step, rank, world),
                         num_workers=cfg.num_workers, pin_memory=device.type == "cuda",
                         persistent_workers=cfg.num_workers > 0, worker_init_fn=ignore_signals)
     if cfg.profile:
         say(profile(m, cfg, iter(loader), rank, world, device))
+        sys.stdout.flush()
         os._exit(0)                                                   # at once, loader processes and all
     signals = []
 
@@ -1151,7 +1097,7 @@ def main():
             say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
             if row["skipped_in_a_row"] >= 20 or row["zero_gradients_in_a_row"] >= 100:
                 what = "not finite for 20" if row["skipped_in_a_row"] >= 20 else "exactly zero for 100"
-                good = [p.name for p in checkpoints(folder)[-1:]] or "none yet"
+                good = [p.name for p in checkpoints(folder)[-1:]] or ["none yet"]
                 raise UserError(f"step {step}: gradients were {what} steps in a row; the last good "
                                 f"checkpoint: {good[0]}")
             if bad_files:

@@ -22,6 +22,8 @@ import re
 import shutil
 import sys
 import zipfile
+import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,10 @@ class UserError(Exception):
     """A mistake in a flag, a path or a file: the message says what was wrong and what to type instead."""
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES,            # a full or read-only disk,
+               errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)       # a file in a folder's place
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without the usage block: a bad flag is one line too."""
 
@@ -55,14 +61,11 @@ def run_command(main):
     """Run `main()`; a UserError becomes one line and exit code 2; bugs keep their traceback."""
     try:
         main()
-    except UserError as e:
+    except (UserError, OSError) as e:
+        if isinstance(e, OSError) and e.errno not in DISK_ERRORS:
+            raise
         rank = os.environ.get("RANK", "0")
         tqdm.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {e}", file=sys.stderr)      # above bars
-        sys.exit(2)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        tqdm.write(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -72,19 +75,16 @@ def run_command(main):
 def pick_device(name):
     """'auto' is the first of cuda, mps, cpu that is there; under torchrun, this process's own GPU."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: no such device; take cpu, cuda, cuda:N, mps or auto") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+            raise UserError(f"--device {device}: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
     return device
 
@@ -115,6 +115,22 @@ def write_atomic(path, write):
         tmp.unlink(missing_ok=True)
 
 
+def allocate_rows(path, dtype, shape):
+    """A new .npy file with all of its bytes on the disk: a full one shows here, not as a bus error later."""
+    try:
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "rb+") as f:
+                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+
+
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SyntaxError,
+               zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)             # of damaged files
+
+
 def load_tensors(path):
     """Read a .pt / .pth / .safetensors file to CPU; nothing is unpickled but tensors, plain containers and
     the argparse.Namespace of released checkpoints. Raises UserError naming the file."""
@@ -134,9 +150,7 @@ def load_tensors(path):
         code = re.search("GLOBAL|unsupported class|unrecognized function", str(e))
         reason = "it holds more than tensors, refused" if code else "damaged"
         raise UserError(f"{path}: not a readable weights file ({reason})") from None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as e:
-        raise UserError(f"{path}: not a readable weights file ({type(e).__name__})") from None
-    except SafetensorError as e:
+    except (*READ_ERRORS, SafetensorError) as e:
         raise UserError(f"{path}: not a readable weights file ({one_line(e)})") from None
 
 
@@ -154,17 +168,11 @@ def one_line(e):
 
 def load_into(module, state, what):
     """load_state_dict, where a mismatch is one line that names the first offending tensor."""
-    own = module.state_dict()
-    if not isinstance(state, dict):
-        raise UserError(f"{what}: expected a state dict, found {type(state).__name__}")
-    for name in own | state:
-        if name not in own:
-            raise UserError(f"{what}: unexpected tensor {name}; is this a checkpoint of another model?")
-        if name not in state:
-            raise UserError(f"{what}: tensor {name} is missing; is this a checkpoint of another model?")
-        if own[name].shape != state[name].shape:
-            raise UserError(f"{what}: {name} is {list(state[name].shape)}, expected {list(own[name].shape)}")
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError) as e:                                     # TypeError: it is not a dict
+        reason = str(e).splitlines()[:2][-1].strip()[:160]
+        raise UserError(f"{what}: {reason}; is this a checkpoint of another model?") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,7 +210,7 @@ def center_crop(image, size):
 
 def read_image(path, size=None):
     """An image file as uint8 [3, H, W]; transparency goes onto white; with `size`, ADM's centre crop.
-    Raises OSError or ValueError when the file cannot be decoded."""
+    Raises UserError when the file cannot be decoded."""
     try:
         with Image.open(path) as image:
             if size is not None:
@@ -215,8 +223,8 @@ def read_image(path, size=None):
             image = image.convert("RGB")
             image = image if size is None else center_crop(image, size)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (SyntaxError, Image.DecompressionBombError) as e:      # what Pillow raises for some broken files
-        raise ValueError(str(e)) from None
+    except READ_ERRORS as e:
+        raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
 
 
 def to_float(images):
@@ -249,30 +257,25 @@ def save_png(image, path):
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 
 
-def line_chart(series, title, log=False, size=(560, 320)):
+def line_chart(series, title, size=(560, 320)):
     """{name: (xs [n], ys [n] or [runs, n])} as a PIL image: a line through the mean, a bar from the least to
-    the greatest of several runs, a legend. log: of base 10, for the ys."""
+    the greatest of several runs, a legend."""
     series = {name: (np.asarray(xs, float), np.atleast_2d(np.asarray(ys, float))) for name, (xs, ys) in
               series.items()}
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
     draw, (left, top, right, bottom) = ImageDraw.Draw(image), (64, 34, size[0] - 16, size[1] - 28)
 
-    def axis(values, first, last, log):
+    def axis(values, first, last):
         """(value -> pixel, the values to mark): marks 1, 2 or 5 times a power of ten apart."""
         low, high = float(values.min()), float(values.max())
-        if log:
-            low, high = np.floor(np.log10(low)), np.ceil(np.log10(high))
         high += 1e-9 + (high == low)
         step = 10 ** np.floor(np.log10((high - low) / 4))
         step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 6)
-        if log:
-            step = max(1, round(step))
         marks = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
-        pixel = lambda v: first + ((np.log10(v) if log else v) - low) / (high - low) * (last - first)
-        return pixel, 10.0 ** marks if log else marks
+        return lambda v: first + (v - low) / (high - low) * (last - first), marks
 
-    to_x, x_marks = axis(np.concatenate([xs for xs, _ in series.values()]), left + 6, right - 6, False)
-    to_y, y_marks = axis(np.concatenate([ys.ravel() for _, ys in series.values()]), bottom - 6, top + 6, log)
+    to_x, x_marks = axis(np.concatenate([xs for xs, _ in series.values()]), left + 6, right - 6)
+    to_y, y_marks = axis(np.concatenate([ys.ravel() for _, ys in series.values()]), bottom - 6, top + 6)
     draw.text((left, 8), title, "black", font)
     for y in y_marks:
         draw.line((left, to_y(y), right, to_y(y)), "#dddddd")
@@ -290,16 +293,6 @@ def line_chart(series, title, log=False, size=(560, 320)):
             draw.line((x, to_y(column.min()), x, to_y(column.max())), colour)
         draw.text((right - 8, top + 6 + 16 * k), name, colour, font, anchor="ra")
     return image
-
-
-def stack(images):
-    """PIL images above one another."""
-    canvas = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
-    top = 0
-    for image in images:
-        canvas.paste(image, (0, top))
-        top += image.height
-    return canvas
 
 
 def principal_components(z):
@@ -370,28 +363,18 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.squeeze(1).mT.reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def _downsample(c):
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _upsample(c):
+    return nn.Sequential(OrderedDict(scale=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 def _level(cin, cout, blocks, attention, groups):
     level = nn.Module()
     level.block = nn.ModuleList(ResnetBlock(cin if j == 0 else cout, cout, groups) for j in range(blocks))
-    level.attn = nn.ModuleList(AttnBlock(cout, groups) for _ in range(blocks if attention else 0))
+    level.attn = nn.ModuleList(AttnBlock(cout, groups) if attention else nn.Identity() for _ in range(blocks))
     return level
 
 
@@ -403,10 +386,8 @@ def _middle(c, groups):
 
 
 def _run_level(level, h):
-    for j, block in enumerate(level.block):
-        h = block(h)
-        if len(level.attn):
-            h = level.attn[j](h)
+    for block, attn in zip(level.block, level.attn):
+        h = attn(block(h))
     return h
 
 
@@ -420,8 +401,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, (cin, cout) in enumerate(zip([ch] + widths, widths)):
             level = _level(cin, cout, num_res_blocks, i in attn_levels, groups)
-            if i < len(widths) - 1:
-                level.downsample = Downsample(cout)
+            level.downsample = _downsample(cout) if i < len(widths) - 1 else nn.Identity()
             self.down.append(level)
         self.mid = _middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -430,9 +410,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         h = self.conv_in(x)
         for level in self.down:
-            h = _run_level(level, h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+            h = level.downsample(_run_level(level, h))
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
         return self.conv_out(F.silu(self.norm_out(h)))
 
@@ -448,8 +426,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for i, (cin, cout) in enumerate(zip(widths[1:] + widths[-1:], widths)):
             level = _level(cin, cout, num_res_blocks + 1, i in attn_levels, groups)
-            if i > 0:
-                level.upsample = Upsample(cout)
+            level.upsample = _upsample(cout) if i > 0 else nn.Identity()
             self.up.append(level)
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -458,9 +435,7 @@ class Decoder(nn.Module):
         h = self.conv_in(z)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
         for level in reversed(self.up):
-            h = _run_level(level, h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level.upsample(_run_level(level, h))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -474,9 +449,6 @@ class DiagonalGaussian:
     def sample(self, noise):
         """mean + std * noise, with noise ~ N(0, I) of the mean's shape [B, C, h, w]."""
         return self.mean + (0.5 * self.logvar).exp() * noise
-
-    def mode(self):
-        return self.mean
 
     def kl(self):
         """KL(q || N(0, I)) in nats, summed over the latent's dimensions: [B]."""
@@ -585,7 +557,7 @@ def load_vae(path, name=None):
         except Exception as e:                                           # hub errors come in many classes
             raise UserError(f"{path}: no such folder here, and not to be fetched from the hub "
                             f"({type(e).__name__}); without network give a local path") from None
-    beside = file.with_name(f"{file.stem}-latents-stats.pt")
+    beside = file.parent / f"{file.stem}-latents-stats.pt"
     if file.is_dir():
         try:
             config = json.loads((file / "config.json").read_text())
@@ -607,19 +579,14 @@ def load_vae(path, name=None):
     if isinstance(state, dict) and "ema" in state and "args" in state:
         if "vae" not in state:
             raise UserError(f"{path}: no VAE in this checkpoint, it was frozen; give the VAE's own file")
-        stats = norm_statistics(state["ema"]) or stats
+        if "bn.running_mean" in state["ema"]:
+            mean, var = (state["ema"][f"bn.running_{name}"] for name in ("mean", "var"))
+            stats = mean, (var + LATENT_EPS).sqrt()
         state = state["vae"]
     vae = build_vae(state, path, name)
     if stats and not all(s.shape == (vae.latent_channels,) and s.isfinite().all() for s in stats):
         raise UserError(f"{path}: its latent statistics are not {vae.latent_channels} finite numbers")
     return vae, stats
-
-
-def norm_statistics(state):
-    """(mean [C], std [C]) of the latents as the latent norm in a SiT's state dict has them, or None."""
-    if "bn.running_mean" not in state:
-        return None
-    return state["bn.running_mean"], (state["bn.running_var"] + LATENT_EPS).sqrt()
 
 
 def is_hub_id(path):
@@ -642,9 +609,7 @@ def export_vae(vae, stats, resolution, folder):
               "block_out_channels": [cfg["ch"] * m for m in cfg["ch_mult"]],
               "layers_per_block": cfg["num_res_blocks"], "latent_channels": vae.latent_channels,
               "norm_num_groups": cfg["groups"], "sample_size": resolution,
-              "scaling_factor": 1.0, "shift_factor": None, "latents_mean": stats[0].tolist(),
-              "latents_std": stats[1].tolist(), "force_upcast": True, "use_quant_conv": True,
-              "use_post_quant_conv": True, "mid_block_add_attention": True}
+              "scaling_factor": 1.0, "latents_mean": stats[0].tolist(), "latents_std": stats[1].tolist()}
     state = {diffusers_name(name, vae.levels): tensor for name, tensor in vae.state_dict().items()}
     state = {name: (tensor[..., 0, 0] if ".attentions." in name and tensor.ndim == 4 else tensor).contiguous()
              for name, tensor in state.items()}
@@ -669,10 +634,7 @@ def ssim(x, y):
     g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
     g, c = g / g.sum(), x.shape[1]
     kernel = torch.outer(g, g).expand(c, 1, 11, 11)
-
-    def blur(z):
-        return F.conv2d(z, kernel, groups=c)
-
+    blur = lambda z: F.conv2d(z, kernel, groups=c)
     x, y = (x.double() + 1) / 2, (y.double() + 1) / 2
     mx, my, c1, c2 = blur(x), blur(y), 0.01 ** 2, 0.03 ** 2
     vx, vy, cov = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
@@ -730,24 +692,22 @@ class LPIPS(nn.Module):
 
     def __init__(self, heads=None, vgg=None, random=False):
         super().__init__()
-        try:
-            net = timm.create_model("vgg16.tv_in1k", pretrained=vgg is None and not random)
-        except Exception as e:                                           # hub errors come in many classes
-            raise UserError(f"LPIPS: VGG16 weights cannot be fetched ({type(e).__name__}); give "
-                            "torchvision's vgg16 file by --vgg-ckpt, or take --perceptual encoder") from None
-        self.features = net.features[:30]
-        for m in self.features:
-            m.inplace = False                                         # the taps are read after the next layer
-        if vgg is not None:
-            state = load_tensors(vgg)
-            load_into(self.features, {k[9:]: v for k, v in state.items() if k.startswith("features.")}, vgg)
-        self.heads = nn.ParameterList(torch.ones(c) / c for c in self.LAYERS.values())
         if heads is None and not random:
             spec = importlib.util.find_spec("lpips")                     # found, not imported
             if spec is None:
                 raise UserError("LPIPS: its linear heads are not here; pip install lpips, or give the file "
                                 "by --lpips-ckpt, or take --perceptual encoder")
             heads = Path(spec.origin).parent / "weights/v0.1/vgg.pth"
+        try:
+            net = timm.create_model("vgg16.tv_in1k", pretrained=vgg is None and not random)
+        except Exception as e:                                           # hub errors come in many classes
+            raise UserError(f"LPIPS: VGG16 weights cannot be fetched ({type(e).__name__}); give "
+                            "torchvision's vgg16 file by --vgg-ckpt, or take --perceptual encoder") from None
+        self.features = net.features[:30]
+        if vgg is not None:
+            state = load_tensors(vgg)
+            load_into(self.features, {k[9:]: v for k, v in state.items() if k.startswith("features.")}, vgg)
+        self.heads = nn.ParameterList(torch.ones(c) / c for c in self.LAYERS.values())
         if heads is not None:
             state = load_tensors(heads)
             for i, head in enumerate(self.heads):
@@ -802,12 +762,9 @@ def reconstruct_command(args):
         lpips = print(f"no LPIPS: {e}")
     shown, scores = [], []
     for file in tqdm(files, unit="img"):
-        try:
-            image = read_image(file, args.resolution)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{file}: cannot be read ({one_line(e)})") from None
+        image = read_image(file, args.resolution)
         x = to_float(image[None]).to(device)
-        y = to_uint8(vae.decode(vae.encode(x).mode()))
+        y = to_uint8(vae.decode(vae.encode(x).mean))
         pair = [x.cpu(), to_float(y).cpu()]
         scores.append([psnr(*pair).item(), ssim(*pair).item()]
                       + ([lpips(lpips.levels(to_float(y)), lpips.levels(x)).item()] if lpips else []))
@@ -825,10 +782,7 @@ def latents_command(args):
     principal component of the latents, as shares of the whole (over at most 256 images)."""
     files, device = list_images(args.images), pick_device(args.device)
     files = [files[i * len(files) // min(len(files), 256)] for i in range(min(len(files), 256))]
-    try:
-        images = torch.stack([read_image(file, args.resolution) for file in files])
-    except (OSError, ValueError) as e:
-        raise UserError(f"{args.images}: an image cannot be read ({one_line(e)})") from None
+    images = torch.stack([read_image(file, args.resolution) for file in files])
     shown = list(range(0, len(files), -(-len(files) // 12)))
     rows, spectra, names = [images[shown]], {}, ["images"]
     for path in args.vaes:
@@ -836,13 +790,14 @@ def latents_command(args):
         vae.latent_size(args.resolution)
         vae.to(device, memory_format=torch.channels_last).eval()
         batches = tqdm(to_float(images).split(16), desc=path)
-        z = torch.cat([vae.encode(x.to(device)).mode().cpu() for x in batches])
+        z = torch.cat([vae.encode(x.to(device)).mean.cpu() for x in batches])
         _, variances, _ = principal_components(z)
         ckpt = Path(path)
         name = f"{ckpt.parent.parent.name} {ckpt.stem}" if ckpt.parent.name == "checkpoints" else ckpt.stem
+        name = path if name in names else name
         rows.append(latents_in_colour(z, vae.stride)[shown])
         names.append(name)
-        spectra[name] = range(1, len(variances) + 1), variances / variances.sum()
+        spectra[name] = range(1, len(variances) + 1), (variances / variances.sum()).clamp_min(1e-8).log10()
         dimensions = variances.sum() ** 2 / variances.square().sum()           # 1 to C
         print(f"{path}: variance {variances.mean():.4g}, {dimensions:.2f} effective dimensions of "
               f"{len(variances)}")
@@ -853,31 +808,28 @@ def latents_command(args):
     for k, name in enumerate(names):
         middle = (k + 0.5) * grid.height / len(names)
         ImageDraw.Draw(picture).text((132, middle), name, "black", font, anchor="rm")
-    chart = line_chart(spectra, "share of the latents' variance by principal component", log=True,
-                       size=(picture.width, 320))
-    save_png(stack([picture, chart]), args.out)
+    chart = line_chart(spectra, "share of the latents' variance by principal component, log10",
+                       (picture.width, 320))
+    save_png(Image.fromarray(np.vstack([picture, chart])), args.out)
     print(f"{len(files)} images -> {args.out}")
 
 
 def main():
     parser = Parser(description="Export a VAE, or look at what it makes of images.")
-    commands = parser.add_subparsers(required=True, metavar="export|reconstruct|latents", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="export|reconstruct|latents")
     export = commands.add_parser("export", help="write a diffusers AutoencoderKL directory")
     export.add_argument("vae", metavar="CKPT", help="a training checkpoint, ours or the release's")
     export.add_argument("out", metavar="DIR", help="a new folder")
-    export.set_defaults(run=export_command)
     reconstruct = commands.add_parser("reconstruct", help="pictures, PSNR, SSIM, LPIPS of reconstructions")
     reconstruct.add_argument("vae", metavar="VAE", help="checkpoint, weights, diffusers folder or hub id")
     reconstruct.add_argument("images", metavar="IMAGES", help="a folder of images, or one")
     reconstruct.add_argument("--out", default="reconstructions.png")
     reconstruct.add_argument("--lpips-ckpt", help="LPIPS' linear heads, in place of the lpips package's")
     reconstruct.add_argument("--vgg-ckpt", help="torchvision's VGG16 weights, in place of the hub's")
-    reconstruct.set_defaults(run=reconstruct_command)
     latents = commands.add_parser("latents", help="latents in colour side by side, and their spectra")
     latents.add_argument("images", metavar="IMAGES", help="a folder of images")
     latents.add_argument("vaes", metavar="VAE", nargs="+", help="checkpoints, weights, diffusers folders")
     latents.add_argument("--out", default="latents.png")
-    latents.set_defaults(run=latents_command)
     for command in (export, reconstruct, latents):
         command.add_argument("--resolution", type=int, default=256, help="pixels (256)")
         if command is not export:
@@ -885,7 +837,7 @@ def main():
     args = parser.parse_args()
     if args.resolution < 1:
         raise UserError(f"--resolution {args.resolution}: must be above 0")
-    args.run(args)
+    dict(export=export_command, reconstruct=reconstruct_command, latents=latents_command)[args.command](args)
 
 
 if __name__ == "__main__":
