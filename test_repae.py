@@ -552,13 +552,17 @@ def test_principal_components_and_their_pictures(short_run, pictures, tmp_path, 
 
     monkeypatch.chdir(tmp_path)
     ckpts = [short_run / f"exps/a/checkpoints/000000{step}.pt" for step in (2, 4)]
-    out = run(sys.executable, ROOT / "vae.py", "latents", pictures, *ckpts, "--resolution", "32", cwd=tmp_path)
-    assert out.count("effective dimensions of 8") == 2
+    drawn = []
+    monkeypatch.setattr(vae, "line_chart", lambda *args, chart=vae.line_chart: drawn.append(args[0]) or chart(*args))
+    monkeypatch.setattr(sys, "argv", ["vae.py", "latents", *map(str, [pictures, *ckpts, ckpts[0], "--resolution", 32])])
+    vae.main()
+    (spectra,) = drawn
+    assert len(spectra) == 3 and all(len(values) == 8 and values.isfinite().all() for _, values in spectra.values())
     picture = np.asarray(Image.open(tmp_path / "latents.png")).astype(int)
-    # three rows of 12 enlarged images beside their names, 64 pixels each, above the chart
-    assert picture.shape[0] > 3 * 64 + 320 and picture[:, 140:].std() > 20
+    # four rows of 12 enlarged images beside their names, 64 pixels each, above the chart
+    assert picture.shape[0] > 4 * 64 + 320 and picture[:, 140:].std() > 20
     saturation = (picture.max(2) - picture.min(2))[:, 140:]
-    assert all(saturation[68 * k:68 * k + 60].mean() > 20 for k in (1, 2))
+    assert all(saturation[68 * k:68 * k + 60].mean() > 20 for k in (1, 2, 3))
 
 
 @pytest.mark.parametrize("series", [
@@ -1032,6 +1036,13 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
                     torch.device("cpu"))
     assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
     assert torch.equal(m.ema.bn.running_var, saved["ema"]["bn.running_var"])
+    torch.save(saved["vae"], tmp_path / "other.pt")
+    torch.save(dict(latents_bias=torch.ones(8), latents_scale=torch.full((8,), 0.5)), tmp_path / "other-latents-stats.pt")
+    m = train.build(tiny_config("--init-from", str(ckpt), "--vae-ckpt", str(tmp_path / "other.pt"), "--num-classes", "2"),
+                    torch.device("cpu"))                              # then the norm is the other VAE's
+    assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
+    for net in (m.sit, m.ema):
+        assert torch.allclose(net.bn.running_mean, torch.ones(8)) and torch.allclose(net.bn.running_var, torch.tensor(4.0))
     torch.save(saved["discriminator"], tmp_path / "disc.pt")
     cfg = train.parse_config(["--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1"])
     m = train.build(cfg, torch.device("cpu"))
@@ -1177,9 +1188,12 @@ def test_dinov2_patch_features_are_x_norm_patchtokens(tmp_path):
     ("vit_small_patch14_reg4_dinov2.lvd142m", 4, 56, 384), ("vit_small_patch16_dinov3.lvd1689m", 4, 64, 384),
     ("vit_small_patch16_224.dino", 4, 64, 384), ("vit_base_patch16_clip_224.openai", 4, 64, 768),
     ("vit_base_patch16_siglip_224", 4, 64, 768), ("vit_base_patch16_224.mae", 4, 64, 768),
-    ("convnext_atto.d2_in1k", 4, 64, 160)])
-def test_encoders_by_timm_name(name, grid, size, channels):
+    ("convnext_atto.d2_in1k", 4, 64, 160), ("mobilevit_xxs.cvnets_in1k", 4, 64, 64)])
+def test_encoders_by_timm_name(name, grid, size, channels, tmp_path):
     encoder = repa.Encoder(name, grid, random=True)
+    if not name.startswith("vit"):                                    # a file with the classifier in it
+        torch.save(timm.create_model(name.split(".")[0]).state_dict() | encoder.net.state_dict(), tmp_path / "net.pth")
+        encoder = repa.Encoder(name, grid, str(tmp_path / "net.pth"))
     assert (encoder.size, encoder.channels) == (size, channels)
     config = timm.get_pretrained_cfg(name)
     assert np.allclose(encoder.mean.flatten(), config.mean) and np.allclose(encoder.std.flatten(), config.std)
@@ -1286,6 +1300,15 @@ def test_sigterm_saves_and_resuming_goes_on(pictures, tmp_path, processes):
     flags[flags.index("100000")] = str(step + 1)
     run(sys.executable, ROOT / "train.py", *flags, "--resume", cwd=tmp_path)
     assert [row["step"] for row in losses(tmp_path / "exps/tiny")] == list(range(1, step + 2))
+
+
+def test_a_crash_ends_its_loader_processes(pictures, tmp_path):
+    """They ignore SIGTERM, and multiprocessing waits for its processes at exit."""
+    (tmp_path / "crash.py").write_text("import train\ndef crash(*args):\n    raise RuntimeError('crash')\n"
+                                       "train.train_step = crash\ntrain.main()\n")
+    out = run(sys.executable, "crash.py", "--data-dir", pictures, *SHORT, "--num-workers", "2", cwd=tmp_path, code=1,
+              timeout=60)
+    assert "RuntimeError: crash" in out
 
 
 @slow
@@ -1982,6 +2005,10 @@ def test_readme_train_sample_evaluate(tmp_path):
     assert "samples-0000002.png" in run(sys.executable, ROOT / "sample.py", "--num-samples", "10", "--num-steps", "2",
                                         cwd=tmp_path)
     assert Image.open(exp / "samples-0000002.png").size[0] > 600
+    before = {path: path.stat().st_mtime for path in exp.rglob("*")}
+    assert "TFLOP a step" in run(sys.executable, ROOT / "train.py", "--profile", "1", cwd=tmp_path)
+    assert before == {path: path.stat().st_mtime for path in exp.rglob("*")}        # beside a finished run
+    (exp / "checkpoints/0000002-best.pt").write_bytes(b"a person's copy")
     short = ["--num-samples", "20", "--num-steps", "2", "--features", repa.EMBEDDED, "--metrics", "fid,kid"]
     run(sys.executable, ROOT / "sample.py", *short[:4], "--out", "samples.npz", cwd=tmp_path)
     drawn = fid_numbers([sys.executable], *short, cwd=tmp_path)                      # the newest run, its own data
