@@ -73,17 +73,16 @@ def is_vit(net):
 
 def create_encoder(name, file=None, random=False, grid=None):
     """(timm's model without classifier, its data configuration). file: weights in place of the hub's; random:
-    none; grid: a transformer's positions are resampled to it on loading. Raises UserError."""
+    none; grid: a transformer's positions are resampled to it. Raises UserError."""
     if name == EMBEDDED:
         return embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
     try:
-        with torch.device("meta"):
-            shape = timm.create_model(name, num_classes=0)
-        overlay = dict(img_size=grid * shape.patch_embed.patch_size[0]) if grid and is_vit(shape) else {}
-        net = timm.create_model(name, pretrained=file is None and not random, num_classes=0, **overlay)
+        net = timm.create_model(name, pretrained=file is None and not random, num_classes=0)
     except Exception as e:                                               # hub errors come in many classes
         raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network give a "
                         f"file (--enc-ckpt; fid.py: --features-weights), or take {EMBEDDED}") from None
+    if grid and is_vit(net) and hasattr(net, "set_input_size"):
+        net.set_input_size(img_size=grid * net.patch_embed.patch_size[0])
     if file is not None:
         load_timm(net, file)
     return net, timm.data.resolve_model_data_config(net)
@@ -91,7 +90,7 @@ def create_encoder(name, file=None, random=False, grid=None):
 
 def load_timm(net, file):
     """A weights file on disk into a timm model without classifier: timm's names or those the model's authors
-    used (timm's own filter maps them and resamples positions as for the hub's file). Raises UserError."""
+    used (timm's own filter maps them, and resamples positions). Raises UserError."""
     state = load_tensors(file)
     to_timm = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", lambda state, net: state)
     try:
