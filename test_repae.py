@@ -1042,7 +1042,7 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
                     torch.device("cpu"))                              # then the norm is the other VAE's
     assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
     for net in (m.sit, m.ema):
-        assert torch.allclose(net.bn.running_mean, torch.ones(8)) and torch.allclose(net.bn.running_var, torch.tensor(4.0))
+        assert torch.allclose(net.bn.running_mean, torch.ones(8)) and torch.allclose(net.bn.running_var, torch.tensor(4 - 1e-4))
     torch.save(saved["discriminator"], tmp_path / "disc.pt")
     cfg = train.parse_config(["--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1"])
     m = train.build(cfg, torch.device("cpu"))
