@@ -138,9 +138,9 @@ def load_features(args):
         return TimmFeatures(args.features, args.features_weights)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     file = args.inception_weights or next((cache / w for w in WEIGHTS if (cache / w).is_file()), None)
-    if not file and args.download:
-        file = cache / WEIGHTS[0]
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if args.download and not args.inception_weights:
+        file = file or cache / WEIGHTS[0]
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not file.is_file():
             try:
                 cache.mkdir(parents=True, exist_ok=True)            # the name ends in the hash's first digits
                 torch.hub.download_url_to_file(URL, file, hash_prefix=file.stem.rpartition("-")[2])

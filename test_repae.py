@@ -886,9 +886,11 @@ def short_run(pictures, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("flags", [[], ["--gradient-accumulation-steps", "2", "--gradient-checkpointing"]])
+@pytest.mark.parametrize("flags", [[], ["--gradient-accumulation-steps", "2", "--gradient-checkpointing"],
+                                   pytest.param(["--compile", "--gradient-checkpointing"], marks=slow)])
 def test_two_processes_give_the_losses_of_one(pictures, short_run, flags):
-    run(*torchrun(2), ROOT / "train.py", "--data-dir", pictures, "--exp-name", "two", "--disc-weight", "0", "--overwrite", *flags, *SHORT, cwd=short_run,
+    run(*torchrun(2), ROOT / "train.py", "--data-dir", pictures, "--exp-name", "two", "--disc-weight", "0",
+        "--overwrite", *flags, *SHORT, cwd=short_run,
         env={"OMP_NUM_THREADS": "1"})
     one, two = losses(short_run / "exps/a"), losses(short_run / "exps/two")
     assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4] and len(one[0]) > 5
@@ -952,7 +954,8 @@ def test_a_compiled_step_breaks_no_graph_and_compiles_once(tiny, flags):
     for step in range(4):
         losses.append(train.train_step(m, cfg, step, *args)["loss"].item())
         compiled.append(counters["stats"]["unique_graphs"])
-    assert compiled[0] > 0 and compiled == compiled[:1] * 4 and not counters["graph_break"]
+    # VAE encoder, VAE decoder, SiT's block with its weights frozen and trained
+    assert compiled == [4] * 4 and not counters["graph_break"]
     m, cfg, args = tiny("--mixed-precision", "bf16", "--disc-weight", "0")
     eager = [train.train_step(m, cfg, step, *args)["loss"].item() for step in range(4)]
     assert losses == pytest.approx(eager, rel=0.02)

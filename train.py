@@ -570,12 +570,16 @@ def wrap(m, cfg, device, world):
     if cfg.gradient_checkpointing:
         again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)   # no dropout
         for module in (*m.sit.modules(), *m.vae.modules()):
+            if isinstance(module, SiTBlock) and cfg.compile:
+                module.forward = torch.compile(module.forward)        # inside: what is run again is compiled
             if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
                 module.forward = again(module.forward)
         if m.perceptual:
             m.perceptual.levels = again(m.perceptual.levels)
     if cfg.compile:
-        m.sit.compile_blocks()
+        torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
+        if not cfg.gradient_checkpointing:
+            m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
     m.ddp_vae, m.ddp_sit, m.ddp_disc = m.vae, m.sit, m.disc
@@ -597,9 +601,12 @@ def measure_latents(m, dataset, device, images=512):
             posterior = m.vae.encode(x.to(device, memory_format=torch.channels_last))
         z.append(posterior.sample(torch.randn(posterior.mean.shape, generator=g).to(device)))
     z = torch.cat(z)
+    statistics = torch.stack([z.mean((0, 2, 3)), z.var((0, 2, 3))])
+    if dist.is_initialized():
+        dist.broadcast(statistics, 0)                                 # the same bits on all processes
     for bn in (m.sit.bn, m.ema.bn):
-        bn.running_mean.copy_(z.mean((0, 2, 3)))
-        bn.running_var.copy_(z.var((0, 2, 3)))
+        bn.running_mean.copy_(statistics[0])
+        bn.running_var.copy_(statistics[1])
     return len(indices)
 
 
@@ -846,7 +853,7 @@ def profile(m, cfg, batches, rank, world, device):
     for optimizer in (m.opt, m.opt_vae, m.opt_disc):
         label("optimizers", optimizer, "step")
 
-    def run(steps):
+    def run(steps, cfg=cfg):
         start, waited = time.perf_counter(), 0.0
         for step in range(steps):
             before = time.perf_counter()
@@ -857,9 +864,12 @@ def profile(m, cfg, batches, rank, world, device):
         return (time.perf_counter() - start) / steps, waited / steps
 
     run(3)
-    with torch.compiler.set_stance("force_eager"), counter:           # it does not see into compiled code
-        run(1)
+    one_by_one = dataclasses.replace(cfg, gradient_accumulation_steps=cfg.batch_size // world)
+    with torch.compiler.set_stance("force_eager"), counter:           # it does not see into compiled code;
+        run(1, one_by_one)                                            # eager, a whole batch may not fit
     run(1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds, waited = run(cfg.profile)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -1112,6 +1122,7 @@ def main():
     bar.close()
     m.saving.result()
     if world > 1:
+        dist.barrier(host)
         dist.destroy_process_group()
 
 
