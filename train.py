@@ -567,21 +567,18 @@ def build(cfg, device):
 def wrap(m, cfg, device, world):
     """Compile the hot modules, then let DDP average gradients. Statistics are not broadcast: the latent
     norm's are equal everywhere by construction, the discriminator's are per process, as released."""
+    if cfg.compile:
+        torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
+        m.sit.compile_blocks()
+        m.vae.encoder.compile()
+        m.vae.decoder.compile()
     if cfg.gradient_checkpointing:
         again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)   # no dropout
         for module in (*m.sit.modules(), *m.vae.modules()):
-            if isinstance(module, SiTBlock) and cfg.compile:
-                module.forward = torch.compile(module.forward)        # inside: what is run again is compiled
             if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
                 module.forward = again(module.forward)
         if m.perceptual:
             m.perceptual.levels = again(m.perceptual.levels)
-    if cfg.compile:
-        torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
-        if not cfg.gradient_checkpointing:
-            m.sit.compile_blocks()
-        m.vae.encoder.compile()
-        m.vae.decoder.compile()
     m.ddp_vae, m.ddp_sit, m.ddp_disc = m.vae, m.sit, m.disc
     if world > 1:
         warnings.filterwarnings("ignore", message=".*broadcast_buffers")     # older PyTorch has no other name
