@@ -21,7 +21,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from sit import SIZES, SiT, path
+from sit import SIZES, SiT, interpolant
 from vae import (Parser, UserError, allocate_rows, can_compile, image_grid, load_into, load_tensors, load_vae,
                  pick_device, run_command, save_png, to_uint8, write_atomic)
 
@@ -37,15 +37,15 @@ def time_grid(mode, num_steps):
     return torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]
 
 
-def sde_drift(x, v, t, kind):
+def sde_drift(x, v, t, path_type):
     """Drift of the reverse SDE with diffusion w(t) = 2t, the score taken from the velocity (SiT, eq. 9)."""
-    alpha, sigma, d_alpha, d_sigma = (float(a) for a in path(torch.tensor(t, dtype=torch.float64), kind))
+    alpha, sigma, d_alpha, d_sigma = (float(a) for a in interpolant(torch.tensor(t, dtype=torch.float64), path_type))
     ratio = alpha / d_alpha
     score = (ratio * v - x) / (sigma ** 2 - ratio * d_sigma * sigma)
     return v - 0.5 * (2 * t) * score
 
 
-def integrate(velocity, x, mode="ode", num_steps=50, heun=False, kind="linear", noise=None):
+def integrate(velocity, x, mode="ode", num_steps=50, heun=False, path_type="linear", noise=None):
     """Integrate dx = v dt (ode: Euler or Heun) or the reverse SDE (sde: Euler-Maruyama) from t = 1 to 0.
 
     velocity(x, t, start) -> v: start is the time at which the step began (Heun's second evaluation keeps the
@@ -54,7 +54,7 @@ def integrate(velocity, x, mode="ode", num_steps=50, heun=False, kind="linear", 
     for i, (t, s) in enumerate(zip(times, times[1:])):
         v, dt = velocity(x, t, t), s - t
         if mode == "sde":
-            x = x + sde_drift(x, v, t, kind) * dt
+            x = x + sde_drift(x, v, t, path_type) * dt
             if i < num_steps - 1:
                 x = x + (2 * t * -dt) ** 0.5 * noise()
         elif heun and s > 0:

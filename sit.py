@@ -35,11 +35,10 @@ def parse_model(name):
 class LatentNorm(nn.BatchNorm2d):
     """Batch norm without affine over latents [B, C, h, w] (paper, 3.2): keeps the moving latents normalised.
 
-    Called, it normalises with the statistics of the batch over all processes (biased variance) and moves the
-    running ones (unbiased variance). `normalize` and `denormalize` use the running ones. No gradient flows
-    through any statistic: the VAE's pass uses the running ones and SiT's pass a detached z. So there is
-    nothing for a backward pass to communicate, and one all_reduce in the forward replaces SyncBatchNorm, on
-    gloo as on NCCL.
+    In train mode it normalises with the statistics of the batch over all processes (biased variance) and
+    moves the running ones (unbiased variance); in eval mode, as `normalize`, with the running ones. In train
+    mode z must carry no graph (the training step detaches it): there is then nothing for a backward pass to
+    communicate, and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL.
     """
 
     def __init__(self, channels, momentum=0.1):
@@ -51,15 +50,16 @@ class LatentNorm(nn.BatchNorm2d):
         self.running_var.copy_(std.square() - self.eps)
 
     def forward(self, z):
-        z = z.detach().float()
+        if not self.training:
+            return self.normalize(z)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        shift = self.running_mean.clone()                   # moments about it: no cancellation in float32
+        shift = self.running_mean.clone()               # means of values less it: no cancellation in float32
         d = z - shift.view(1, -1, 1, 1)
-        moments = torch.stack([d.mean((0, 2, 3)), d.square().mean((0, 2, 3))])
+        means = torch.stack([d.mean((0, 2, 3)), d.square().mean((0, 2, 3))])
         if world > 1:                                       # every process holds an equal share of the batch
-            dist.all_reduce(moments)
-            moments /= world
-        mean, var = moments[0], moments[1] - moments[0].square()
+            dist.all_reduce(means)
+            means /= world
+        mean, var = means[0], means[1] - means[0].square()
         n = z.numel() // z.shape[1] * world
         self.running_mean.lerp_(shift + mean, self.momentum)
         self.running_var.lerp_(var * (n / max(n - 1, 1)), self.momentum)
@@ -225,23 +225,23 @@ class SiT(nn.Module):
 # The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt
 # ------------------------------------------------------------------------------------------------------------
 
-def path(t, kind):
-    """alpha, sigma and their derivatives at t, for kind 'linear' or 'cosine'; data at t = 0, noise at 1."""
-    if kind == "linear":
+def interpolant(t, path_type):
+    """alpha, sigma and their derivatives at t, for path_type 'linear' or 'cosine'; data at t = 0, noise at 1."""
+    if path_type == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     a = t * (math.pi / 2)
     return a.cos(), a.sin(), a.sin() * (-math.pi / 2), a.cos() * (math.pi / 2)
 
 
-def interpolate(z, t, eps, kind):
+def interpolate(z, t, eps, path_type):
     """(x_t, velocity) for latents z, noise eps, both [B, C, h, w], and t [B]."""
-    alpha, sigma, d_alpha, d_sigma = path(t.view(-1, 1, 1, 1), kind)
+    alpha, sigma, d_alpha, d_sigma = interpolant(t.view(-1, 1, 1, 1), path_type)
     return alpha * z + sigma * eps, d_alpha * z + d_sigma * eps
 
 
-def draw_times(shape, kind, weighting, generator, device):
+def draw_times(shape, path_type, weighting, generator, device):
     """Training times: uniform on [0, 1], or 'lognormal' (EDM's, arXiv 2206.00364) mapped onto the path."""
     if weighting == "uniform":
         return torch.rand(shape, generator=generator, device=device)
     s = torch.randn(shape, generator=generator, device=device).exp()           # sigma / alpha
-    return s / (1 + s) if kind == "linear" else torch.atan(s) * (2 / math.pi)
+    return s / (1 + s) if path_type == "linear" else torch.atan(s) * (2 / math.pi)
