@@ -582,8 +582,8 @@ def write_atomic(path, write):
     except (OSError, RuntimeError, SafetensorError) as e:     # torch.save reports a full disk as RuntimeError
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or one_line(e)}") from None
     finally:
-        if tmp.exists():
-            tmp.unlink()
+        if os.path.exists(tmp):
+            os.remove(tmp)
 
 
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SyntaxError,

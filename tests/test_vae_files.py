@@ -1,10 +1,13 @@
 """What people's files hold: pixel formats, folders with odd names and links, autoencoders as they were saved."""
 import argparse
+import errno
+import io
 import json
 import math
 import os
-import subprocess
+import struct
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -31,8 +34,6 @@ def grey16(values, mode="<u2"):
 
 def png16(colour_type, samples, trns=b""):
     """An 8x8 PNG of 16 bits a sample, every pixel the same (Pillow writes 16 bits for grey alone)."""
-    import struct
-    import zlib
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     row = b"\0" + struct.pack(f">{len(samples)}H", *samples) * 8
@@ -113,7 +114,6 @@ def test_grey_values_of_unknown_range_are_refused(values, tmp_path):
 
 def test_12_bit_tiff(tmp_path):
     """Pillow reads 12 bits but does not write them: two samples 0x800 in three bytes, in a TIFF made by hand."""
-    import struct
     data = bytes([0x80, 0x08, 0x00] * 32)
     tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: len(data)}
     ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHIHH", k, 3, 1, v, 0) for k, v in tags.items())
@@ -209,28 +209,34 @@ def test_an_unreadable_folder_is_not_passed_over(tmp_path):
         vae.list_images(tmp_path)
 
 
-def command(code, *args):
-    """What a command of ours prints (stdout, stderr) and its exit code, its output strictly UTF-8."""
-    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8:strict", PYTHONWARNINGS="ignore")
-    run = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True)
-    return run.stdout.decode(), run.stderr.decode(), run.returncode
+@pytest.fixture
+def command(monkeypatch):
+    """What a command of ours prints on strictly UTF-8 streams, and its exit code."""
+    def run(main):
+        streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict") for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        with pytest.raises(SystemExit) as e:
+            vae.run_command(main)
+        for stream in streams:
+            stream.flush()
+        return *(stream.buffer.getvalue().decode() for stream in streams), e.value.code
+    return run
 
 
-def test_names_that_are_no_utf8(tmp_path):
+def test_names_that_are_no_utf8(tmp_path, command):
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
-    Image.new("RGB", (8, 8), (1, 2, 3)).save(os.fsdecode(name) + ".tmp", format="PNG")
-    os.rename(name + b".tmp", name)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "a.tmp", format="PNG")
+    os.rename(tmp_path / "a.tmp", name)
     (path,) = vae.list_images(tmp_path)
     assert os.fsencode(path) == name and vae.read_image(path).float().mean((1, 2)).tolist() == [1, 2, 3]
-    code = ("import sys, vae\n"
-            "def main():\n"
-            "    for path in vae.list_images(sys.argv[1]):\n"
-            "        print(path)\n"
-            "        raise vae.UserError(f'{path}: as it is')\n"
-            "vae.run_command(main)")
-    out, err, exit_code = command(code, str(tmp_path))
-    assert out.strip().endswith(r"caf\udce9.png") and err.strip().endswith(r"caf\udce9.png: as it is")
-    assert exit_code == 2 and "Traceback" not in err
+
+    def main():
+        print(path)
+        raise UserError(f"{path}: as it is")
+
+    out, err, code = command(main)
+    assert out.endswith("caf\\udce9.png\n") and err.endswith("caf\\udce9.png: as it is\n") and code == 2
 
 
 @pytest.mark.parametrize("path", ["/proc/nowhere/out.png", "/dev/null/out.png", "{tmp}/file/out.png", "{tmp}/" + "n" * 300,
@@ -244,13 +250,18 @@ def test_files_that_cannot_be_written(path, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-def test_which_errors_are_one_line():
-    out, err, code = command("import os, vae; vae.run_command(lambda: os.makedirs('/proc/nowhere/x'))")
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "/proc/nowhere" in err
-    out, err, code = command("import vae\ndef main():\n    raise OSError('a bug')\nvae.run_command(main)")
-    assert code == 1 and "Traceback" in err
-    out, err, code = command("import errno, vae\ndef main():\n    raise OSError(errno.ENOSPC, 'full')\nvae.run_command(main)")
+def test_which_errors_are_one_line(command):
+    for main, words in ((lambda: os.makedirs("/proc/nowhere/x"), "/proc/nowhere"), (lambda: open("/nowhere"), "/nowhere")):
+        out, err, code = command(main)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+    def fail(*args):
+        raise OSError(*args)
+
+    out, err, code = command(lambda: fail(errno.ENOSPC, "full"))
     assert code == 2 and err.count("\n") == 1 and "full" in err
+    with pytest.raises(OSError, match="a bug"):
+        vae.run_command(lambda: fail("a bug"))
 
 
 # --- arguments ------------------------------------------------------------------------------------------------
