@@ -234,7 +234,7 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(real, fake):
-    """The discriminator's loss on the logits of real and of reconstructed images."""
+    """The discriminator's loss on its logits of real and of reconstructed images."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -246,10 +246,9 @@ def unit_length(f, eps=1e-10):
 
 class LPIPS(nn.Module):
     """Learned perceptual distance (arXiv 1801.03924): VGG16 features, unit length per position, squared differences
-    weighted by linear heads, averaged over positions, summed over five layers.
-
-    heads: path of the linear heads' state dict (lin0.model.1.weight ...), the `lpips` package's own copy when None;
-    vgg: path of torchvision's VGG16 weights, timm's hub copy when None. Raises UserError when either is missing."""
+    weighted by linear heads, averaged over positions, summed over five layers. heads, vgg: files of the heads
+    (lin0.model.1.weight ...) and of torchvision's VGG16; None: the `lpips` package's and timm's hub copy; random:
+    neither is read. Raises UserError where one is missing."""
     LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}                  # relu1_2 ... relu5_3 -> channels
 
     def __init__(self, heads=None, vgg=None, random=False):
@@ -262,21 +261,21 @@ class LPIPS(nn.Module):
         try:
             net = timm.create_model("vgg16.tv_in1k", pretrained=vgg is None and not random)
         except Exception as e:                                           # hub errors come in many classes
-            raise UserError(f"LPIPS: VGG16 weights cannot be fetched ({type(e).__name__}); give torchvision's "
-                            "vgg16 file by --vgg-ckpt") from None
+            raise UserError(f"LPIPS: no VGG16 to be fetched ({type(e).__name__}); give it by --vgg-ckpt") from None
         self.vgg = net.features[:30]
         self.heads = nn.ParameterList(torch.ones(1, c, 1, 1) / c for c in self.LAYERS.values())
-        for part, file, names in ((self.vgg, vgg, r"features\.(.*)"), (self.heads, heads, r"lin(\d)\.model\.1\.weight")):
-            if file is not None:
-                named = {re.fullmatch(names, key): tensor for key, tensor in load_tensors(file).items()}
-                load_into(part, {match[1]: tensor for match, tensor in named.items() if match}, file)
+        if vgg is not None:
+            features = [(key, t) for key, t in load_tensors(vgg).items() if key.startswith("features.")]
+            load_into(self.vgg, {key.removeprefix("features."): t for key, t in features}, vgg)
+        if heads is not None:
+            linear = [(key, t) for key, t in load_tensors(heads).items() if key.endswith(".model.1.weight")]
+            load_into(self.heads, {key[3]: t for key, t in linear}, heads)           # lin0 ... lin4
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
     def features(self, x):
-        """Images [B, 3, H, W] in [-1, 1] -> the five unit-length feature maps. (The release scales its images to
-        [-3, 1] first, a mistake fixed there later.)"""
+        """Images [B, 3, H, W] in [-1, 1] -> five unit-length feature maps. (The release took them for [0, 1] first.)"""
         h, maps = (x - self.shift) / self.scale, []
         for i, layer in enumerate(self.vgg):
             h = layer(h)
@@ -318,14 +317,13 @@ RENAMED = {                                                # parts of our (CompV
     ".block.": ".resnets.", ".attn.": ".attentions.", ".downsample.": ".downsamplers.0.",
     ".upsample.": ".upsamplers.0.", ".nin_shortcut.": ".conv_shortcut.", ".norm_out.": ".conv_norm_out.",
     ".norm.": ".group_norm.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}
-OLDER = {".query.": ".q.", ".key.": ".k.", ".value.": ".v.", ".proj_attn.": ".proj_out."}   # before diffusers 0.18
-OURS = {theirs: ours for ours, theirs in RENAMED.items()} | OLDER
+OURS = {theirs: ours for ours, theirs in RENAMED.items()} | {              # the last ones: before diffusers 0.18
+    ".query.": ".q.", ".key.": ".k.", ".value.": ".v.", ".proj_attn.": ".proj_out."}
 
 
 def rename(name, levels, table=RENAMED):
-    """A parameter's name in diffusers' AutoencoderKL, of so many levels, from ours; with the table OURS, ours from
-    diffusers'. The decoder's levels are numbered from the other end there."""
-    name = re.sub(r"(\.up(?:_blocks)?\.)(\d+)", lambda m: f"{m[1]}{levels - 1 - int(m[2])}", name)
+    """diffusers' name of a parameter of ours, or with the table OURS the reverse, in a VAE of so many levels."""
+    name = re.sub(r"(\.up(?:_blocks)?\.)(\d+)", lambda m: f"{m[1]}{levels - 1 - int(m[2])}", name)   # from the end
     for old, new in table.items():
         name = name.replace(old, new)
     return name
@@ -338,9 +336,8 @@ def strip_wrappers(state):
 
 
 def find_vae(state, what):
-    """The VAE's own tensors, with CompVis' names, in whatever was saved: a state dict, bare or under "state_dict",
-    "vae" or "model", of a VAE, or of a trainer or a pipeline with other keys (loss.) and a prefix
-    (first_stage_model.). Raises UserError where there is none."""
+    """The VAE's own tensors, with CompVis' names, in a state dict, bare or under "state_dict", "vae" or "model", of a
+    VAE, or of a trainer or pipeline with other keys (loss.) and prefixes (first_stage_model.). Raises UserError."""
     for key in ("state_dict", "vae", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -363,7 +360,7 @@ def find_vae(state, what):
 
 
 def read_architecture(state):
-    """The row of VAES, but for its groups, whose tensors these are. Raises KeyError, IndexError where none is."""
+    """The row of VAES, without groups, that has these tensors. Raises KeyError, IndexError where none has."""
     def count(pattern):
         return len({match[1] for match in map(re.compile(pattern).match, state) if match})
 
@@ -378,19 +375,19 @@ def read_architecture(state):
 
 
 def build_vae(state, what, name=None, groups=None):
-    """AutoencoderKL in float32 from what `find_vae` takes. The architecture is `name` of VAES or is read off the
-    tensors; the norms' groups, which no tensor shows, are `groups`, or those of the row of VAES that has exactly
-    these shapes, or 32. Raises UserError, naming the first tensor that is wrong."""
+    """AutoencoderKL in float32 from what `find_vae` takes, of the architecture `name` or what the tensors show. That is
+    not the norms' groups: they are `groups`, or those of the row of VAES with exactly these shapes, or 32. Raises
+    UserError, naming the first tensor that is wrong."""
     state = find_vae(state, what)
     try:
         config = read_architecture(state)
     except (KeyError, IndexError) as e:
         raise UserError(f"{what}: no AutoencoderKL in it ({e})") from None
-    names = [name] if name else [key for key, row in VAES.items() if VAE_DEFAULTS | row | config == VAE_DEFAULTS | row]
-    config = VAE_DEFAULTS | (VAES[names[0]] if names else config)
+    for key, row in VAES.items():
+        if key == name or name is None and VAE_DEFAULTS | row | config == VAE_DEFAULTS | row:
+            config = row
     with torch.device("meta"):
-        vae = AutoencoderKL(config | dict(groups=groups or config["groups"]))
-    vae = vae.to_empty(device="cpu")
+        vae = AutoencoderKL(config | (dict(groups=groups) if groups else {})).to_empty(device="cpu")
     load_into(vae, state, what)
     return vae
 
@@ -461,9 +458,8 @@ def load_vae(path, name=None):
 
 
 def export_vae(vae, stats, resolution, folder):
-    """Write a diffusers AutoencoderKL directory, whole or not at all. With the latents' statistics (mean [C],
-    std [C]) in it, scaling_factor is 1: pipelines decode z * std / scaling_factor + mean. Raises UserError where
-    `folder` is, or where diffusers has no such shape."""
+    """Write a diffusers AutoencoderKL directory, whole or not at all. stats: the latents' (mean [C], std [C]); beside
+    them scaling_factor is 1: pipelines decode z * std / scaling_factor + mean. Raises UserError where `folder` is."""
     folder, cfg, levels = Path(folder), vae.config, len(vae.config["ch_mult"])
     if folder.exists():
         raise UserError(f"{folder}: exists already; name a new folder")
@@ -479,9 +475,10 @@ def export_vae(vae, stats, resolution, folder):
         mid_block_add_attention=cfg["mid_attention"], use_quant_conv=cfg["quant_conv"],
         use_post_quant_conv=cfg["post_quant_conv"], scaling_factor=1.0,
         latents_mean=stats[0].tolist(), latents_std=stats[1].tolist())
-    state = {rename(name, levels): tensor for name, tensor in vae.state_dict().items()}
-    state = {name: (tensor[..., 0, 0] if ".attentions." in name and tensor.ndim == 4 else tensor).contiguous()
-             for name, tensor in state.items()}
+    state = {}
+    for name, tensor in vae.state_dict().items():
+        linear = ".attn" in name and tensor.ndim == 4
+        state[rename(name, levels)] = tensor[..., 0, 0].contiguous() if linear else tensor.contiguous()
     tmp = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
         write_atomic(tmp / WEIGHTS[0], lambda file: save_file(state, file, metadata={"format": "pt"}))
@@ -508,7 +505,7 @@ def run_command(main):
     """Run `main()`. A UserError, or an OSError that is about a file or a full disk, becomes one line on stderr and
     exit code 2; bugs keep their traceback. File names that are not UTF-8 print with backslashes."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):                                     # not a stand-in for a stream
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -569,8 +566,7 @@ def can_compile(device):
 
 
 def write_atomic(path, write):
-    """Write a file whole or not at all: `write(temporary path)`, then sync, then rename to `path`. Its folder is
-    made where needed. Raises UserError."""
+    """Write a file whole or not at all, and its folder: `write(temporary path)`, sync, rename. Raises UserError."""
     path = Path(path)
     tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -642,10 +638,9 @@ NO_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PD
 
 
 def list_images(folder, stamps=None, others=None):
-    """Every image file under `folder`, any nesting, sorted: those whose suffix Pillow registers for pictures. Hidden
-    files and folders are left out, and links to nothing; links are followed, but not into a folder they stand in.
-    stamps: a dict that takes {folder: [change time in ns, number of entries]}; others: a Counter that takes the
-    suffixes of files that are no images. Raises UserError where there is no image or a folder is unreadable."""
+    """Every image file under `folder`, sorted: those whose suffix Pillow registers for pictures, none that is hidden, no
+    link to nothing or to a folder it stands in. stamps: a dict that takes {folder: [change time in ns, entries]};
+    others: a Counter that takes the suffixes of files that are no images. Raises UserError where no image is."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
                 if kind not in NO_PICTURES and (kind in Image.OPEN or kind == "MPO")}    # MPO opens as JPEG
     found, rest, folders = [], Counter(), [(str(folder), ())]
@@ -655,7 +650,8 @@ def list_images(folder, stamps=None, others=None):
             status, entries = os.stat(root), list(os.scandir(root))
         except OSError as e:
             raise UserError(f"{root}: no such folder, or not readable ({e.strerror})") from None
-        if (status.st_dev, status.st_ino) in above:
+        here = status.st_dev, status.st_ino
+        if here in above:
             continue
         if stamps is not None:
             stamps[root] = [status.st_ctime_ns, len(entries)]
@@ -664,7 +660,7 @@ def list_images(folder, stamps=None, others=None):
             if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry.path):
                 continue
             if entry.is_dir():
-                folders.append((entry.path, (*above, (status.st_dev, status.st_ino))))
+                folders.append((entry.path, (*above, here)))
             elif suffix in suffixes and entry.is_file():
                 found.append(Path(entry.path))
             else:
