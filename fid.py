@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=8 fid.py ...                   the same numbers, the work split
 
 FID, sFID, IS, precision and recall are those of the ADM evaluator (guided-diffusion), without its TensorFlow;
-KID is arXiv 1801.01401's. Over another encoder's features (--features dinov2) the Frechet distance is fd_NAME.
+KID is arXiv 1801.01401's. Over other features (--features dinov2) the Frechet distance is called fd_NAME.
 """
 import hashlib
 import json
