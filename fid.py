@@ -7,8 +7,7 @@
     torchrun --nproc_per_node=8 fid.py ...                   the same numbers, the work split
 
 FID, sFID, IS, precision and recall are those of the ADM evaluator (guided-diffusion), without its TensorFlow;
-KID is arXiv 1801.01401's. Over another encoder's features (--features dinov2) the Frechet distance is called
-fd_NAME. Read from the top: the networks, the pictures, the metrics, the command.
+KID is arXiv 1801.01401's. Over other features (--features dinov2) the Frechet distance is called fd_NAME.
 """
 import hashlib
 import json
@@ -16,8 +15,10 @@ import math
 import os
 import time
 import zipfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import timm
@@ -25,28 +26,24 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from repa import EMBEDDED, create_encoder, fold_batch_norms, timm_name
+from repa import EMBEDDED, FrozenEncoder, fold_batch_norms
 from sample import (add_sampler_flags, load_checkpoint, newest_checkpoint, sample_images, sampler_settings,
                     save_npz, start_processes)
-from vae import (READ_ERRORS, Parser, UserError, hash_tensors, list_images, load_into, load_tensors, one_line,
-                 pick_device, psnr, read_image, run_command, ssim, to_float, to_uint8, write_atomic)
+from vae import (READ_ERRORS, Parser, UserError, count, existing_path, hash_tensors, list_images, load_into,
+                 load_tensors, one_line, pick_device, positive_int, psnr, read_image, run_command, ssim,
+                 to_float, to_uint8, write_atomic)
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
-METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
-SUMS = {"fid": "pool", "sfid": "spatial", "is": "logits"}      # metrics that take only sums over features
-DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
+METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits",           # and what each is computed from,
+           "kid": "rows", "precision": "rows", "recall": "rows"}        # see `collect`
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS[0]}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Networks: uint8 images [B, 3, H, W] -> {"pool": [B, D]}; Inception's also "spatial" [B, 2023], "logits"
-# ------------------------------------------------------------------------------------------------------------
+# --- Networks: FrozenEncoder's pooled features, or the Inception-v3 of FID ----------------------------------
 
 def resize_tf1(images, size):
     """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], bilinear as TensorFlow 1 does it: output pixel i
@@ -62,23 +59,11 @@ def resize_tf1(images, size):
     return torch.lerp(x[:, :, top], x[:, :, bottom], dy[:, None])
 
 
-class PoolInstead(TorchFunctionMode):
-    """Inside, F.avg_pool2d means `pool`: timm's Inception blocks call it where the FID graph pools
-    otherwise."""
-
-    def __init__(self, pool):
-        super().__init__()
-        self.pool = pool
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (self.pool if func is F.avg_pool2d else func)(*args, **(kwargs or {}))
-
-
 class Inception(nn.Module):
     """The Inception-v3 of FID (TensorFlow's graph of 2015-12-05) out of timm's blocks. It differs from timm's
     in its resize and scaling, its 1008 logits, average pools that leave the padding out, and a max pool in
     the last block. file: either public weights file (WEIGHTS). Raises UserError."""
-    name, width, size, resize = "inception", 2048, 299, "bilinear as TensorFlow 1 does it"
+    name, channels, size = "inception", 2048, 299
 
     def __init__(self, file):
         super().__init__()
@@ -91,115 +76,76 @@ class Inception(nn.Module):
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def forward(self, images):
+        """uint8 [B, 3, H, W] -> {'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]}."""
         x = ((resize_tf1(images, self.size) - 128) / 128).contiguous(memory_format=torch.channels_last)
         average = partial(F.avg_pool2d, count_include_pad=False)
         for name, layer in self.net.named_children():
             if name == "global_pool":
                 break
-            with PoolInstead(F.max_pool2d if name == "Mixed_7c" else average):
-                x = layer(x)
+            with patch.object(F, "avg_pool2d", F.max_pool2d if name == "Mixed_7c" else average):
+                x = layer(x)                                 # timm's blocks call F.avg_pool2d
             if name == "Mixed_6d":                           # ADM's mixed_6/conv is its first branch
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         pool = x.mean((2, 3))
         return dict(pool=pool, spatial=spatial, logits=pool @ self.net.fc.weight.T)        # ADM: no bias
 
 
-class TimmFeatures(nn.Module):
-    """Pooled features of a timm encoder before its classifier: DINOv2's normalised class token (as arXiv
-    2306.04675), a convolutional network's pooled last map. Images are resized to the size timm names (DINOv2:
-    224) and rounded, as Pillow would. file: weights in place of the hub's. Raises UserError without any."""
-
-    def __init__(self, name, file=None):
-        super().__init__()
-        self.name = name
-        is_dinov2 = "dinov2" in name
-        net, config = create_encoder(DINOV2_L if name == "dinov2" else timm_name(name), file,
-                                     grid=16 if is_dinov2 else None)
-        self.size = 224 if is_dinov2 else config["input_size"][-1]
-        self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-        self.resize = f"{self.mode}, antialiased"
-        for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(config[key]).view(1, 3, 1, 1) * 255)
-        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.sha256 = hash_tensors(net).hexdigest()              # the hub gives no file
-        self.width = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))["pool"].shape[1]
-
-    def forward(self, images):
-        x = images.float()
-        for height in (x.shape[2], self.size):                   # Pillow: columns first, each time rounded
-            x = F.interpolate(x, (height, self.size), mode=self.mode, antialias=True).round().clamp(0, 255)
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return dict(pool=self.net.forward_head(self.net.forward_features(x), pre_logits=True).float())
-
-
 def load_features(args):
     """The network the flags name; by default Inception if its weights are here, else the embedded one."""
-    if args.features not in (None, "inception"):
-        return TimmFeatures(args.features, args.features_weights)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    file = args.inception_weights or next((cache / w for w in WEIGHTS if (cache / w).is_file()), None)
-    if args.download and not args.inception_weights:
-        file = file or cache / WEIGHTS[0]
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not file.is_file():
-            try:
-                cache.mkdir(parents=True, exist_ok=True)            # the name ends in the hash's first digits
-                torch.hub.download_url_to_file(URL, file, hash_prefix=file.stem.rpartition("-")[2])
-            except (OSError, RuntimeError) as e:
-                raise UserError(f"--download: cannot fetch {URL} ({str(e)[:60]}); bring that file by "
-                                f"--inception-weights FILE; --features {EMBEDDED} works meanwhile") from None
-        if dist.is_initialized():
-            dist.barrier()
-    if file:
+    if args.download:
+        try:
+            torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as e:
+            raise UserError(f"--download: cannot fetch {URL} ({one_line(e)}); bring that file by "
+                            f"--inception-weights FILE; --features {EMBEDDED} works meanwhile") from None
+    found = [cache / name for name in WEIGHTS if (cache / name).is_file()]
+    file = args.inception_weights or (found[0] if found else None)
+    if file and args.features in (None, "inception"):
         return Inception(file)
-    if args.features:
+    if args.features == "inception":
         raise UserError(f"--features inception: its weights are not here; give {URL} by --inception-weights "
                         f"FILE, or --download; --features {EMBEDDED} works meanwhile")
-    return TimmFeatures(EMBEDDED)
+    name = args.features or EMBEDDED
+    net = FrozenEncoder("dinov2-vit-l" if name == "dinov2" else name, ckpt=args.features_weights)
+    net.name, net.sha256 = name, hash_tensors(net).hexdigest()                       # the hub gives no file
+    return net
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures: `n` of them, `shape` (H, W), batches(indices, ...) -> uint8 [B, 3, H, W], `tallies` over those
-# ------------------------------------------------------------------------------------------------------------
+# --- Pictures: n, shape (H, W), batches(indices, ...) -> uint8 [B, 3, H, W]; given: their statistics -------
 
 class ImageSet:
-    """REF or SAMPLES, read when asked for: a folder of images (any nesting, sorted), or an .npz with arr_0
-    uint8 [N, H, W, 3] and, or only, statistics: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}.
-
-    resolution: ADM's centre crop for the files of a folder. tallies: [how many images were not RGB].
-    Raises UserError."""
+    """REF or SAMPLES: a folder of images (any nesting, sorted) or an .npz with arr_0 uint8 [N, H, W, 3] and,
+    or only, statistics: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}; marks: what --save-stats
+    wrote beside them. resolution: ADM's centre crop for the files of a folder. Raises UserError."""
 
     def __init__(self, path, resolution=None):
-        self.path, self.resolution, self.given, self.made_by = Path(path), resolution, {}, {}
-        self.files, self.n, self.shape, self.stream, self.tallies = None, 0, None, None, torch.zeros(1)
-        if self.path.suffix == ".npz":
+        self.path, self.resolution, self.others = Path(path), resolution, Counter()
+        self.files, self.n, self.shape, self.stream, self.given, self.marks = [], 0, None, None, {}, {}
+        if not self.path.is_file():
+            self.files = list_images(path, others=self.others)
+            self.n, self.shape = len(self.files), read_image(self.files[0], resolution).shape[1:]
+        elif self.path.suffix.lower() == ".npz":
             try:
                 self.open_npz()
             except READ_ERRORS as e:
                 raise UserError(f"{path}: not a readable .npz ({one_line(e)})") from None
         else:
-            self.files = list_images(path)
-            self.n = len(self.files)
-            first, _, error = self[[0]]
-            if error:
-                raise UserError(error)
-            self.shape = tuple(first.shape[2:])
-        if self.n < 2 and not self.given:
-            raise UserError(f"{path}: {self.n} image(s); a distribution needs at least two")
+            raise UserError(f"{path}: a file of type {self.path.suffix or '?'}; give a folder or an .npz")
 
     def open_npz(self):
-        with np.load(self.path) as f:
+        with np.load(self.path) as f:                         # reads what is asked for, no array of others
             has_images = "arr_0" in f
             for key, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
                 if mu in f and sigma in f:
                     self.given[key] = torch.from_numpy(f[mu]).double(), torch.from_numpy(f[sigma]).double()
-            self.made_by = {k: f[k].item() for k in ("features", "sha256", "n") if k in f}
+            if "sha256" in f:
+                self.marks = {k: f[k].tolist() for k in ("features", "sha256", "n", "shape") if k in f}
+                self.shape = tuple(self.marks.get("shape", ())) or None
         for mu, sigma in self.given.values():
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-                raise UserError(f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}: not [D], [D, D]")
-            if not (mu.isfinite().all() and sigma.isfinite().all()):
-                raise UserError(f"{self.path}: its statistics are not finite")
+            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.sum() + sigma.sum()).isfinite():
+                raise UserError(f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
         if has_images:
-            self.given = self.given if "pool" in self.given else {}
             with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
                 np.lib.format.read_magic(f)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
@@ -211,334 +157,225 @@ class ImageSet:
             raise UserError(f"{self.path}: neither arr_0 (images) nor mu and sigma (statistics) in it")
 
     def __getitem__(self, indices):
-        """Indices -> (uint8 [B, 3, H, W], how many were not RGB, error or ''): raised in a loader's process,
-        an error would become a traceback."""
-        images, not_rgb = [], 0
-        for i in indices:
-            name = self.files[i] if self.files else f"{self.path}: image {i}"
-            try:
-                if self.files:
-                    with Image.open(self.files[i]) as file:
-                        not_rgb += file.mode != "RGB" or "transparency" in file.info
-                    images.append(read_image(self.files[i], self.resolution))
-                else:
-                    self.stream = self.stream or zipfile.ZipFile(self.path).open("arr_0.npy")
-                    size = math.prod(self.shape) * 3
-                    self.stream.seek(self.offset + i * size)         # where it is already, but at the start
-                    pixels = torch.frombuffer(bytearray(self.stream.read(size)), dtype=torch.uint8)
-                    images.append(pixels.view(*self.shape, 3).permute(2, 0, 1))
-            except (*READ_ERRORS, UserError) as e:
-                error = e if isinstance(e, UserError) else f"{name}: cannot be read ({one_line(e)})"
-                return None, 0, f"{error}; a metric over fewer images would be wrong: mend it or take it away"
-            (h, w), (h0, w0) = images[-1].shape[1:], self.shape or images[0].shape[1:]
-            if (h, w) != (h0, w0):
-                return None, 0, (f"{name}: {w}x{h} pixels, but {self.files[0]} has {w0}x{h0}; --resolution N "
-                                 "crops every image of a folder to N")
-        return torch.stack(images), not_rgb, ""
+        """Images uint8 [B, 3, H, W], or a UserError: raised in a loader's process it becomes a traceback."""
+        try:
+            if self.files:
+                images = [read_image(self.files[i], self.resolution) for i in indices]
+                for i, image in zip(indices, images):
+                    if image.shape[1:] != self.shape:
+                        return UserError(f"{self.files[i]}: {[*image.shape[1:]]} pixels (height, width), not "
+                                         f"{[*self.shape]} as {self.files[0]}; --resolution N crops all to N")
+                return torch.stack(images)
+            if self.stream is None:
+                self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")
+            size = math.prod(self.shape) * 3
+            self.stream.seek(self.offset + indices[0] * size)                       # it reads on from there
+            pixels = torch.frombuffer(bytearray(self.stream.read(len(indices) * size)), dtype=torch.uint8)
+            return pixels.view(len(indices), *self.shape, 3).permute(0, 3, 1, 2)
+        except (UserError, *READ_ERRORS) as e:
+            return e if isinstance(e, UserError) else UserError(f"{self.path}: damaged ({one_line(e)})")
 
     def batches(self, indices, batch_size, num_workers=0):
         """The images `indices` (a range), in order, decoded in processes (an .npz in one, which reads on)."""
         parts = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         workers = min(num_workers, len(parts) if self.files else 1)
-        for images, not_rgb, error in DataLoader(self, batch_size=None, sampler=parts, num_workers=workers):
-            if error:
-                raise UserError(error)
-            self.tallies += not_rgb
+        for images in DataLoader(self, batch_size=None, sampler=parts, num_workers=workers):
+            if isinstance(images, UserError):
+                raise images
             yield images
 
 
 class Samples:
-    """Images that sample.py draws from a checkpoint, with labels i mod classes."""
+    """Images drawn from a checkpoint; labels i mod classes, or evenly spread if there are more classes."""
 
     def __init__(self, path, model, n, settings):
         self.path, self.model, self.n, self.settings = path, model, n, settings
-        self.given, self.tallies, self.shape = {}, torch.zeros(1), (model.args["resolution"],) * 2
+        self.given, self.shape = {}, (model.args["resolution"],) * 2
 
     def batches(self, indices, batch_size, num_workers=0):
-        for i in range(0, len(indices), batch_size):
-            yield sample_images(self.model, indices[i:i + batch_size], **self.settings)
+        classes = self.model.sit.num_classes
+        for start in range(0, len(indices), batch_size):
+            part = indices[start:start + batch_size]
+            labels = [i * classes // self.n if self.n < classes else i % classes for i in part]
+            yield sample_images(self.model, part, labels, **self.settings)
 
 
 class Reconstructions:
-    """What the VAE makes of images (the posterior's mode, as uint8). tallies: the sums of PSNR and SSIM."""
+    """What the VAE makes of images (the posterior's mode, as uint8). quality: the sums of PSNR and SSIM."""
 
     def __init__(self, path, model, originals):
         self.path, self.model, self.originals, self.n = path, model, originals, originals.n
-        self.given, self.tallies, self.shape = {}, torch.zeros(2), originals.shape
+        self.given, self.shape, self.quality = {}, originals.shape, torch.zeros(2, device=model.device)
 
     def batches(self, indices, batch_size, num_workers=0):
         for images in self.originals.batches(indices, batch_size, num_workers):
             x = to_float(images)
             z = self.model.vae.encode(x.to(self.model.device)).mean
             y = to_uint8(self.model.vae.decode(z)).cpu()
-            self.tallies += torch.stack([psnr(x, to_float(y)).sum(), ssim(x, to_float(y)).sum()])
+            scores = torch.stack([psnr(x, to_float(y)), ssim(x, to_float(y)).float()])               # [2, B]
+            self.quality += scores.sum(1).to(self.model.device)
             yield y
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Metrics
-# ------------------------------------------------------------------------------------------------------------
+# --- Metrics ------------------------------------------------------------------------------------------------
 
-class Moments:
-    """Mean [D] and covariance [D, D] (N - 1) of rows that come in batches, summed in float64."""
-
-    def __init__(self, width):
-        self.n, self.sum, self.outer = (torch.zeros(*shape, dtype=torch.float64)
-                                        for shape in ((1,), (width,), (width, width)))
-
-    def add(self, rows, start):
-        x = rows.double()
-        self.n += len(x)
-        self.sum += x.sum(0)
-        self.outer.addmm_(x.T, x)
-
-    def result(self):
-        mean = self.sum / self.n
-        return mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
+def mean_and_covariance(sums):
+    """Mean [D] and covariance [D, D] (N - 1) of N rows, from the sum [1 + D, 1 + D] of their outer products,
+    each row with a one before it: so it holds N, the sum of the rows and the sum of their products."""
+    n, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
+    return mean, (sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64 tensors [D], [D, D] (arXiv 1706.08500, eq. 6).
-
     C1 C2 has the eigenvalues of A^T C2 A where C1 = A A^T, which is symmetric: no matrix square root is
-    taken. A is Cholesky's factor or, where C1 is singular (few images), from C1's own eigenvectors."""
-    a, singular = torch.linalg.cholesky_ex(cov1)
-    if singular:
-        values, vectors = torch.linalg.eigh(cov1)
-        a = vectors * values.clamp_min(0).sqrt()
+    taken, and C1 may be singular (few images)."""
+    values, vectors = torch.linalg.eigh(cov1)
+    a = vectors * values.clamp_min(0).sqrt()
     root = torch.linalg.eigvalsh(a.T @ cov2 @ a).clamp_min(0).sqrt().sum()
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root).item()
 
 
-class InceptionScore:
-    """exp of the mean KL(p(y|x) || p(y)), averaged over splits of 5000 images in their order (arXiv
-    1606.03498, as ADM computes it). Per split it needs only the sums of p and of p log p."""
-    SPLIT = 5000
-
-    def __init__(self, n):
-        self.p = torch.zeros(-(-n // self.SPLIT), 1008, dtype=torch.float64)
-        self.plogp = torch.zeros(len(self.p), dtype=torch.float64)
-
-    def add(self, logits, start):
-        """Logits [B, 1008] of the images from number `start` on."""
-        log_p, split = logits.double().log_softmax(1), torch.arange(start, start + len(logits)) // self.SPLIT
-        self.p.index_add_(0, split, log_p.exp())
-        self.plogp.index_add_(0, split, (log_p.exp() * log_p).sum(1))
-
-    def result(self):
-        n = self.p.sum(1)                                                                # each p sums to 1
-        q = self.p / n[:, None]
-        return (self.plogp / n - torch.special.xlogy(q, q).sum(1)).exp().mean().item()
+def inception_score(logits, split=5000):
+    """exp of the mean KL(p(y|x) || p(y)) of logits [N, 1008], averaged over splits of 5000 images in their
+    order (arXiv 1606.03498, as ADM computes it)."""
+    scores = []
+    for part in logits.double().split(split):
+        log_p = part.log_softmax(1)
+        log_mean = log_p.logsumexp(0) - math.log(len(part))
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
+    return sum(scores) / len(scores)
 
 
 def kid(x, y, subsets=100, size=1000, seed=2020):
     """Kernel distance of features [N, D], [M, D] with kernel (x.y / D + 1)^3: the unbiased estimate averaged
-    over random subsets (arXiv 1801.01401), which are those that torch-fidelity draws. Every kernel value is
-    computed once; a subset's sum is a product with its indicator."""
-    size, rng, width = min(size, len(x), len(y)), np.random.RandomState(seed), x.shape[1]
-    in_x, in_y = (torch.zeros(subsets, len(f), dtype=torch.float64) for f in (x, y))
-    for k in range(subsets):
-        for inside in (in_x, in_y):
-            inside[k, rng.choice(inside.shape[1], size, replace=False)] = 1
-
-    def kernel_sum(a, in_a, b, in_b):
-        total = torch.zeros(subsets, dtype=torch.float64)
-        for rows, inside in zip(a.split(1000), in_a.split(1000, dim=1)):
-            total += (inside @ (rows @ b.T / width + 1).cpu().double().pow(3) * in_b).sum(1)
-        return total
-
-    within = 0
-    for f, inside in ((x, in_x), (y, in_y)):
-        diagonal = inside @ (f.cpu().double().square().sum(1) / width + 1).pow(3)
-        within += kernel_sum(f, inside, f, inside) - diagonal
-    return (within / (size * (size - 1)) - 2 * kernel_sum(x, in_x, y, in_y) / size ** 2).mean().item()
+    over random subsets (arXiv 1801.01401), which are those that torch-fidelity draws."""
+    size, rng, values = min(size, len(x), len(y)), np.random.RandomState(seed), []
+    for _ in range(subsets):
+        a = x[rng.choice(len(x), size, replace=False)]
+        b = y[rng.choice(len(y), size, replace=False)]
+        aa, bb, ab = ((f @ g.T / x.shape[1] + 1).cpu().double() ** 3 for f, g in ((a, a), (b, b), (a, b)))
+        within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
+        values.append(within / (size * (size - 1)) - 2 * ab.mean())
+    return torch.stack(values).mean().item()
 
 
 def precision_recall(reference, samples, k=3, block=1000):
     """Share of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold is
     the union of balls around its features [N, D], each as wide as the k-th nearest neighbour is far."""
-    def radii(x):                                        # the row's nearest is itself: index k, not k - 1
-        nearest = [torch.cdist(rows, x).topk(k + 1, largest=False).values for rows in x.split(block)]
-        return torch.cat(nearest)[:, k]
+    def share_within(x, manifold):                       # each row's nearest is itself: k + 1 of them
+        radius = [torch.cdist(rows, manifold).topk(k + 1, largest=False) for rows in manifold.split(block)]
+        radius = torch.cat([nearest.values[:, k] for nearest in radius])
+        within = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in x.split(block)]
+        return torch.cat(within).double().mean().item()
 
-    radii_ref, radii_samples = radii(reference), radii(samples)
-    precise, recalled = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    for rows, radius in zip(samples.split(block), radii_samples.split(block)):
-        d = torch.cdist(rows, reference)
-        precise += (d <= radii_ref).any(1).sum().item()
-        recalled |= (d <= radius[:, None]).any(0)
-    return precise / len(samples), recalled.sum().item() / len(reference)
+    return share_within(samples, reference), share_within(reference, samples)
 
-
-# ------------------------------------------------------------------------------------------------------------
-# From pictures to numbers
-# ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def collect(source, net, keep=(), sums=(), *, device, batch_size, num_workers=0, rank=0, world=1, desc=""):
-    """One pass over a source, every process over a run of neighbouring images. keep: numbers of the images
-    whose features are wanted; sums: of 'pool', 'spatial', 'logits'. Returns {'rows': features [len(keep), D]
-    float32 (on process 0), 'pool': (mean, covariance), 'spatial': (mean, covariance), 'logits': Inception
-    Score}. Raises UserError for an unreadable image or features not finite."""
-    mine = range(rank * source.n // world, (rank + 1) * source.n // world)
-    at, keep, rows = mine.start, set(keep), [torch.empty(0, net.width)]
-    totals = {key: InceptionScore(source.n) if key == "logits" else
-              Moments(SPATIAL if key == "spatial" else net.width) for key in sums}
-    with tqdm(total=len(mine), unit="img", desc=desc, disable=rank > 0) as bar:
+def collect(source, net, needs, *, device, batch_size, num_workers=0, rank=0, world=1, desc=""):
+    """One pass over a source, every process over a run of neighbouring images. needs, a set: 'pool' and
+    'spatial' (-> mean and covariance, those of the file where it has them), 'rows' (pooled features [N, D]),
+    'logits' ([N, 1008]). Process 0 gets {need: value}, the others {}. Raises UserError."""
+    needs = needs - source.given.keys()
+    mine = range(rank * source.n // world, (rank + 1) * source.n // world) if needs else range(0)
+    widths = {"pool": net.channels, "spatial": SPATIAL}
+    sums = {key: torch.zeros(1 + n, 1 + n, dtype=torch.float64) for key, n in widths.items() if key in needs}
+    rows = {key: [] for key in needs & {"rows", "logits"}}
+    with tqdm(total=len(mine), unit="img", desc=desc, disable=rank > 0 or not needs) as bar:
         for images in source.batches(mine, batch_size, num_workers):
-            parts = images.split(8 if device.type == "cpu" else len(images))   # 8: they stay in a CPU's cache
-            parts = [{key: f.cpu() for key, f in net(part.to(device)).items()} for part in parts]
-            f = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            bad = (~f["pool"].isfinite().all(1)).nonzero()
-            if len(bad):
-                raise UserError(f"{source.path}: the features of image {at + bad[0].item()} are not finite; "
-                                f"are the weights of {net.name} damaged?")
-            for key, total in totals.items():
-                total.add(f[key], at)
-            rows.append(f["pool"][[i for i in range(len(images)) if at + i in keep]])
-            at += len(images)
+            for part in images.split(8 if device.type == "cpu" else len(images)):    # 8 stay in a CPU's cache
+                part = part.to(device)
+                f = net(part) if net.name == "inception" else dict(pool=net.pooled(part))
+                f = {key: value.cpu() for key, value in f.items()}
+                if not f["pool"].isfinite().all():
+                    raise UserError(f"{source.path}: features not finite; damaged weights of {net.name}?")
+                for key in sums:
+                    x = F.pad(f[key].double(), (1, 0), value=1)
+                    sums[key].addmm_(x.T, x)
+                for key in rows:
+                    rows[key].append(f["pool" if key == "rows" else key])
             bar.update(len(images))
-    rows = torch.cat(rows)
+    parts = [(sums, rows)]
     if world > 1:
-        for t in [t for total in totals.values() for t in vars(total).values()] + [source.tallies]:
-            shared = t.to(device)
-            dist.all_reduce(shared)
-            t.copy_(shared)
         parts = [None] * world if rank == 0 else None
-        dist.gather_object(rows, parts)
-        rows = torch.cat(parts) if rank == 0 else rows
-    return dict(rows=rows) | {key: total.result() for key, total in totals.items()}
+        dist.gather_object((sums, rows), parts)
+        if rank > 0:
+            return {}
+    found = {key: torch.cat([batch for _, part in parts for batch in part[key]]) for key in rows}
+    found |= {key: mean_and_covariance(sum(part[key] for part, _ in parts)) for key in sums}
+    return source.given | found
 
 
-def spread(n, most=10_000):
-    """At most 10,000 of n indices, evenly spread (a folder is sorted by class): they bound KID's memory."""
-    return [k * n // min(n, most) for k in range(min(n, most))]
-
-
-def reason_against(metric, net, sources):
-    """Why a metric cannot be had from these features and inputs; '' if it can."""
-    if metric in ("sfid", "is") and net.name != "inception":
-        return f"is defined on Inception's features, not {net.name}'s"
-    for source in sources[1:] if metric == "is" else sources:
-        if source.n == 0 and SUMS.get(metric) not in source.given:
-            return f"needs images, and {source.path} holds statistics only"
-        if metric in ("precision", "recall") and source.n < 4:
-            return f"needs at least 4 images, and {source.path} has {source.n}"
-    return ""
-
-
-def check_statistics(source, net):
-    """Statistics from a file must be of this network (unmarked ones 2048 wide are ADM's, so Inception's);
-    beside images, another network's are dropped. Returns whether they were. Raises UserError."""
-    if not source.given:
-        return False
-    width = len(source.given["pool"][0])
-    name = source.made_by.get("features", "inception" if width == 2048 else net.name)
-    if name != net.name and source.n:
-        source.given = {}
-        return True
-    if name != net.name:
-        raise UserError(f"{source.path}: statistics of {name}'s features, not {net.name}'s; take --features "
-                        + name + (" with --inception-weights FILE" if name == "inception" else ""))
-    if source.made_by.get("sha256", net.sha256) != net.sha256:
-        raise UserError(f"{source.path}: statistics made with other weights of {name}")
-    if width != net.width or len(source.given.get("spatial", [range(SPATIAL)])[0]) != SPATIAL:
-        raise UserError(f"{source.path}: statistics of {width} features, {name} has {net.width}")
-    return False
-
-
-def evaluate(sources, net, metrics, save_stats=None, *, device, rank=0, **settings):
+def evaluate(sources, net, metrics, save_stats=None, *, rank=0, **settings):
     """The metrics (of METRICS) of samples against a reference, sources = [reference, samples], one pass over
     each: {name: value} on process 0, {} elsewhere. save_stats: also write the reference's statistics there;
     [reference] alone will do for that. settings: of `collect`."""
-    manifold, found = {"precision", "recall"} & set(metrics), []
-    for source, desc in zip(sources, ("reference", "samples")):
-        sums = [SUMS[m] for m in metrics if m in SUMS and not (m == "is" and desc == "reference")]
-        if save_stats and desc == "reference":
-            sums = ["pool", "spatial"] if net.name == "inception" else ["pool"]
-        sums = [key for key in sums if key not in source.given]
-        keep = range(source.n) if manifold else spread(source.n) if "kid" in metrics else ()
-        found.append(dict(source.given))
-        if source.n and (sums or keep):
-            found[-1] |= collect(source, net, keep, sums, device=device, rank=rank, desc=desc, **settings)
+    ref, samples, device = sources[0], sources[-1], settings["device"]
+    needs = {METRICS[metric] for metric in metrics}
+    saved = ({"pool", "spatial"} if net.name == "inception" else {"pool"}) if save_stats else set()
+    r = collect(ref, net, needs - {"logits"} | saved, rank=rank, desc="reference", **settings)
+    s = collect(samples, net, needs, rank=rank, desc="samples", **settings)
     if rank > 0:
         return {}
-    ref, (r, s) = sources[0], (found[0], found[-1])
     if save_stats:
-        stats = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), r["pool"] + r.get("spatial", ())))
-        n = ref.n or ref.made_by.get("n", 0)
-        save_npz(save_stats, features=net.name, sha256=net.sha256, n=n, **stats)
+        arrays = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), r["pool"] + r.get("spatial", ())))
+        save_npz(save_stats, features=net.name, sha256=net.sha256, n=ref.n, shape=ref.shape, **arrays)
     out = {}
     if "fid" in metrics:
         out["fid" if net.name == "inception" else f"fd_{net.name}"] = frechet_distance(*r["pool"], *s["pool"])
     if "sfid" in metrics:
         out["sfid"] = frechet_distance(*r["spatial"], *s["spatial"])
     if "is" in metrics:
-        out["is"] = s["logits"]
+        out["is"] = inception_score(s["logits"])
     if "kid" in metrics:
-        out["kid"] = kid(*(side["rows"][spread(len(side["rows"]))].to(device) for side in (r, s)))
-    if manifold:
-        both = zip(("precision", "recall"), precision_recall(r["rows"].to(device), s["rows"].to(device)))
-        out |= {name: value for name, value in both if name in metrics}
+        out["kid"] = kid(r["rows"].to(device), s["rows"].to(device))
+    if "precision" in metrics or "recall" in metrics:
+        out["precision"], out["recall"] = precision_recall(r["rows"].to(device), s["rows"].to(device))
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    """Flags, checked without opening a file. `metrics` becomes a list, or stays None: all that can be had."""
+    """Flags, checked. `metrics` becomes a list, or stays None: all that can be had."""
     parser = Parser(description="FID, sFID, Inception Score, KID, precision and recall.")
     add = parser.add_argument
-    add("ref", nargs="?", metavar="REF", help="what to compare with: a folder, an .npz, --save-stats' file")
-    add("samples", nargs="?", metavar="SAMPLES", help="images to judge: a folder or an .npz")
+    add("ref", nargs="?", metavar="REF", type=existing_path, help="a folder, an .npz, --save-stats' file")
+    add("samples", nargs="?", metavar="SAMPLES", type=existing_path, help="images to judge; in these forms")
     add("--features", help=f"inception (default if its weights are here), dinov2, {EMBEDDED} or a timm model")
     add("--metrics", help=f"some of {','.join(METRICS)} (default: all that can be had)")
-    add("--inception-weights", metavar="FILE", help=" or ".join(WEIGHTS))
+    add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(WEIGHTS))
     add("--download", action="store_true", help="fetch the Inception weights once (95 MB)")
-    add("--features-weights", metavar="FILE", help="weights of a timm model, in place of the hub's")
-    add("--resolution", type=int, help="centre-crop the images of folders to this size, as ADM does")
+    add("--features-weights", metavar="FILE", type=existing_path, help="of a timm model, not the hub's")
+    add("--resolution", type=positive_int, help="centre-crop the images of folders to this size, as ADM does")
     add("--save-stats", metavar="FILE", help="write REF's statistics to an .npz; SAMPLES may be left out")
     add("--json", metavar="FILE", help="write the numbers there")
-    add("--batch-size", type=int, help="per process (default: 64 on a GPU, 32 elsewhere)")
-    add("--num-workers", type=int, default=min(8, os.cpu_count()), help="decoding processes")
+    add("--batch-size", type=positive_int, help="per process (default: 64 on a GPU, 32 elsewhere)")
+    add("--num-workers", type=count, default=min(8, os.cpu_count()), help="decoding processes")
     add("--device", default="auto")
-    add("--ckpt", metavar="FILE", help="judge this checkpoint (without REF: the newest under exps/)")
+    add("--ckpt", metavar="FILE", type=existing_path, help="judge this (without REF: the newest under exps/)")
     add("--vae-ckpt", help="the VAE, where the checkpoint has none: file, folder or hub id")
-    add("--data-dir", metavar="DIR", help="its reference images (default: the run's own)")
-    add("--num-samples", type=int, help="default: as many as reference images, 50,000 at most")
+    add("--data-dir", metavar="DIR", type=existing_path, help="its reference images (default: the run's own)")
+    add("--num-samples", type=positive_int, help="default: as many as reference images, 50,000 at most")
     add("--reconstruct", action="store_true", help="judge the checkpoint's VAE: rFID, PSNR, SSIM")
     add_sampler_flags(parser)
     args = parser.parse_args(argv)
-    args.metrics = args.metrics and args.metrics.split(",")
     args.sampler = sampler_settings(args)
-    for name in args.metrics or ():
-        if name not in METRICS:
-            raise UserError(f"--metrics {name}: unknown; take some of {','.join(METRICS)}")
-    for name, low in (("batch_size", 1), ("num_workers", 0), ("resolution", 1), ("num_samples", 2)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {low}")
-    for file in (args.json, args.save_stats):
-        if file and Path(file).is_dir():
-            raise UserError(f"{file}: a folder; name a file")
-    inception = args.features in (None, "inception")
+    args.metrics = args.metrics and args.metrics.split(",")
+    unknown = set(args.metrics or ()) - METRICS.keys()
     for wrong, line in (
-            (not inception and (args.inception_weights or args.download),
-             f"--inception-weights and --download go with --features inception, not {args.features}"),
-            (args.features_weights and (inception or args.features == EMBEDDED),
+            (unknown, f"--metrics {','.join(unknown)}: unknown; take some of {','.join(METRICS)}"),
+            (args.features_weights and args.features in (None, "inception", EMBEDDED),
              "--features-weights goes with --features and a timm model's name"),
-            (args.save_stats and Path(args.save_stats).suffix != ".npz",
-             f"--save-stats {args.save_stats}: the name must end in .npz"),
+            (args.save_stats and not args.save_stats.endswith(".npz"), "--save-stats: FILE must end in .npz"),
             (args.ref and args.data_dir, "REF and --data-dir mean the same; give one of them"),
             (args.samples and (args.ckpt or args.num_samples or args.reconstruct),
              "--ckpt, --num-samples and --reconstruct make the images to judge; SAMPLES names others"),
             (args.ref and not (args.samples or args.ckpt or args.save_stats),
              "SAMPLES is missing: fid.py REF SAMPLES, or REF --ckpt FILE to draw them"),
-            (args.reconstruct and args.num_samples,
-             "--reconstruct takes every reference image; drop --num-samples"),
-            (args.resolution and (args.ckpt or not args.ref),
-             "--resolution: a checkpoint brings its own; drop it")):
+            (args.reconstruct and args.num_samples, "--reconstruct takes every image; drop --num-samples"),
+            (args.resolution and (args.ckpt or not args.ref), "--resolution: a checkpoint brings its own")):
         if wrong:
             raise UserError(line)
     return args
@@ -555,11 +392,45 @@ def open_sources(args, device):
         raise UserError(f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")
     ref = ImageSet(data, size)
     if not args.reconstruct:
-        n = args.num_samples or min(ref.n or ref.made_by.get("n") or 50_000, 50_000)
+        n = args.num_samples or min(ref.n or ref.marks.get("n") or 50_000, 50_000)
         return [ref, Samples(ckpt, model, n, args.sampler)]
-    if ref.shape != (size, size):
+    if ref.n == 0 or ref.shape != (size, size):
         raise UserError(f"{data}: --reconstruct needs images, of {size}x{size} pixels")
     return [ref, Reconstructions(ckpt, model, ImageSet(data, size))]
+
+
+def check(sources, net):
+    """Refuse what would give a wrong number, and return lines on what could be misread. Statistics in a file
+    must be of this network; beside images, those of another are not used. Raises UserError."""
+    lines, shapes = [], {tuple(source.shape) for source in sources if source.shape}
+    for source in (source for source in sources if isinstance(source, ImageSet)):
+        if source.others:
+            lines.append(f"{source.path}: {source.n} images; not read, other files: {dict(source.others)}")
+        width = len(source.given["pool"][0]) if source.given else net.channels
+        name = source.marks.get("features", "inception" if width == 2048 else net.name)
+        sha256 = source.marks.get("sha256", net.sha256)
+        if source.given and (name, sha256, width) != (net.name, net.sha256, net.channels):
+            source.given = {}
+            if source.n == 0:
+                raise UserError(f"{source.path}: statistics of {name}'s {width} features ({sha256[:8]}), not "
+                                f"of {net.name}'s {net.channels} ({net.sha256[:8]}); see --features")
+        if source.given and not source.marks and "spatial" not in source.given:     # sFID's only ADM writes
+            meant = f"{name}'s" if name != "inception" else "ADM's (TensorFlow's resize)"
+            lines.append(f"{source.path}: unmarked statistics, taken for {meant}; those of tools that resize "
+                         "otherwise, as pytorch-fid's own files, do not fit")
+    for source in sources:
+        n = source.n if source.n or not source.given else source.marks.get("n", 0)
+        if source.n < 4 and not source.given:
+            raise UserError(f"{source.path}: {n} image(s); a distribution needs at least four")
+        if 0 < n <= net.channels:
+            lines.append(f"warning: {source.path}: {n} images are too few for {net.channels} features; "
+                         "compare such a distance only with others of as many images")
+    if len(shapes) > 1:
+        lines.append(f"warning: reference and samples differ in size (height, width): {sorted(shapes)}")
+    ref, samples = (source.path.resolve() for source in (sources[0], sources[-1]))
+    if len(sources) == 2 and (ref.is_relative_to(samples) or samples.is_relative_to(ref)):
+        lines.append("warning: reference and samples are the same, or one is part of the other")
+    return lines
 
 
 def main():
@@ -567,56 +438,44 @@ def main():
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False              # its ten bits of mantissa would show in the numbers
     rank, world = start_processes(device)
-    say = print if rank == 0 else lambda line: None
-    sources = open_sources(args, device)
-    ref, samples = sources[0], sources[-1]
-    net = load_features(args)
-    if args.features is None:
-        say(f"features: {net.name}" + ("" if net.name == "inception" else
-            ", since Inception's weights are not here (--inception-weights FILE or --download brings them)"))
-    for source in sources:
-        if check_statistics(source, net):
-            say(f"{source.path}: its statistics are another network's, not used; its images are")
-    wanted = args.metrics or (["fid"] if args.reconstruct else METRICS)
-    reasons = {metric: reason_against(metric, net, sources) for metric in wanted if len(sources) == 2}
-    for metric, reason in reasons.items():
-        if reason and args.metrics:
-            raise UserError(f"--metrics {metric} {reason}")
-    metrics = [metric for metric, reason in reasons.items() if not reason]
-    if not args.metrics and max(ref.n, samples.n) > 100_000:       # all pairs of them: only where asked for
-        metrics = [metric for metric in metrics if metric not in ("precision", "recall")]
-
-    shapes = {source.shape for source in sources if source.shape}
-    for h, w in shapes:
-        resized = f", resized to {net.size}x{net.size} ({net.resize})" if {h, w} != {net.size} else ""
-        say(f"images of {w}x{h} pixels{resized}")
-    if len(shapes) > 1:
-        say("warning: reference and samples differ in size")
-    for source in sources:
-        if 0 < source.n <= net.width:
-            say(f"warning: {source.path}: {source.n} images are too few for a covariance of {net.width} "
-                "features; compare such a distance only with others of as many images")
-    results = evaluate(sources, net.to(device), metrics, args.save_stats, device=device, rank=rank,
-                       world=world, batch_size=args.batch_size or (64 if device.type == "cuda" else 32),
-                       num_workers=args.num_workers)
-    for source in sources:
-        if isinstance(source, ImageSet) and source.tallies > 0:
-            n = int(source.tallies)
-            say(f"{source.path}: {n} grey, palette or transparent images, read as RGB on white")
+    sources, net = open_sources(args, device), load_features(args)
+    ref, samples, lines = sources[0], sources[-1], check(sources, net)
+    if args.features is None and net.name == EMBEDDED:
+        lines.append(f"features: {EMBEDDED}; Inception's weights are not here (see --download)")
+    wanted = args.metrics or (["fid"] if args.reconstruct else list(METRICS))
+    every = {"pool", "spatial", "logits", "rows"} if net.name == "inception" else {"pool", "rows"}
+    r, s = (every if source.n else source.given.keys() for source in (ref, samples))
+    metrics = [m for m in wanted if METRICS[m] in s and (m == "is" or METRICS[m] in r)]
+    if args.metrics and metrics != wanted:
+        raise UserError(f"--metrics {','.join(set(wanted) - set(metrics))}: sfid and is are defined on "
+                        "Inception's features; statistics without images give only fid and sfid")
+    if not args.metrics and max(ref.n, samples.n) > 100_000:        # all pairs of them: only where asked for
+        metrics = [m for m in metrics if METRICS[m] != "rows"]
+    if args.save_stats and ref.n == 0:
+        raise UserError(f"--save-stats: {ref.path} holds statistics already, no images")
+    if world > 1:                                               # each machine reads its own copies: the same?
+        seen = [None] * world
+        dist.all_gather_object(seen, [net.sha256, *((source.n, source.shape) for source in sources)])
+        if any(other != seen[0] for other in seen):
+            raise UserError(f"the machines hold different images or weights: {seen}")
+    if rank == 0 and lines:
+        print(*lines, sep="\n")
+    results = evaluate(sources, net.to(device), metrics if len(sources) == 2 else [], args.save_stats,
+                       device=device, rank=rank, world=world, num_workers=args.num_workers,
+                       batch_size=args.batch_size or (64 if device.type == "cuda" else 32))
     if args.reconstruct:
-        results |= dict(zip(("psnr", "ssim"), (samples.tallies / samples.n).tolist()))
-    seconds = time.time() - start
-    if args.save_stats:
-        say(f"statistics of {ref.path} -> {args.save_stats}")
-    if len(sources) == 2:
-        theirs, ours = (f"{source.path} ({source.n or 'statistics'})" for source in sources)
-        say(f"{ours} against {theirs}, {net.name} {net.sha256[:8]}, {seconds:.0f} s")
-    for name, value in results.items():
-        say(f"  {'r' if args.reconstruct and name[0] == 'f' else ''}{name:<28}{value:.6g}")
-    if args.json and rank == 0:
+        if world > 1:
+            dist.all_reduce(samples.quality)
+        results |= dict(zip(("psnr", "ssim"), (samples.quality / samples.n).tolist()))
+    if rank == 0:
+        names = [f"{source.path} ({source.n or 'statistics'})" for source in reversed(sources)]
+        print(f"{net.name} {net.sha256[:8]}: " + " against ".join(names))
+        for name, value in results.items():
+            print(f"  {'r' if args.reconstruct and name[0] == 'f' else ''}{name:<28}{value:.6g}")
+    if rank == 0 and args.json:
         record = results | dict(n_samples=sum(source.n for source in sources[1:]), features=net.name,
-                                n_reference=ref.n or ref.made_by.get("n"), weights_sha256=net.sha256,
-                                resolution=list(samples.shape or ()), seconds=round(seconds, 2))
+                                n_reference=ref.n or ref.marks.get("n"), weights_sha256=net.sha256,
+                                resolution=list(samples.shape or ()), seconds=round(time.time() - start, 2))
         write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
     if world > 1:
         dist.destroy_process_group()

