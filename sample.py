@@ -65,14 +65,12 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
     """SiT's velocity with classifier-free guidance inside low <= t <= high (arXiv 2404.07724). Guiding v is
     guiding the drift of either sampler: the drift is affine in v and the two weights sum to 1."""
     null = torch.full_like(y, sit.null_class or 0)
-
     def velocity(x, t, start):
         state, x, times = x.dtype, x.float(), torch.full((len(y),), t, device=y.device)
         if cfg_scale <= 1 or not low <= start <= high:
             return sit(x, times, y)[0].to(state)
         v, v_null = sit(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))[0].to(state).chunk(2)
         return v_null + cfg_scale * (v - v_null)
-
     return velocity
 
 
@@ -81,9 +79,8 @@ def label_of(i, seed, classes, labels="equal", n=None):
     many images there are; where they are fewer than the classes, they are spread over them."""
     if labels == "random":
         return classes[np.random.default_rng((seed, i, 1)).integers(len(classes))]
-    if n is not None and n < len(classes):
-        return classes[i * len(classes) // n]
-    return classes[i % len(classes)]
+    turn = i if n is None or n >= len(classes) else i * len(classes) // n
+    return classes[turn % len(classes)]
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
@@ -109,8 +106,7 @@ def newest_checkpoint(root="exps"):
 
 
 def read_checkpoint(file):
-    """The checkpoint's dict: args as a plain dict, model and ema without the prefixes of DDP and torch.compile.
-    Raises UserError for anything else."""
+    """The checkpoint's dict: args as a plain dict, no prefixes of DDP and compile in names. Raises UserError."""
     ckpt = load_tensors(file)
     try:
         args = ckpt["args"] if isinstance(ckpt["args"], dict) else vars(ckpt["args"])              # the release's
@@ -121,9 +117,8 @@ def read_checkpoint(file):
 
 
 def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
-    """Build the sampling Model of a checkpoint, ours or the release's; sizes come from its tensors. vae_ckpt:
-    the VAE of a second-stage checkpoint, which holds none (anything `load_vae` takes). The Model's args have
-    `resolution` in pixels and `classes`, their names: numbers if the checkpoint has none. Raises UserError."""
+    """The Model of a checkpoint, ours or the release's. vae_ckpt: the VAE (as of `load_vae`) where it holds none.
+    The Model's args have `resolution` in pixels and `classes`, names or else numbers. Raises UserError."""
     ckpt = read_checkpoint(file)
     args, state = ckpt["args"], {k: v for k, v in ckpt["ema"].items() if not k.startswith("projectors.")}
     vae, stats = load_vae(vae_ckpt or file)
@@ -174,15 +169,14 @@ def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun
     y = torch.tensor(labels, device=model.device)
     generators = [np.random.default_rng((seed, i)) for i in indices]
     state = torch.float32 if model.device.type == "mps" else torch.float64        # MPS has no float64
-
     def noise(dtype=np.float64):
         drawn = [g.standard_normal((sit.channels, size, size), dtype=dtype) for g in generators]
         return torch.from_numpy(np.stack(drawn)).to(state).to(y.device)
 
     with torch.autocast(y.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
-        z = integrate(velocity, noise(np.float32), mode, num_steps, heun,
-                      model.args.get("path_type", "linear"), noise)
+        path_type = model.args.get("path_type", "linear")
+        z = integrate(velocity, noise(np.float32), mode, num_steps, heun, path_type, noise)
         return to_uint8(model.vae.decode(sit.bn.denormalize(z.float())))
 
 
@@ -213,8 +207,7 @@ def sampler_settings(args):
 
 
 def start_processes(device):
-    """Join torchrun's process group, if any (NCCL on CUDA, gloo elsewhere); returns (rank, world size). Raises
-    UserError where the environment speaks of several processes but not of where they meet."""
+    """Join torchrun's process group, if any (NCCL on CUDA, else gloo); (rank, world size). Raises UserError."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world == "1":                                      # a platform may set it for a process without group
         return 0, 1
@@ -232,8 +225,7 @@ def draw(model, labels, batch_size, rank, world, **settings):
         for start in range(0, len(labels), batch_size * world):
             rest = len(labels) - start
             share = min(batch_size, math.ceil(rest / world))
-            # Past the end, the last image once more: so every process has equally many to send.
-            indices = [start + min(k * world + rank, rest - 1) for k in range(share)]
+            indices = [start + min(k * world + rank, rest - 1) for k in range(share)]    # pads with the last one
             images = sample_images(model, indices, [labels[i] for i in indices], **settings)
             images = images.permute(0, 2, 3, 1).contiguous()                               # [share, H, W, 3]
             if world > 1:
@@ -253,16 +245,24 @@ def save_npz(file, **arrays):
     write_atomic(file, write)
 
 
-def save_images_npz(file, shape, batches):
-    """save_npz of arr_0, uint8 of this shape, from the batches of `draw`, never all in memory. Room on the disk,
-    for the temporary file as well, is taken first: a full disk shows before anything is drawn (OSError)."""
-    with tempfile.TemporaryFile(dir=file.parent) as f:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(f.fileno(), 0, 2 * math.prod(shape))
-        for _, images in batches:
-            f.write(images.numpy().tobytes())
-        f.truncate()
-        save_npz(file, arr_0=np.memmap(f, np.uint8, "r", shape=shape))
+def save_images(out, batches, shape, columns):
+    """Write what `draw` yields, in all of this shape [N, H, W, 3], to an .npz (arr_0), a .png (a grid), or else a
+    folder of PNGs. Raises UserError, and OSError: a disk too full for the .npz shows before anything is drawn."""
+    if out.suffix == ".npz":
+        with tempfile.TemporaryFile(dir=out.parent) as f:                     # not all images fit into memory
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, 2 * math.prod(shape))       # twice: the .npz needs room, too
+            for _, images in batches:
+                f.write(images.numpy().tobytes())
+            f.truncate()
+            save_npz(out, arr_0=np.memmap(f, np.uint8, "r", shape=shape))
+    elif out.suffix == ".png":
+        images = torch.cat([images for _, images in batches]).permute(0, 3, 1, 2)
+        save_png(image_grid(images, columns, scale=max(1, 64 // shape[1])), out)
+    else:
+        for start, images in batches:
+            for i, image in enumerate(images.numpy(), start):
+                Image.fromarray(image).save(out / f"{i:06d}.png", compress_level=1)              # 1: faster
 
 
 def main():
@@ -288,8 +288,7 @@ def main():
     try:
         classes = [number_of[word] for word in (args.classes.split(",") if args.classes else names)]
     except KeyError as e:
-        raise UserError(f"--classes {e}: write numbers from 0 to {len(names) - 1} or names (the first: "
-                        f"{', '.join(names[:8])}), with commas") from None
+        raise UserError(f"--classes {e}: take 0 to {len(names) - 1}, or of {', '.join(names[:20])}") from None
     n = args.num_samples or min(8 * len(classes), 80)
     labels = [label_of(i, args.seed, classes, args.label_sampling, n) for i in range(n)]
     batches = draw(model, labels, args.batch_size, rank, world, **settings)
@@ -301,18 +300,11 @@ def main():
         if out.is_dir() and (is_file or any(out.glob("*.png"))):
             raise UserError(f"--out {out}: this folder exists; name another")
         (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".npz":
-            save_images_npz(out, (n, size, size, 3), batches)
-        elif out.suffix == ".png":
-            by_class = args.label_sampling == "equal" and len(classes) <= 20               # a column, a class
-            columns = len(classes) * max(1, 8 // len(classes)) if by_class else 10
-            images = torch.cat([images for _, images in batches]).permute(0, 3, 1, 2)
-            save_png(image_grid(images, columns, scale=max(1, 64 // size)), out)
+        by_class = args.label_sampling == "equal" and len(classes) <= 20           # a grid's column, a class
+        columns = len(classes) * max(1, 8 // len(classes)) if by_class else 10
+        save_images(out, batches, (n, size, size, 3), columns)
+        if out.suffix == ".png":
             print("columns:" if by_class else "first row:", ", ".join(names[label] for label in labels[:columns]))
-        else:
-            for start, images in batches:
-                for i, image in enumerate(images.numpy(), start):
-                    Image.fromarray(image).save(out / f"{i:06d}.png", compress_level=1)          # 1: faster
         drawn = ", ".join(names[label] for label in classes) if args.classes else f"{len(names)} classes"
         print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {model.args.get('data_dir')} -> {out}")
     if world > 1:

@@ -48,7 +48,7 @@ def command(monkeypatch, capsys):
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()
-        return code, out + "".join(line for line in err.splitlines(keepends=True) if "sampling" not in line)
+        return code, out + "".join(f"{line}\n" for line in err.splitlines() if line.strip() and "img" not in line)
 
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield run
@@ -73,7 +73,7 @@ def launch(folder, *flags, **env):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-@pytest.mark.parametrize("out", ["x.npz", "x.png", "x"])
+@pytest.mark.parametrize("out", ["x.npz", "x"])
 def test_two_machines_write_what_one_process_writes(tmp_path, out):
     """11 images by batches of 4: the last round has 3 for two processes. Only the first machine gets files. (No batch
     is of one image: matrix products of one row are rounded otherwise, a level in a few pixels.)"""
@@ -94,8 +94,6 @@ def test_two_machines_write_what_one_process_writes(tmp_path, out):
         assert arr_0(one).shape == (11, 32, 32, 3) and arr_0(one).dtype == np.uint8
         assert np.array_equal(arr_0(one), arr_0(two))
         assert len(np.unique(arr_0(one), axis=0)) == 11
-    elif out == "x.png":
-        assert one.read_bytes() == two.read_bytes()
     else:
         assert [p.name for p in sorted(two.iterdir())] == [f"{i:06d}.png" for i in range(11)]
         assert all((one / p.name).read_bytes() == p.read_bytes() for p in two.iterdir())
