@@ -4,15 +4,14 @@
     python sample.py --ckpt X.pt --num-samples 50000 --mode sde --num-steps 250 --out X.npz
     torchrun --nproc_per_node=8 sample.py ...               the same pictures, the work split
 
-Model, sizes, VAE and latent statistics all come from the checkpoint; no encoder is loaded. Image i depends on
-(seed, i) alone: its label, its first noise and every later one come from a generator of its own.
+Model, sizes, VAE and latent statistics all come from the checkpoint; no encoder is loaded. Image i depends on its
+label and (seed, i) alone: its noise comes from a generator of its own. Process 0 gathers all images and writes them.
 """
 import argparse
-import atexit
 import math
 import os
+import tempfile
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from sit import SIZES, SiT, interpolant
-from vae import (Parser, UserError, allocate_rows, can_compile, image_grid, load_into, load_tensors, load_vae,
-                 pick_device, run_command, save_png, to_uint8, write_atomic)
+from vae import (Parser, UserError, can_compile, count, existing_path, fraction, image_grid, load_into,
+                 load_tensors, load_vae, pick_device, positive, positive_int, run_command, save_png,
+                 strip_wrappers, to_uint8, write_atomic)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Samplers: integrate from noise at t = 1 to data at t = 0
-# ------------------------------------------------------------------------------------------------------------
+# --- Samplers: integrate from noise at t = 1 to data at t = 0 -----------------------------------------------
 
 def time_grid(mode, num_steps):
     """The times of `num_steps` steps (SiT's settings); the SDE's last one, 0.04 to 0, goes without noise."""
@@ -46,10 +44,9 @@ def sde_drift(x, v, t, path_type):
 
 
 def integrate(velocity, x, mode="ode", num_steps=50, heun=False, path_type="linear", noise=None):
-    """Integrate dx = v dt (ode: Euler or Heun) or the reverse SDE (sde: Euler-Maruyama) from t = 1 to 0.
-
-    velocity(x, t, start) -> v: start is the time at which the step began (Heun's second evaluation keeps the
-    first one's guidance by it). x: float64 [B, C, h, w]; noise() -> standard normal like x, for the SDE."""
+    """Integrate dx = v dt (ode: Euler or Heun) or the reverse SDE (sde: Euler-Maruyama) from t = 1 to 0, x: float64
+    [B, C, h, w]. velocity(x, t, start) -> v: start is the time at which the step began (Heun's second evaluation
+    keeps the first one's guidance by it). noise() -> standard normal like x, for the SDE."""
     times = time_grid(mode, num_steps)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         v, dt = velocity(x, t, t), s - t
@@ -68,41 +65,37 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
     """SiT's velocity with classifier-free guidance inside low <= t <= high (arXiv 2404.07724). Guiding v is
     guiding the drift of either sampler: the drift is affine in v and the two weights sum to 1."""
     null = torch.full_like(y, sit.null_class or 0)
-
     def velocity(x, t, start):
         state, x, times = x.dtype, x.float(), torch.full((len(y),), t, device=y.device)
         if cfg_scale <= 1 or not low <= start <= high:
             return sit(x, times, y)[0].to(state)
         v, v_null = sit(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))[0].to(state).chunk(2)
         return v_null + cfg_scale * (v - v_null)
-
     return velocity
 
 
-def label_of(i, seed, classes, labels="equal"):
-    """Image i's label: i mod the number of classes ('equal', as the paper's later tables), or 'random'."""
-    if labels == "equal":
-        return classes[i % len(classes)]
-    return classes[np.random.default_rng((seed, i, 1)).integers(len(classes))]
+def label_of(i, seed, classes, labels="equal", n=None):
+    """Image i's label, one of `classes`: each in turn ('equal', as the paper's later tables) or 'random'. n: how
+    many images there are; where they are fewer than the classes, they are spread over them."""
+    if labels == "random":
+        return classes[np.random.default_rng((seed, i, 1)).integers(len(classes))]
+    turn = i if n is None or n >= len(classes) else i * len(classes) // n
+    return classes[turn % len(classes)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------------------
+# --- Checkpoints --------------------------------------------------------------------------------------------
 
-# What sampling needs: the averaged SiT (with its latent statistics), the VAE, the settings, the step.
-Model = namedtuple("Model", "sit vae args step device")
+Model = namedtuple("Model", "sit vae args step device")       # sit: the averaged one, with its latent statistics
 
 
 def checkpoints(run):
     """A run's checkpoints, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("*.pt") if p.stem.isdecimal()]
-    return sorted(found, key=lambda p: int(p.stem))
+    numbered = [path for path in (run / "checkpoints").glob("*.pt") if path.stem.isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.stem))
 
 
 def newest_checkpoint(root="exps"):
-    """The last checkpoint of the newest run under `root`, the same one for all processes. Raises UserError
-    where there is none."""
+    """The last checkpoint of the newest run under `root`, the same for all processes. Raises UserError."""
     found = [path for run in Path(root).glob("*") for path in checkpoints(run)[-1:]]
     if not found:
         raise UserError(f"no checkpoint under {root}/; run python train.py first, or give --ckpt FILE")
@@ -113,39 +106,39 @@ def newest_checkpoint(root="exps"):
 
 
 def read_checkpoint(file):
-    """The checkpoint's dict, its args as a plain dict. Raises UserError for anything else."""
+    """The checkpoint's dict: args as a plain dict, no prefixes of DDP and compile in names. Raises UserError."""
     ckpt = load_tensors(file)
-    if not isinstance(ckpt, dict) or not {"model", "ema", "args", "steps"} <= ckpt.keys():
-        raise UserError(f"{file}: not a training checkpoint (it needs model, ema, vae, args and steps)")
-    args = ckpt["args"]
-    return ckpt | dict(args=vars(args) if isinstance(args, argparse.Namespace) else args)   # the release's
+    try:
+        args = ckpt["args"] if isinstance(ckpt["args"], dict) else vars(ckpt["args"])              # the release's
+        return ckpt | dict(args=args, steps=ckpt["steps"],
+                           model=strip_wrappers(ckpt["model"]), ema=strip_wrappers(ckpt["ema"]))
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise UserError(f"{file}: not a training checkpoint (of model, ema, vae, args and steps)") from None
 
 
 def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
-    """Build the sampling Model of a checkpoint, ours or the release's; sizes come from its tensors. vae_ckpt:
-    the VAE of a second-stage checkpoint, which holds none (anything `load_vae` takes). Raises UserError."""
+    """The Model of a checkpoint, ours or the release's. vae_ckpt: the VAE (as of `load_vae`) where it holds none.
+    The Model's args have `resolution` in pixels and `classes`, names or else numbers. Raises UserError."""
     ckpt = read_checkpoint(file)
     args, state = ckpt["args"], {k: v for k, v in ckpt["ema"].items() if not k.startswith("projectors.")}
-    if not vae_ckpt and "vae" not in ckpt:
-        raise UserError(f"{file}: no VAE in this checkpoint, it was frozen; give its file by --vae-ckpt")
     vae, stats = load_vae(vae_ckpt or file)
+    letters = {(blocks, width): size for size, (blocks, width, _) in SIZES.items()}
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         size = patch * math.isqrt(state["pos_embed"].shape[1])
         rows = state["y_embedder.embedding_table.weight"].shape[0]
-        name = next(name for name, (blocks, wide, _) in SIZES.items() if (blocks, wide) == (depth, width))
-    except (KeyError, ValueError, StopIteration):
+        name = f"SiT-{letters[depth, width]}/{patch}"
+    except (KeyError, ValueError):
         raise UserError(f"{file}: ema is not a SiT of the sizes {', '.join(SIZES)}") from None
     num_classes = args.get("num_classes", rows - (args.get("cfg_prob", 0.1) > 0))
-    sit = SiT(f"SiT-{name}/{patch}", size, channels, num_classes, cfg_prob=float(rows > num_classes),
+    sit = SiT(name, size, channels, num_classes, cfg_prob=float(rows > num_classes),
               qk_norm="blocks.0.attn.q_norm.weight" in state, encoder_depth=1)
     if channels != vae.latent_channels:
         raise UserError(f"{file}: its SiT draws {channels} channels, the VAE has {vae.latent_channels}")
     if "bn.running_mean" not in state:
         if stats is None:
-            raise UserError(f"{file}: no latent statistics in it, nor beside the VAE (config.json, or "
-                            "NAME-latents-stats.pt beside NAME.pt)")
+            raise UserError(f"{file}: no latent statistics, nor with the VAE (config.json, X-latents-stats.pt)")
         sit.bn.start(*stats)
         state |= {f"bn.{name}": value for name, value in sit.bn.state_dict().items()}
     load_into(sit, state, f"{file}: ema")
@@ -156,64 +149,57 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
     if compile:
         sit.compile_blocks()
         vae.decoder.compile()
-    return Model(sit, vae, args | dict(resolution=size * vae.stride), ckpt["steps"], torch.device(device))
+    classes = args.get("classes") or [str(k) for k in range(num_classes)]
+    args = args | dict(resolution=size * vae.stride, classes=classes)
+    return Model(sit, vae, args, ckpt["steps"], torch.device(device))
 
 
 @torch.no_grad()
 def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0,
                   guidance_low=0.0, guidance_high=1.0, seed=0, mixed_precision="no"):
-    """Images `indices` (any integers) as uint8 [n, 3, H, W] on the model's device, not waited for; labels:
+    """Images `indices` (integers from 0) as uint8 [n, 3, H, W] on the model's device, not waited for; labels:
     one each, i mod classes by default. Raises UserError."""
-    sit, size = model.sit, model.args["resolution"] // model.vae.stride
     if model.args.get("vae_only"):
         raise UserError("this checkpoint was trained with --vae-only: it has no SiT to draw with")
-    if cfg_scale > 1 and sit.null_class is None:
-        raise UserError("--cfg-scale above 1: this model was trained with --cfg-prob 0, it has no null class")
+    if cfg_scale > 1 and (model.sit.null_class is None or model.sit.num_classes == 1):
+        raise UserError("--cfg-scale above 1: this model has one class only or no null class (--cfg-prob 0)")
+    sit, size = model.sit, model.args["resolution"] // model.vae.stride
     if labels is None:
         labels = [label_of(i, seed, range(sit.num_classes)) for i in indices]
     y = torch.tensor(labels, device=model.device)
     generators = [np.random.default_rng((seed, i)) for i in indices]
     state = torch.float32 if model.device.type == "mps" else torch.float64        # MPS has no float64
-
     def noise(dtype=np.float64):
         drawn = [g.standard_normal((sit.channels, size, size), dtype=dtype) for g in generators]
         return torch.from_numpy(np.stack(drawn)).to(state).to(y.device)
 
     with torch.autocast(y.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
-        z = integrate(velocity, noise(np.float32), mode, num_steps, heun,
-                      model.args.get("path_type", "linear"), noise)
+        path_type = model.args.get("path_type", "linear")
+        z = integrate(velocity, noise(np.float32), mode, num_steps, heun, path_type, noise)
         return to_uint8(model.vae.decode(sit.bn.denormalize(z.float())))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 
 def add_sampler_flags(parser):
-    parser.add_argument("--num-steps", type=int, default=50, help="sampler's (the paper: 250 with sde)")
+    parser.add_argument("--num-steps", type=positive_int, default=50, help="sampler's (the paper: 250 with sde)")
     parser.add_argument("--mode", choices=["ode", "sde"], default="ode")
     parser.add_argument("--heun", action="store_true", help="second order for --mode ode")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
-    parser.add_argument("--guidance-low", type=float, default=0.0, help="guide only where low <= t <= high")
-    parser.add_argument("--guidance-high", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cfg-scale", type=positive, default=1.0, help="guidance; 1 is none")
+    parser.add_argument("--guidance-low", type=fraction, default=0.0, help="guide only where low <= t <= high")
+    parser.add_argument("--guidance-high", type=fraction, default=1.0)
+    parser.add_argument("--seed", type=count, default=0)
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--compile", action="store_true", help="pays from some hundreds of images")
 
 
 def sampler_settings(args):
-    """The sampler's keywords from parsed flags, checked."""
-    if args.num_steps < (2 if args.mode == "sde" else 1):
-        raise UserError(f"--num-steps {args.num_steps}: at least 1 (ode) or 2 (sde)")
+    """The keywords of `sample_images` from parsed flags. Raises UserError for flags that do not go together."""
     if args.heun and args.mode == "sde":
         raise UserError("--heun goes with --mode ode")
-    if args.cfg_scale < 1:
-        raise UserError(f"--cfg-scale {args.cfg_scale}: 1 (no guidance) or more")
-    if not 0 <= args.guidance_low <= args.guidance_high <= 1:
-        raise UserError("--guidance-low and --guidance-high: 0 <= low <= high <= 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: 0 or more")
+    if args.cfg_scale < 1 or args.guidance_low > args.guidance_high:
+        raise UserError("--cfg-scale: 1 (no guidance) or more; --guidance-low: at most --guidance-high")
     if args.compile and not can_compile(pick_device(args.device)):
         raise UserError("--compile: no C++ compiler here; leave it out")
     names = "num_steps mode heun cfg_scale guidance_low guidance_high seed mixed_precision"
@@ -221,11 +207,34 @@ def sampler_settings(args):
 
 
 def start_processes(device):
-    """Join torchrun's process group, if any (NCCL on CUDA, gloo elsewhere); returns (rank, world size)."""
-    if "WORLD_SIZE" not in os.environ:
+    """Join torchrun's process group, if any (NCCL on CUDA, else gloo); (rank, world size). Raises UserError."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":                                      # a platform may set it for a process without group
         return 0, 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {world} but {', '.join(missing)} not set: take torchrun, or unset it")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def draw(model, labels, batch_size, rank, world, **settings):
+    """Draw image i with label labels[i], the work split over the processes. Process 0 yields all images in order,
+    as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs and yield nothing."""
+    with tqdm(total=len(labels), unit="img", disable=rank > 0, desc="sampling") as bar:
+        for start in range(0, len(labels), batch_size * world):
+            rest = len(labels) - start
+            share = min(batch_size, math.ceil(rest / world))
+            indices = [start + min(k * world + rank, rest - 1) for k in range(share)]    # pads with the last one
+            images = sample_images(model, indices, [labels[i] for i in indices], **settings)
+            images = images.permute(0, 2, 3, 1).contiguous()                               # [share, H, W, 3]
+            if world > 1:
+                parts = [torch.empty_like(images) for _ in range(world)] if rank == 0 else None
+                dist.gather(images, parts)
+            if rank == 0:
+                images = torch.stack(parts, dim=1).flatten(0, 1)[:rest] if world > 1 else images
+                bar.update(len(images))
+                yield start, images.cpu()
 
 
 def save_npz(file, **arrays):
@@ -236,83 +245,70 @@ def save_npz(file, **arrays):
     write_atomic(file, write)
 
 
+def save_images(out, batches, shape, columns):
+    """Write what `draw` yields, in all of this shape [N, H, W, 3], to an .npz (arr_0), a .png (a grid), or else a
+    folder of PNGs. Raises UserError, and OSError: a disk too full for the .npz shows before anything is drawn."""
+    if out.suffix == ".npz":
+        with tempfile.TemporaryFile(dir=out.parent) as f:                     # not all images fit into memory
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, 2 * math.prod(shape))       # twice: the .npz needs room, too
+            for _, images in batches:
+                f.write(images.numpy().tobytes())
+            f.truncate()
+            save_npz(out, arr_0=np.memmap(f, np.uint8, "r", shape=shape))
+    elif out.suffix == ".png":
+        images = torch.cat([images for _, images in batches]).permute(0, 3, 1, 2)
+        save_png(image_grid(images, columns, scale=max(1, 64 // shape[1])), out)
+    else:
+        for start, images in batches:
+            for i, image in enumerate(images.numpy(), start):
+                Image.fromarray(image).save(out / f"{i:06d}.png", compress_level=1)              # 1: faster
+
+
 def main():
     parser = Parser(description="Draw pictures from a checkpoint.")
-    parser.add_argument("--ckpt", help="a checkpoint, ours or the release's; default: the newest in exps/")
+    parser.add_argument("--ckpt", type=existing_path, help="ours or the release's; default: newest in exps/")
     parser.add_argument("--vae-ckpt", help="the VAE, where the checkpoint has none: file, folder or hub id")
-    parser.add_argument("--num-samples", type=int, help="default: 8 of each class, 80 at most")
+    parser.add_argument("--num-samples", type=positive_int, help="default: 8 of each class, 80 at most")
     parser.add_argument("--out", help="X.png: a grid; X.npz: arr_0 as ADM's evaluator; else a folder of PNGs")
-    parser.add_argument("--classes", help="labels to draw, e.g. 3,5 (default: all)")
+    parser.add_argument("--classes", help="those to draw, by name or number: cat,3 (default: all)")
     parser.add_argument("--label-sampling", choices=["equal", "random"], default="equal")
-    parser.add_argument("--batch-size", type=int, default=64, help="per process")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="per process")
     parser.add_argument("--device", default="auto")
     add_sampler_flags(parser)
     args = parser.parse_args()
     settings = sampler_settings(args)
-    if args.batch_size < 1 or (args.num_samples is not None and args.num_samples < 1):
-        raise UserError("--batch-size and --num-samples: at least 1")
     device = pick_device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True     # as the paper samples
     rank, world = start_processes(device)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
-    classes = range(model.sit.num_classes)
-    if args.classes:
-        try:
-            classes = [classes.index(int(c)) for c in args.classes.split(",")]       # ValueError if outside
-        except ValueError:
-            raise UserError(f"--classes {args.classes}: write numbers from 0 to {len(classes) - 1}, with "
-                            "commas") from None
+    names, size = model.args["classes"], model.args["resolution"]
+    number_of = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
+    try:
+        classes = [number_of[word] for word in (args.classes.split(",") if args.classes else names)]
+    except KeyError as e:
+        raise UserError(f"--classes {e}: take 0 to {len(names) - 1}, or of {', '.join(names[:20])}") from None
     n = args.num_samples or min(8 * len(classes), 80)
-    out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
-    is_folder = out.suffix not in (".png", ".npz")
-    if is_folder and out.is_dir() and any(out.glob("*.png")):
-        raise UserError(f"--out {out}: the folder holds pictures already; name another")
-
-    resolution = model.args["resolution"]
-    shared = out.with_name(f".{out.name}.samples.npy")              # every process writes its own rows
-    if rank == 0:
-        (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
-        if not is_folder:
-            atexit.register(shared.unlink, missing_ok=True)
-            allocate_rows(shared, np.uint8, (n, resolution, resolution, 3))
+    labels = [label_of(i, args.seed, classes, args.label_sampling, n) for i in range(n)]
+    batches = draw(model, labels, args.batch_size, rank, world, **settings)
+    if rank > 0:
+        list(batches)                                                            # draws this process's share
+    else:
+        out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
+        is_file = out.suffix in (".png", ".npz")
+        if out.is_dir() and (is_file or any(out.glob("*.png"))):
+            raise UserError(f"--out {out}: this folder exists; name another")
+        (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
+        by_class = args.label_sampling == "equal" and len(classes) <= 20           # a grid's column, a class
+        columns = len(classes) * max(1, 8 // len(classes)) if by_class else 10
+        save_images(out, batches, (n, size, size, 3), columns)
+        if out.suffix == ".png":
+            print("columns:" if by_class else "first row:", ", ".join(names[label] for label in labels[:columns]))
+        drawn = ", ".join(names[label] for label in classes) if args.classes else f"{len(names)} classes"
+        print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {model.args.get('data_dir')} -> {out}")
     if world > 1:
         dist.barrier()
-    rows = None if is_folder else np.load(shared, mmap_mode="r+")
-    mine = range(rank, n, world)
-
-    def store(indices, images):
-        for i, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy()):
-            if is_folder:
-                Image.fromarray(image).save(out / f"{i:06d}.png")
-            else:
-                rows[i] = image
-
-    bar = tqdm(total=len(mine), unit="img", disable=rank > 0, desc="sampling")
-    with ThreadPoolExecutor(1) as writer, bar:
-        stored = writer.submit(lambda: None)
-        for start in range(0, len(mine), args.batch_size):
-            indices = mine[start:start + args.batch_size]
-            labels = [label_of(i, args.seed, classes, args.label_sampling) for i in indices]
-            images = sample_images(model, indices, labels, **settings)
-            stored.result()                                  # at most one batch behind; raises what it raised
-            stored = writer.submit(store, indices, images)
-            bar.update(len(indices))
-        stored.result()
-    if not is_folder:
-        rows.flush()
-    if world > 1:
-        dist.barrier()
-    if rank == 0 and not is_folder:
-        rows = np.load(shared, mmap_mode="c")              # anew: on a network drive, with the others' rows
-        if out.suffix == ".npz":
-            save_npz(out, arr_0=rows)
-        else:
-            columns = len(classes) if args.label_sampling == "equal" and 4 <= len(classes) <= 20 else 10
-            save_png(image_grid(torch.from_numpy(rows).permute(0, 3, 1, 2), columns,
-                                scale=max(1, 64 // resolution)), out)
-    if rank == 0:
-        print(f"{n} samples of {ckpt} (step {model.step}) -> {out}")
-    if world > 1:
         dist.destroy_process_group()
 
 
