@@ -53,7 +53,10 @@ def cknna(a, b, k=NEIGHBOURS):
 
 
 def class_names(folder):
-    """The names of the class folders of DIR/CLASS/*.jpg, sorted: class k is label k, as in training."""
+    """The names of the class folders of DIR/CLASS/*.jpg, sorted: class k is label k, as in training. Raises
+    UserError where there are none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; images are expected as DIR/CLASS/*.jpg")
     names = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
         raise UserError(f"{folder}: no class folders in it; images are expected as {folder}/CLASS/*.jpg")
@@ -119,9 +122,10 @@ def draw_alignment(alignment, losses, title, aligned_block, path):
         left.annotate("aligned", (aligned_block, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0),
                       textcoords="offset points", color="#666666")
     left.set(title=f"CKNNA (k = {NEIGHBOURS}, t = 0.5)", xlabel="block")
+    left.set_ylim(bottom=min(0, *alignment), top=max(0.1, *alignment) * 1.05)
     left.xaxis.get_major_locator().set_params(integer=True)
     right.plot(list(losses), list(losses.values()), "o-", color=COLOURS[1])
-    right.set(title="denoising loss", xlabel="t (0: data, 1: noise)")
+    right.set(title="denoising loss", xlabel="t (0: data, 1: noise)", ylim=(0, max(losses.values()) * 1.05))
     save_figure(figure, path)
 
 
@@ -135,13 +139,12 @@ def evaluate_command(args):
         saved, sit = model.args, model.sit
         if saved.get("vae_only"):
             raise UserError(f"{ckpt}: trained with --vae-only, it has no SiT to evaluate")
-        train_dir = args.data_dir or saved.get("data_dir")
+        train_dir = args.data_dir or saved.get("data_dir") or "(--data-dir is not given)"
         folder = args.val_dir or saved.get("val_dir") or train_dir
         classes = saved.get("classes")
-        for needed, flag in ((folder, "--val-dir"), (classes or train_dir, "--data-dir")):
-            if not needed or isinstance(needed, str) and not Path(needed).is_dir():
-                raise UserError(f"{needed or ckpt}: no such folder; give images as DIR/CLASS/*.jpg by {flag} DIR")
-        images = labelled_images(folder, (classes or class_names(train_dir))[:sit.num_classes])
+        if args.data_dir or not classes:
+            classes = class_names(train_dir)
+        images = labelled_images(folder, classes[:sit.num_classes])
         if len(images) <= NEIGHBOURS:
             raise UserError(f"{folder}: {len(images)} images; CKNNA is over each one's {NEIGHBOURS} nearest "
                             "neighbours")
