@@ -9,14 +9,13 @@
 #     repae    alignment into the VAE (REPA-E)       second   REPA over the frozen VAE of the same seed's repae
 #
 # Run it again at any time: what is done is not done twice, and a stopped run goes on where it was. Everything goes
-# to OUT, a run's output to OUT/logs. At the end: the table (OUT/table.md) and the curves (OUT/comparison.png).
+# to OUT, a run's output to OUT/logs. At the end: the table (OUT/table.md) and the pictures beside it.
 # Another length or architecture: VAE=f4d8 MODEL=SiT-T/2 STEPS=1600 OUT=exps/longer bash experiments/compare.sh
 set -euo pipefail
 
 export OUT=${OUT:-exps/compare}
 export SEEDS=${SEEDS:-1 2 3}
-export REGIMES=${REGIMES:-repae naive sit repa scratch}     # and second, once these are done; SECOND=no leaves it out
-export SECOND=${SECOND:-yes}
+export REGIMES=${REGIMES:-repae naive sit repa scratch second}                       # some of the six
 export MODEL=${MODEL:-SiT-T/2}
 export VAE=${VAE:-f4d8}                                     # the VAE's architecture
 export BASE_STEPS=${BASE_STEPS:-1000}                       # of the VAE that all start from
@@ -27,7 +26,8 @@ export LAST_SAMPLES=${LAST_SAMPLES:-4000}                   # and once more at t
 export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
 export FEATURES=${FEATURES:-efficientnet-lite0}             # the network of the Frechet distance
 export FLAGS=${FLAGS:-}                                     # more flags for each train.py
-export DATA=${DATA:-data/openmoji-32}                       # DATA/train and DATA/val; drawn where it is missing
+export RESOLUTION=${RESOLUTION:-32}
+export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; drawn where it is missing
 PROCESSES=${PROCESSES:-2}                                   # runs at a time
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                # threads of each
 
@@ -39,7 +39,7 @@ python -c "import matplotlib" 2> /dev/null || fail "the charts need matplotlib: 
 # Runs of other settings must not mix with these: a folder belongs to the settings it was begun with.
 mkdir -p "$OUT/logs"
 settings="MODEL=$MODEL VAE=$VAE BASE_STEPS=$BASE_STEPS STEPS=$STEPS EVERY=$EVERY SAMPLER_STEPS=$SAMPLER_STEPS \
-FEATURES=$FEATURES FLAGS=$FLAGS DATA=$DATA"
+FEATURES=$FEATURES FLAGS=$FLAGS RESOLUTION=$RESOLUTION DATA=$DATA"
 [ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
 [ "$settings" = "$(cat "$OUT/settings")" ] || fail "$OUT was begun with $(cat "$OUT/settings"): name another by OUT=DIR"
 
@@ -50,10 +50,9 @@ train() {
     local run=$1 steps=$2
     shift 2
     [ -f "$(checkpoint $run $steps)" ] && return
-    # FLAGS and the rest are lists of words, hence without quotes
-    python train.py --output-dir "$OUT" --exp-name $run --data-dir "$DATA/train" --val-dir "$DATA/val" --vae $VAE \
-        --model $MODEL --max-train-steps $steps --checkpointing-steps $EVERY --keep-last $((steps / EVERY)) \
-        --sampling-steps $steps --cfg-scale 1 --resume $FLAGS "$@"
+    python train.py --output-dir "$OUT" --exp-name $run --data-dir "$DATA/train" --val-dir "$DATA/val" \
+        --resolution $RESOLUTION --vae $VAE --model $MODEL --max-train-steps $steps --checkpointing-steps $EVERY \
+        --keep-last $((STEPS / EVERY)) --sampling-steps $steps --cfg-scale 1 --resume $FLAGS "$@"
     [ -f "$(checkpoint $run $steps)" ] || { echo "$run: stopped before step $steps"; return 1; }
 }
 
@@ -83,7 +82,7 @@ one() {
         distance $run $step $SAMPLES
     done
     distance $run $STEPS $LAST_SAMPLES
-    [ -f "$OUT/$run/rfd.json" ] || python fid.py "$OUT/ref.npz" --ckpt "$last" --reconstruct --data-dir "$DATA/train" \
+    [ -f "$OUT/$run/rfd.json" ] || python fid.py "$DATA/train" --ckpt "$last" --reconstruct \
         --features $FEATURES --num-workers 0 --json "$OUT/$run/rfd.json"
     [ -f "$OUT/$run/evaluation-$(printf %07d $STEPS).json" ] || python experiments/analyze.py evaluate "$last"
 }
@@ -104,11 +103,21 @@ all() {                                                                         
 }
 
 trap 'exit 130' INT TERM
-[ -d "$DATA" ] || python data/openmoji.py --out "$DATA"
+[ -d "$DATA" ] || python data/openmoji.py --size $RESOLUTION --out "$DATA"
+base=$(checkpoint base $BASE_STEPS)
 train base $BASE_STEPS --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
-train vae $STEPS --vae-only --vae-ckpt "$(checkpoint base $BASE_STEPS)" >> "$OUT/logs/vae.log" 2>&1 ||
-    fail "vae: see $OUT/logs/vae.log"
+train vae $STEPS --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
 [ -f "$OUT/ref.npz" ] || python fid.py "$DATA/train" --features $FEATURES --save-stats "$OUT/ref.npz"
-all $REGIMES
-[ $SECOND = no ] || all second
-python experiments/compare.py "$OUT" --seeds $SEEDS | tee "$OUT/table.md"
+all ${REGIMES/second/}
+[[ $REGIMES != *second* ]] || all second                        # it needs the VAE of a finished repae
+
+python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" | tee "$OUT/table.md"
+seed=${SEEDS%% *} runs=() vaes=("$base")
+for regime in $REGIMES; do
+    [ ! -f "$OUT/$regime-$seed/metrics.jsonl" ] || runs+=("$OUT/$regime-$seed")
+done
+python experiments/curves.py "${runs[@]}" --out "$OUT/curves.png"
+for run in repae-$seed naive-$seed; do
+    [ ! -f "$(checkpoint $run $STEPS)" ] || vaes+=("$(checkpoint $run $EVERY)" "$(checkpoint $run $STEPS)")
+done
+python experiments/analyze.py latents "$DATA/val" "${vaes[@]}" --resolution $RESOLUTION --out "$OUT/latents.png"
