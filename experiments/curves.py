@@ -51,7 +51,7 @@ def draw_curves(runs, metrics, path):
     columns = min(4, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure = load_matplotlib()(figsize=(max(5, 3.2 * columns), 2.3 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for axis, metric in zip(axes, metrics):
         everything = []
         for (name, series), colour in zip(runs.items(), COLOURS * len(runs)):
@@ -60,6 +60,8 @@ def draw_curves(runs, metrics, path):
             marker = "o" if len(steps) < 10 else None
             axis.plot(steps, values, color=colour, linewidth=1.2, marker=marker, markersize=3, label=name)
         axis.set_title(metric)
+        axis.tick_params(labelbottom=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if wants_log_scale(everything):
             axis.set_yscale("log")
     for axis in axes[len(metrics):]:
@@ -67,7 +69,7 @@ def draw_curves(runs, metrics, path):
     for axis in axes[max(0, len(metrics) - columns):len(metrics)]:
         axis.set_xlabel("step")
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 2 * columns))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns)
     save_figure(figure, path)
 
 
@@ -78,7 +80,10 @@ def main():
     parser.add_argument("--out", type=picture_file, default="curves.png", help="the picture (curves.png)")
     args = parser.parse_args()
     load_matplotlib()
-    runs = {str(run): read_metrics(run) for run in args.runs}
+    names = [Path(run).resolve().name for run in args.runs]
+    if len(set(names)) < len(names):                                  # equal names: told apart by their paths
+        names = args.runs
+    runs = {name: read_metrics(run) for name, run in zip(names, args.runs)}
     found = list(dict.fromkeys(name for series in runs.values() for name in series))
     unknown = [name for name in args.metrics or [] if name not in found]
     if unknown:

@@ -7,7 +7,7 @@ from vae import UserError, write_atomic
 FORMATS = (".png", ".svg", ".pdf")
 STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True, "legend.frameon": False,
-         "lines.linewidth": 1.6, "savefig.dpi": 144, "svg.hashsalt": "repa-e"}
+         "lines.linewidth": 1.6, "savefig.dpi": 144, "savefig.bbox": "tight", "svg.hashsalt": "repa-e"}
 COLOURS = ("#1f6fb4", "#d9541e", "#2b9348", "#8e44ad", "#c9980a", "#4d4d4d", "#17a2b8", "#c2185b")
 
 
