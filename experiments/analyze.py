@@ -3,8 +3,8 @@
     python experiments/analyze.py evaluate CKPT [CKPT ...]           CKNNA by block, denoising loss by t
     python experiments/analyze.py latents IMAGES VAE [VAE ...] --resolution 32 --out latents.png
 
-`evaluate` writes evaluation-STEP.json and .png into the run's folder. `latents` draws images and their latents
-in colour side by side, and the spectra of these latents.
+`evaluate` writes evaluation-STEP.json and .png into the run's folder. `latents` draws images and their
+latents in colour side by side, and the spectra of these latents.
 """
 import json
 import math
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                        # the six modules are there
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
 from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
 from repa import FrozenEncoder
-from sample import load_checkpoint
+from sample import load_checkpoint, read_checkpoint
 from sit import interpolate
 from vae import (Parser, UserError, image_grid, latents_in_colour, list_images, load_vae, pick_device,
                  positive_int, principal_components, read_image, run_command, to_float, write_atomic)
@@ -59,7 +59,7 @@ def class_names(folder):
         raise UserError(f"{folder}: no such folder; images are expected as DIR/CLASS/*.jpg")
     names = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
-        raise UserError(f"{folder}: no class folders in it; images are expected as {folder}/CLASS/*.jpg")
+        raise UserError(f"{folder}: no class folders in it; images are expected as DIR/CLASS/*.jpg")
     return names
 
 
@@ -69,7 +69,7 @@ def labelled_images(folder, classes):
     images = []
     for name in class_names(folder):
         if name not in classes:
-            raise UserError(f"{folder}: class {name} is none of the classes that the checkpoint was trained on")
+            raise UserError(f"{folder}: class {name} is none of those that the checkpoint was trained on")
         images += [(file, classes.index(name)) for file in list_images(Path(folder) / name)]
     return images
 
@@ -79,8 +79,8 @@ def measure_alignment(model, encoder, images, most=10_000):
     """CKNNA by block and denoising loss by t of a sampling Model, with the same noise for every checkpoint.
 
     images: [(file, label)], of which at most 10,000 are taken; encoder: FrozenEncoder on the model's token
-    grid. CKNNA compares each block of the averaged SiT at t = 0.5 with the encoder, both averaged over tokens.
-    Returns ([blocks], {t: mean squared error of the velocity})."""
+    grid. CKNNA compares each block of the averaged SiT at t = 0.5 with the encoder, both averaged over
+    tokens. Returns ([blocks], {t: mean squared error of the velocity})."""
     sit, device = model.sit, model.device
     resolution, path_type = model.args["resolution"], model.args.get("path_type", "linear")
     size = model.vae.latent_size(resolution)
@@ -136,7 +136,7 @@ def evaluate_command(args):
     for file in args.ckpts:
         ckpt = Path(file)
         model = load_checkpoint(ckpt, device, args.vae_ckpt)
-        saved, sit = model.args, model.sit
+        saved = read_checkpoint(ckpt)["args"]                                   # as they are in the file
         if saved.get("vae_only"):
             raise UserError(f"{ckpt}: trained with --vae-only, it has no SiT to evaluate")
         train_dir = args.data_dir or saved.get("data_dir") or "(--data-dir is not given)"
@@ -144,13 +144,13 @@ def evaluate_command(args):
         classes = saved.get("classes")
         if args.data_dir or not classes:
             classes = class_names(train_dir)
-        images = labelled_images(folder, classes[:sit.num_classes])
+        images = labelled_images(folder, classes[:model.sit.num_classes])
         if len(images) <= NEIGHBOURS:
             raise UserError(f"{folder}: {len(images)} images; CKNNA is over each one's {NEIGHBOURS} nearest "
                             "neighbours")
         name = args.enc_type or saved.get("enc_type", "").split(",")[0]
-        grid = model.vae.latent_size(saved["resolution"]) // sit.patch
-        torch.manual_seed(0)                                     # fixes an encoder of random weights, if it is one
+        grid = model.vae.latent_size(model.args["resolution"]) // model.sit.patch
+        torch.manual_seed(0)                                  # for an encoder of random weights, if it is one
         encoder = FrozenEncoder(name, grid, args.enc_ckpt or saved.get("enc_ckpt") or None,
                                 saved.get("allow_random_weights", False)).to(device)
         alignment, losses = measure_alignment(model, encoder, images)
@@ -237,7 +237,7 @@ def main():
     evaluate = commands.add_parser("evaluate", help="CKNNA by block, denoising loss by t, on held-out images")
     evaluate.add_argument("ckpts", metavar="CKPT", nargs="+", help="training checkpoints")
     evaluate.add_argument("--val-dir", metavar="DIR", help="images as DIR/CLASS/*.jpg (the run's own)")
-    evaluate.add_argument("--data-dir", metavar="DIR", help="the training images, for the classes (the run's own)")
+    evaluate.add_argument("--data-dir", metavar="DIR", help="training images, for their classes (the run's)")
     evaluate.add_argument("--vae-ckpt", help="the VAE, where the checkpoint has none: file, folder or hub id")
     evaluate.add_argument("--enc-type", help="the encoder to compare with (the run's first)")
     evaluate.add_argument("--enc-ckpt", metavar="FILE", help="its weights, in place of the hub's")

@@ -2,9 +2,9 @@
 
     python experiments/compare.py [exps/compare] [--seeds 1 2 3] [--out exps/compare/comparison.png]
 
-Prints a markdown table, mean (least to greatest of the seeds), and after how many steps REPA-E has the distance
-that REPA and SiT end with; draws the Frechet distance by step, the seeds' spread as a band. Runs that are
-missing or not finished are left out and named.
+Prints a markdown table, mean (least to greatest of the seeds), and after how many steps REPA-E reaches the
+distance that REPA and SiT end with; draws the Frechet distance by step, the seeds' spread as a band. Runs
+that are missing or not finished are left out and named.
 """
 import json
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                        # the six modules are there
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
 from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
 from vae import Parser, UserError, run_command
 
@@ -36,15 +36,17 @@ def frechet_distance(file):
     raise UserError(f"{file}: no Frechet distance in it")
 
 
-def read_run(run):
-    """{column: value} of a run's folder. Columns are ('fd', samples, step), 'cknna' of the aligned block,
-    'rfd' and 'psnr' of its VAE's reconstructions, and 'distance', the name of the Frechet distance."""
+def read_run(run, names):
+    """{column: value} of a run's folder. Columns are ('fd', samples, step), 'cknna' of the aligned block, and
+    'rfd' and 'psnr' of its VAE's reconstructions. names: a set that takes the names of the distances."""
     row = {}
     for file in run.glob("fd-*-*.json"):
         _, step, samples = file.stem.split("-")
-        row["distance"], row["fd", int(samples), int(step)] = frechet_distance(file)
+        name, row["fd", int(samples), int(step)] = frechet_distance(file)
+        names.add(name)
     if (run / "rfd.json").is_file():
-        _, row["rfd"] = frechet_distance(run / "rfd.json")
+        name, row["rfd"] = frechet_distance(run / "rfd.json")
+        names.add(name)
         row["psnr"] = read_json(run / "rfd.json")["psnr"]
     evaluations = sorted(run.glob("evaluation-*.json"))
     if evaluations and (run / "args.json").is_file():
@@ -56,14 +58,16 @@ def read_run(run):
 def read_runs(folder, seeds):
     """({regime: [row of each finished run]}, names of the others). A run is finished once it has all columns
     of the one that has most. Raises UserError where there are none, or where the distances are not alike."""
-    rows = {(regime, seed): read_run(folder / f"{regime}-{seed}") for regime in REGIMES for seed in seeds}
+    rows, names = {}, set()
+    for regime in REGIMES:
+        for seed in seeds:
+            rows[regime, seed] = read_run(folder / f"{regime}-{seed}", names)
     columns = max(rows.values(), key=len).keys()
     if not columns:
         raise UserError(f"{folder}: no results of runs in it; bash experiments/compare.sh makes them")
-    distances = {row["distance"] for row in rows.values() if "distance" in row}
-    if len(distances) > 1:
-        raise UserError(f"{folder}: distances over different features ({', '.join(sorted(distances))}) are not "
-                        "to be compared; delete the fd-*.json of one kind")
+    if len(names) > 1:
+        raise UserError(f"{folder}: distances over different features ({', '.join(sorted(names))}) cannot be "
+                        "compared; delete the fd-*.json and rfd.json of one kind")
     finished, missing = {}, []
     for (regime, seed), row in rows.items():
         if row.keys() >= columns:
@@ -81,7 +85,7 @@ def spread(values, digits):
 
 def table(finished):
     """The lines of the markdown table."""
-    columns = next(iter(finished.values()))[0]                                            # all rows have the same
+    columns = next(iter(finished.values()))[0]                                       # all rows have the same
     points = sorted((column for column in columns if isinstance(column, tuple)), key=lambda point: point[1:])
     heads = {point: f"FD, {point[2]:,} steps, {point[1]:,} samples" for point in points}
     digits = dict.fromkeys(points, 0)
@@ -119,7 +123,7 @@ def steps_to_reach(distance, steps, curve):
 
 
 def speed_ups(finished):
-    """Lines that say after how many steps REPA-E has the distance that REPA and SiT end with (mean curves)."""
+    """Lines that say after how many steps REPA-E reaches what REPA and SiT end with (mean curves)."""
     lines = []
     for regime in ("repa", "sit"):
         if regime in finished and "repae" in finished:
@@ -130,7 +134,8 @@ def speed_ups(finished):
             if reached is None:
                 outcome = "REPA-E does not reach it."
             else:
-                outcome = f"REPA-E reaches it after {'at most ' if reached == steps[0] else ''}{reached:,.0f}."
+                most = "at most " if reached == steps[0] else ""
+                outcome = f"REPA-E reaches it after {most}{reached:,.0f}."
             lines.append(f"{REGIMES[regime]} ends at {end:.0f} after {steps[-1]:,} steps. {outcome}")
     return lines
 
@@ -147,8 +152,9 @@ def draw_comparison(finished, path):
     for axis, regimes in zip(axes, panels):
         for regime in regimes:
             steps, values = curve(finished[regime])
-            axis.fill_between(steps, values.min(0), values.max(0), color=colours[regime], alpha=0.2, linewidth=0)
-            axis.plot(steps, values.mean(0), "o-", color=colours[regime], markersize=4, label=REGIMES[regime])
+            colour = colours[regime]
+            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+            axis.plot(steps, values.mean(0), "o-", color=colour, markersize=4, label=REGIMES[regime])
         axis.set(xlabel="SiT steps", xticks=steps)
     axes[0].set_ylabel("Frechet distance (lower is better)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)

@@ -32,16 +32,6 @@ PROCESSES=${PROCESSES:-2}                                   # runs at a time
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                # threads of each
 
 fail() { echo "error: $*" >&2; exit 2; }
-[ -f train.py ] || fail "run it from the project's root: bash experiments/compare.sh"
-[ $((STEPS % EVERY)) = 0 ] || fail "STEPS=$STEPS: not a multiple of EVERY=$EVERY"
-python -c "import matplotlib" 2> /dev/null || fail "the charts need matplotlib: pip install matplotlib"
-
-# Runs of other settings must not mix with these: a folder belongs to the settings it was begun with.
-mkdir -p "$OUT/logs"
-settings="MODEL=$MODEL VAE=$VAE BASE_STEPS=$BASE_STEPS STEPS=$STEPS EVERY=$EVERY SAMPLER_STEPS=$SAMPLER_STEPS \
-FEATURES=$FEATURES FLAGS=$FLAGS RESOLUTION=$RESOLUTION DATA=$DATA"
-[ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
-[ "$settings" = "$(cat "$OUT/settings")" ] || fail "$OUT was begun with $(cat "$OUT/settings"): name another by OUT=DIR"
 
 checkpoint() { printf "$OUT/%s/checkpoints/%07d.pt" "$1" "$2"; }                            # RUN STEP
 
@@ -102,22 +92,39 @@ all() {                                                                         
         xargs -P $PROCESSES -L 1 bash -c 'logged $0 $1'
 }
 
-trap 'exit 130' INT TERM
-[ -d "$DATA" ] || python data/openmoji.py --size $RESOLUTION --out "$DATA"
-base=$(checkpoint base $BASE_STEPS)
-train base $BASE_STEPS --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
-train vae $STEPS --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
-[ -f "$OUT/ref.npz" ] || python fid.py "$DATA/train" --features $FEATURES --save-stats "$OUT/ref.npz"
-all ${REGIMES/second/}
-[[ $REGIMES != *second* ]] || all second                        # it needs the VAE of a finished repae
+main() {                                       # read whole before it starts, so that this file may change meanwhile
+    [ -f train.py ] || fail "run it from the project's root: bash experiments/compare.sh"
+    [ $((STEPS % EVERY)) = 0 ] || fail "STEPS=$STEPS: not a multiple of EVERY=$EVERY"
+    python -c "import matplotlib" 2> /dev/null || fail "the charts need matplotlib: pip install matplotlib"
 
-python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" | tee "$OUT/table.md"
-seed=${SEEDS%% *} runs=() vaes=("$base")
-for regime in $REGIMES; do
-    [ ! -f "$OUT/$regime-$seed/metrics.jsonl" ] || runs+=("$OUT/$regime-$seed")
-done
-python experiments/curves.py "${runs[@]}" --out "$OUT/curves.png"
-for run in repae-$seed naive-$seed; do
-    [ ! -f "$(checkpoint $run $STEPS)" ] || vaes+=("$(checkpoint $run $EVERY)" "$(checkpoint $run $STEPS)")
-done
-python experiments/analyze.py latents "$DATA/val" "${vaes[@]}" --resolution $RESOLUTION --out "$OUT/latents.png"
+    # Runs of other settings must not mix with these: a folder belongs to the settings it was begun with.
+    mkdir -p "$OUT/logs"
+    settings="MODEL=$MODEL VAE=$VAE BASE_STEPS=$BASE_STEPS STEPS=$STEPS EVERY=$EVERY FLAGS=$FLAGS DATA=$DATA"
+    settings+=" RESOLUTION=$RESOLUTION SAMPLER_STEPS=$SAMPLER_STEPS FEATURES=$FEATURES"
+    [ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
+    begun=$(cat "$OUT/settings")
+    [ "$settings" = "$begun" ] || fail "$OUT was begun with $begun: name another folder by OUT=DIR"
+
+    trap 'exit 130' INT TERM
+    [ -d "$DATA" ] || python data/openmoji.py --size $RESOLUTION --out "$DATA"
+    base=$(checkpoint base $BASE_STEPS)
+    train base $BASE_STEPS --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
+    train vae $STEPS --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
+    [ -f "$OUT/ref.npz" ] || python fid.py "$DATA/train" --features $FEATURES --save-stats "$OUT/ref.npz"
+    all ${REGIMES/second/}
+    [[ $REGIMES != *second* ]] || all second                        # it needs the VAE of a finished repae
+
+    python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" | tee "$OUT/table.md"
+    seed=${SEEDS%% *} runs=() vaes=("$base")
+    for regime in $REGIMES; do
+        [ ! -f "$OUT/$regime-$seed/metrics.jsonl" ] || runs+=("$OUT/$regime-$seed")
+    done
+    python experiments/curves.py "${runs[@]}" --out "$OUT/curves.png"
+    for run in repae-$seed naive-$seed; do
+        [ ! -f "$(checkpoint $run $STEPS)" ] || vaes+=("$(checkpoint $run $EVERY)" "$(checkpoint $run $STEPS)")
+    done
+    python experiments/analyze.py latents "$DATA/val" "${vaes[@]}" --resolution $RESOLUTION --out "$OUT/latents.png"
+}
+
+main
+exit

@@ -9,11 +9,11 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                        # the six modules are there
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
 from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
 from vae import Parser, UserError, run_command
 
-NO_LOSSES = ("skipped", "skipped_in_a_row", "zero_gradients_in_a_row", "images_per_second")   # only where asked for
+NO_LOSSES = ("skipped", "skipped_in_a_row", "zero_gradients_in_a_row", "images_per_second")  # where asked for
 
 
 def read_metrics(run):
@@ -42,7 +42,7 @@ def read_metrics(run):
 
 
 def wants_log_scale(values):
-    """Whether a metric is easier to read on a logarithmic axis: all above 0, over more than a factor of 20."""
+    """Whether a metric is easier to read on a logarithmic axis: all above 0, over more than a factor 20."""
     return min(values) > 0 and max(values) > 20 * min(values)
 
 
@@ -76,7 +76,7 @@ def draw_curves(runs, metrics, path):
 def main():
     parser = Parser(description="Draw the losses of runs side by side.")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or their metrics.jsonl")
-    parser.add_argument("--metrics", metavar="NAME", nargs="+", help="these panels only (default: all losses and norms)")
+    parser.add_argument("--metrics", metavar="NAME", nargs="+", help="panels (default: all losses and norms)")
     parser.add_argument("--out", type=picture_file, default="curves.png", help="the picture (curves.png)")
     args = parser.parse_args()
     load_matplotlib()

@@ -79,8 +79,8 @@ def test_openmoji_is_drawn_whole(tmp_path):
     assert {file.parent.name for file in files["train"]} == set(openmoji.OPENMOJI_CLASSES)
     assert {file.parent.name for file in files["val"]} == set(openmoji.OPENMOJI_CLASSES) - {"people"}
     face = np.asarray(Image.open(folder / "train/faces/1F600.png"), float)
-    assert face.shape == (32, 32, 3) and face[..., 0].mean() > face[..., 2].mean() + 40    # yellow: drawn in colour
-    flag = np.asarray(Image.open(next(folder.glob("*/flags/1F1EE-1F1F9.png"))), float)      # Italy, two code points
+    assert face.shape == (32, 32, 3) and face[..., 0].mean() > face[..., 2].mean() + 40                 # yellow
+    flag = np.asarray(Image.open(next(folder.glob("*/flags/1F1EE-1F1F9.png"))), float)    # Italy, two code points
     assert flag[16, 7, 1] > flag[16, 7, 0] + 60 and flag[16, 24, 0] > flag[16, 24, 1] + 60
 
 
@@ -231,7 +231,7 @@ def test_evaluate_matches_classes_by_name(checkpoint, pictures, tmp_path, monkey
     call(analyze.main, monkeypatch, "evaluate", older)                     # lists the training folder
     assert (tmp_path / "evaluation-a.json").is_file()
     for args, flags, words in (
-            (dict(classes=["one", "three"]), [], "class two words is none of the classes"),
+            (dict(classes=["one", "three"]), [], "class two words is none of those"),
             (dict(classes=None), [], "nowhere: no such folder"),
             (dict(classes=None, data_dir=None, val_dir=None), [], "--data-dir is not given"),
             (dict(vae_only=True), [], "no SiT to evaluate"),
@@ -267,8 +267,13 @@ def test_principal_components():
 def test_latents_command_prints_the_spectrum(checkpoint, pictures, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     other = changed(checkpoint, tmp_path / "other.pt")
-    drawn = []
-    monkeypatch.setattr(analyze, "draw_latents", lambda *args, draw=analyze.draw_latents: drawn.append(args) or draw(*args))
+    drawn, draw = [], analyze.draw_latents
+
+    def draw_and_keep(*args):
+        drawn.append(args)
+        draw(*args)
+
+    monkeypatch.setattr(analyze, "draw_latents", draw_and_keep)
     out = tmp_path / "latents.png"
     call(analyze.main, monkeypatch, "latents", pictures, checkpoint, other, other, "--resolution", 32, "--out", out)
     (rows, spectra, _), text = drawn[0], capsys.readouterr().out
@@ -297,7 +302,8 @@ def write_metrics(run, rows):
 
 def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    first = write_metrics(tmp_path / "a", [dict(step=10 * k, l1_loss=1 / k, kl_loss=5.0, skipped=0) for k in range(1, 40)])
+    rows = [dict(step=10 * k, l1_loss=1 / k, kl_loss=5.0, skipped=0) for k in range(1, 40)]
+    first = write_metrics(tmp_path / "a", rows)
     second = write_metrics(tmp_path / "b", [dict(step=5, l1_loss=0.5, loss=math.nan), dict(step=9, loss=-1.5)])
     assert curves.read_metrics(first)["l1_loss"][0][:3] == [10, 20, 30]
     assert curves.read_metrics(second / "metrics.jsonl") == {"l1_loss": ([5], [0.5]), "loss": ([9], [-1.5])}
@@ -343,13 +349,14 @@ def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "naive-1", [900, 800], 700, 0.1, 20)                                # still running
     call(compare.main, monkeypatch, tmp_path, "--seeds", 1, 2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("| | FD, 100 steps, 1,000 samples | FD, 200 steps, 1,000 samples | FD, 300 steps, 1,000 samples | "
-                        "FD, 300 steps, 4,000 samples | CKNNA | FD of its VAE's reconstructions | their PSNR, dB |")
+    assert lines[0] == ("| | FD, 100 steps, 1,000 samples | FD, 200 steps, 1,000 samples | "
+                        "FD, 300 steps, 1,000 samples | FD, 300 steps, 4,000 samples | CKNNA | "
+                        "FD of its VAE's reconstructions | their PSNR, dB |")
     assert set(lines[1]) == set("|-") and lines[1].count("|") == lines[0].count("|")
     assert lines[2:5] == [
         "| SiT (`sit`) | 700 | 600 | 500 | 480 | 0.100 | 50.0 | 27.00 |",
-        "| REPA (`repa`) | 605 (600 to 610) | 500 | 400 (390 to 410) | 395 (390 to 400) | 0.250 (0.200 to 0.300) | 50.0 | "
-        "27.50 (27.00 to 28.00) |",
+        "| REPA (`repa`) | 605 (600 to 610) | 500 | 400 (390 to 410) | 395 (390 to 400) | "
+        "0.250 (0.200 to 0.300) | 50.0 | 27.50 (27.00 to 28.00) |",
         "| REPA-E (`repae`) | 500 | 400 (380 to 420) | 320 (300 to 340) | 305 (300 to 310) | 0.400 | 50.0 | 26.00 |"]
     text = "\n".join(lines[5:])
     assert "REPA ends at 400 after 300 steps. REPA-E reaches it after 200." in text
@@ -384,7 +391,8 @@ case $1 in
         case $run in *"$BREAKS") exit 0 ;; esac                          # as on Ctrl-C: stopped, and no error
         mkdir -p "$run/checkpoints"; echo > "$run/metrics.jsonl"
         touch "$run/checkpoints/$(printf %07d $((steps / 2))).pt" "$run/checkpoints/$(printf %07d $steps).pt" ;;
-    fid.py) flag=--json; touch "$(flag=--json value "$@")" "$(flag=--save-stats value "$@")" 2> /dev/null || true ;;
+    fid.py)
+        flag=--json; json=$(value "$@"); flag=--save-stats; touch "${json:-$(value "$@")}" ;;
     experiments/analyze.py)
         [ "$2" = latents ] || touch "${3%/checkpoints/*}/evaluation-$(basename "$3" .pt).json" ;;
 esac
@@ -403,8 +411,8 @@ def test_compare_sh_does_nothing_twice(tmp_path):
         notes = tmp_path / "notes"
         notes.unlink(missing_ok=True)
         env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "NOTES": str(notes), "BREAKS": breaks,
-               "OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "data"), "SEEDS": "1 2", "STEPS": "40", "EVERY": "20",
-               "BASE_STEPS": "10", **settings}
+               "OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "data"), "SEEDS": "1 2", "STEPS": "40",
+               "EVERY": "20", "BASE_STEPS": "10", **settings}
         done = subprocess.run(["bash", "experiments/compare.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr, [line for line in notes.read_text().splitlines()
