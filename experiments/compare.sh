@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# The paper's comparison at a size for a laptop: bash experiments/compare.sh, from the project's root.
+#
+# One VAE is trained by its own losses (base). From it each regime trains a SiT for STEPS steps, all else equal.
+# The frozen regimes take that VAE after STEPS more steps by itself (vae), so that every VAE but the one from
+# random weights has seen equally many. The regimes, once a seed:
+#     sit      VAE frozen, no alignment              naive    diffusion loss into the VAE
+#     repa     VAE frozen, alignment                 scratch  REPA-E from a VAE of random weights
+#     repae    alignment into the VAE (REPA-E)       second   REPA over the frozen VAE of the same seed's repae
+#
+# Run it again at any time: what is done is not done twice, and a stopped run goes on where it was. Everything goes
+# to OUT, a run's output to OUT/logs. At the end: the table (OUT/table.md) and the pictures beside it.
+# Another length or architecture: VAE=f4d8 MODEL=SiT-T/2 STEPS=1600 OUT=exps/longer bash experiments/compare.sh
+set -euo pipefail
+
+export OUT=${OUT:-exps/compare}
+export SEEDS=${SEEDS:-1 2 3}
+export REGIMES=${REGIMES:-repae naive sit repa scratch second}                       # some of the six
+export MODEL=${MODEL:-SiT-T/2}
+export VAE=${VAE:-f4d8}                                     # the VAE's architecture
+export BASE_STEPS=${BASE_STEPS:-1000}                       # of the VAE that all start from
+export STEPS=${STEPS:-800}                                  # of each regime
+export EVERY=${EVERY:-$((STEPS / 4))}                       # a run is judged, and its checkpoint kept, so often
+export SAMPLES=${SAMPLES:-1000}                             # at each of these points
+export LAST_SAMPLES=${LAST_SAMPLES:-4000}                   # and once more at the end
+export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
+export FEATURES=${FEATURES:-efficientnet-lite0}             # the network of the Frechet distance
+export FLAGS=${FLAGS:-}                                     # more flags for each train.py
+export RESOLUTION=${RESOLUTION:-32}
+export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; drawn where it is missing
+PROCESSES=${PROCESSES:-2}                                   # runs at a time
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                # threads of each
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+checkpoint() { printf "$OUT/%s/checkpoints/%07d.pt" "$1" "$2"; }                            # RUN STEP
+
+# train RUN STEPS FLAG...: until the checkpoint of step STEPS is there
+train() {
+    local run=$1 steps=$2
+    shift 2
+    [ -f "$(checkpoint $run $steps)" ] && return
+    python train.py --output-dir "$OUT" --exp-name $run --data-dir "$DATA/train" --val-dir "$DATA/val" \
+        --resolution $RESOLUTION --vae $VAE --model $MODEL --max-train-steps $steps --checkpointing-steps $EVERY \
+        --keep-last $((STEPS / EVERY)) --sampling-steps $steps --cfg-scale 1 --resume $FLAGS "$@"
+    [ -f "$(checkpoint $run $steps)" ] || { echo "$run: stopped before step $steps"; return 1; }
+}
+
+# distance RUN STEP SAMPLES: of so many samples to the training pictures
+distance() {
+    local json
+    json=$OUT/$1/fd-$(printf %07d $2)-$3.json
+    [ -f "$json" ] || python fid.py "$OUT/ref.npz" --ckpt "$(checkpoint $1 $2)" --num-steps $SAMPLER_STEPS \
+        --num-samples $3 --features $FEATURES --metrics fid --mixed-precision bf16 --num-workers 0 --json "$json"
+}
+
+# one REGIME SEED: train it and judge it
+one() {
+    set -euo pipefail
+    local run=$1-$2 last base vae step
+    base=$(checkpoint base $BASE_STEPS) vae=$(checkpoint vae $STEPS) last=$(checkpoint $run $STEPS)
+    case $1 in
+        sit)     train $run $STEPS --seed $2 --vae-grad none --vae-ckpt "$vae" --proj-coeff 0 ;;
+        repa)    train $run $STEPS --seed $2 --vae-grad none --vae-ckpt "$vae" ;;
+        naive)   train $run $STEPS --seed $2 --vae-grad diffusion --vae-ckpt "$base" ;;
+        repae)   train $run $STEPS --seed $2 --vae-grad repa --vae-ckpt "$base" ;;
+        scratch) train $run $STEPS --seed $2 --vae-grad repa --vae-from-scratch ;;
+        second)  train $run $STEPS --seed $2 --vae-grad none --vae-ckpt "$(checkpoint repae-$2 $STEPS)" ;;
+        *)       fail "REGIMES: $1 is none of sit repa naive repae scratch second" ;;
+    esac
+    for ((step = EVERY; step <= STEPS; step += EVERY)); do
+        distance $run $step $SAMPLES
+    done
+    distance $run $STEPS $LAST_SAMPLES
+    [ -f "$OUT/$run/rfd.json" ] || python fid.py "$DATA/train" --ckpt "$last" --reconstruct \
+        --features $FEATURES --num-workers 0 --json "$OUT/$run/rfd.json"
+    [ -f "$OUT/$run/evaluation-$(printf %07d $STEPS).json" ] || python experiments/analyze.py evaluate "$last"
+}
+
+# logged REGIME SEED: the same, its output in a file; a run that fails does not stop the others
+logged() {
+    if bash -c 'one $0 $1' $1 $2 >> "$OUT/logs/$1-$2.log" 2>&1; then
+        echo "$(date +%H:%M) $1-$2 done"
+    else
+        echo "$(date +%H:%M) $1-$2 failed: see $OUT/logs/$1-$2.log; start this script again to go on"
+    fi
+}
+export -f fail checkpoint train distance one logged
+
+all() {                                                                            # REGIME...: every seed of each
+    for seed in $SEEDS; do for regime in "$@"; do echo $regime $seed; done; done |
+        xargs -P $PROCESSES -L 1 bash -c 'logged $0 $1'
+}
+
+main() {                                       # read whole before it starts, so that this file may change meanwhile
+    [ -f train.py ] || fail "run it from the project's root: bash experiments/compare.sh"
+    [ $((STEPS % EVERY)) = 0 ] || fail "STEPS=$STEPS: not a multiple of EVERY=$EVERY"
+    python -c "import matplotlib" 2> /dev/null || fail "the charts need matplotlib: pip install matplotlib"
+
+    # Runs of other settings must not mix with these: a folder belongs to the settings it was begun with.
+    mkdir -p "$OUT/logs"
+    settings="MODEL=$MODEL VAE=$VAE BASE_STEPS=$BASE_STEPS STEPS=$STEPS EVERY=$EVERY FLAGS=$FLAGS DATA=$DATA"
+    settings+=" RESOLUTION=$RESOLUTION SAMPLER_STEPS=$SAMPLER_STEPS FEATURES=$FEATURES"
+    [ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
+    begun=$(cat "$OUT/settings")
+    [ "$settings" = "$begun" ] || fail "$OUT was begun with $begun: name another folder by OUT=DIR"
+
+    trap 'exit 130' INT TERM
+    [ -d "$DATA" ] || python data/openmoji.py --size $RESOLUTION --out "$DATA"
+    base=$(checkpoint base $BASE_STEPS)
+    train base $BASE_STEPS --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
+    train vae $STEPS --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
+    [ -f "$OUT/ref.npz" ] || python fid.py "$DATA/train" --features $FEATURES --save-stats "$OUT/ref.npz"
+    all ${REGIMES/second/}
+    [[ $REGIMES != *second* ]] || all second                        # it needs the VAE of a finished repae
+
+    python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" | tee "$OUT/table.md"
+    seed=${SEEDS%% *} runs=() vaes=("$base")
+    for regime in $REGIMES; do
+        [ ! -f "$OUT/$regime-$seed/metrics.jsonl" ] || runs+=("$OUT/$regime-$seed")
+    done
+    python experiments/curves.py "${runs[@]}" --out "$OUT/curves.png"
+    for run in repae-$seed naive-$seed; do
+        [ ! -f "$(checkpoint $run $STEPS)" ] || vaes+=("$(checkpoint $run $EVERY)" "$(checkpoint $run $STEPS)")
+    done
+    python experiments/analyze.py latents "$DATA/val" "${vaes[@]}" --resolution $RESOLUTION --out "$OUT/latents.png"
+}
+
+main
+exit
