@@ -368,3 +368,365 @@ def test_routing_table(small, term, columns):
             size[column(net, name)] += difference.abs().sum().item()
     largest = max(size.values())
     assert {name for name, value in size.items() if value > 1e-5 * largest} == columns, size
+
+
+def test_a_step_that_is_not_finite_leaves_nothing_behind(small):
+    """One NaN in one gradient of any network, and no network moves; nor do statistics, moments or step counts."""
+    for net in ("vae", "disc", "sit"):
+        m, cfg, args = small()
+        take_step(m, cfg, 0, *args)
+        optimizers = m.opt, m.opt_vae, m.opt_disc
+        before, moments = everything(m), copy.deepcopy([o.state_dict()["state"] for o in optimizers])
+        victim = list(getattr(m, net).parameters())[3]
+        hook = victim.register_post_accumulate_grad_hook(lambda p: p.grad.view(-1).__setitem__(0, math.nan))
+        for count in (1, 2):
+            metrics = take_step(m, cfg, count, *args)[0]
+            assert metrics["skipped"] == metrics["skipped_in_a_row"] == count
+        hook.remove()
+        assert changed(m, before) <= {"ema"}
+        for old, optimizer in zip(moments, optimizers):
+            for i, state in optimizer.state_dict()["state"].items():
+                assert all(torch.equal(t, old[i][name]) for name, t in state.items())
+        metrics = take_step(m, cfg, 3, *args)[0]
+        assert metrics["skipped"] == 2 and metrics["skipped_in_a_row"] == 0
+        assert changed(m, before) == {"sit", "ema", "vae", "disc"}
+
+
+def test_gradients_that_vanish_are_counted(small):
+    m, cfg, args = small("--vae-grad", "none")
+    for step, counted in enumerate((1, 2, 0, 1)):
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: torch._foreach_zero_([p.grad]))
+                 for p in m.sit.parameters() if p.requires_grad and counted]
+        assert take_step(m, cfg, step, *args)[0]["zero_gradients_in_a_row"] == counted
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("weighting, path_type", [("uniform", "linear"), ("lognormal", "linear"), ("lognormal", "cosine")])
+def test_noise_of_a_step(weighting, path_type):
+    """Standard normal, independent; times and dropped labels as the paper draws them; the same for any number of
+    processes, different at another step or seed."""
+    cfg = train.parse_config(["--batch-size", "4096", "--weighting", weighting, "--path-type", path_type])
+    noise, eps, t, drop = train.draw_noise(cfg, 7, (1, 2, 2), 0, 1, CPU)
+    for a in (noise, eps):
+        assert abs(a.mean()) < 0.03 and abs(a.std() - 1) < 0.03 and abs((a[1:] * a[:-1]).mean()) < 0.03
+    assert abs((noise * eps).mean()) < 0.03 and abs(drop.float().mean() - 0.1) < 0.02
+    alpha, sigma, _, _ = interpolant(t, path_type)
+    s = (sigma / alpha).log().flatten()                                 # lognormal: N(0, 1); uniform: t itself
+    values, cdf = (t, t) if weighting == "uniform" else (s, 0.5 + 0.5 * torch.erf(s / math.sqrt(2)))
+    ranks = values.argsort().argsort().add(0.5) / len(t)
+    assert (cdf - ranks).abs().max() < 0.03                             # Kolmogorov-Smirnov at about 0.1%
+    quarters = [train.draw_noise(cfg, 7, (1, 2, 2), rank, 4, CPU) for rank in range(4)]
+    assert all(torch.equal(a, torch.cat(parts)) for a, *parts in zip((noise, eps, t, drop), *quarters))
+    others = [train.draw_noise(cfg, 8, (1, 2, 2), 0, 1, CPU)[0]]
+    for cfg.seed, step in ((1, 7), (0, 1_000_003 + 7), (1, 0), (0, 1_000_003)):
+        others.append(train.draw_noise(cfg, step, (1, 2, 2), 0, 1, CPU)[0])
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations([noise, *others], 2))
+
+
+# --- SiT ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_sit_is_written_out(qk_norm):
+    """The published transformer over its own parameters, with every one of them random."""
+    torch.manual_seed(0)
+    net = sit.SiT("SiT-T/2", 8, 3, 10, qk_norm=qk_norm, encoder_depth=2, projectors=[nn.Identity()])
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0, 0.1)
+    w, width, heads = net.state_dict(), 256, 4
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([4, 10])
+
+    def linear(name, h):
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(h, shift, scale):
+        h = (h - h.mean(-1, keepdim=True)) / torch.sqrt(h.var(-1, keepdim=True, correction=0) + 1e-6)
+        return h * (1 + scale[:, None]) + shift[:, None]
+
+    def head_norm(name, h):
+        if not qk_norm:
+            return h
+        h = (h - h.mean(-1, keepdim=True)) / torch.sqrt(h.var(-1, keepdim=True, correction=0) + net.blocks[0].attn.q_norm.eps)
+        return h * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    patches = x.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 12)              # (h, w), (C, p, q)
+    h = patches @ w["x_embedder.proj.weight"].view(width, 12).T + w["x_embedder.proj.bias"] + w["pos_embed"]
+    angles = t[:, None] * torch.tensor([10000 ** (-k / 128) for k in range(128)])
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
+    states = []
+    for k in range(6):
+        b = f"blocks.{k}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{b}.adaLN_modulation.1", c).split(width, 1)
+        q, k, v = linear(f"{b}.attn.qkv", norm(h, shift1, scale1)).view(2, 16, 3, heads, 64).permute(2, 0, 3, 1, 4)
+        scores = head_norm(f"{b}.attn.q_norm", q) @ head_norm(f"{b}.attn.k_norm", k).mT / 8
+        attention = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 16, width)
+        h = h + gate1[:, None] * linear(f"{b}.attn.proj", attention)
+        hidden = linear(f"{b}.mlp.fc1", norm(h, shift2, scale2))
+        hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden ** 3)))
+        h = h + gate2[:, None] * linear(f"{b}.mlp.fc2", hidden)
+        states.append(h)
+    shift, scale = linear("final_layer.adaLN_modulation.1", c).split(width, 1)
+    tokens = linear("final_layer.linear", norm(h, shift, scale)).view(2, 4, 4, 2, 2, 3)          # (h, w), (p, q, C)
+    expected = torch.einsum("bhwpqc->bchpwq", tokens).reshape(2, 3, 8, 8)
+    velocity, projected = net(x, t, y)
+    assert (velocity - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert len(projected) == 1 and (projected[0] - states[1]).abs().max() < 1e-4 * states[1].abs().max()
+    for module in (*net.blocks[2:], net.final_layer):                   # the alignment's pass runs none of these
+        module.register_forward_pre_hook(lambda *_: pytest.fail("a block behind encoder_depth or the head ran"))
+    assert torch.equal(net.align(x, t, y)[0], projected[0])
+
+
+def test_positions():
+    """Columns in the first half of the width, rows in the second; in each, sines first."""
+    table = sit.sincos_positions(16, 3)[0]
+    omega = [10000 ** (-k / 4) for k in range(4)]
+    for row, column in itertools.product(range(3), repeat=2):
+        expected = [f(place * w) for place in (column, row) for f in (math.sin, math.cos) for w in omega]
+        assert np.allclose(table[3 * row + column], expected, atol=1e-6)
+    assert torch.equal(sit.SiT("SiT-T/1", 8, 8, 10, encoder_depth=2).pos_embed, sit.sincos_positions(256, 8))
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    net = sit.SiT("SiT-T/2", 8, 8, 1000, encoder_depth=2, projectors=[repa.projector("mlp", 256, 112, 64)])
+    assert net.null_class == 1000 and net.y_embedder.embedding_table.weight.shape == (1001, 256)
+    assert sit.SiT("SiT-T/2", 8, 8, 10, cfg_prob=0, encoder_depth=2).y_embedder.embedding_table.weight.shape == (10, 256)
+    assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0         # zero head
+    zeros = [block.adaLN_modulation[1] for block in net.blocks] + [net.final_layer.adaLN_modulation[1], net.final_layer.linear]
+    normals = [net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight]
+    for p in normals:
+        assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean()) < 2e-3
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            assert module.bias.abs().max() == 0
+            if any(module is other for other in zeros):
+                assert module.weight.abs().max() == 0
+            elif not any(module.weight is p for p in normals):
+                limit = math.sqrt(6 / (module.weight.shape[0] + module.weight[0].numel()))              # Xavier
+                assert 0.98 * limit < module.weight.abs().max() <= limit * (1 + 1e-6)
+                assert module.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
+    for module in vae.Discriminator().main:
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        elif isinstance(module, nn.BatchNorm2d):
+            assert abs(module.weight.mean() - 1) < 0.01 and module.weight.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_latent_norm_is_batch_norm_with_its_own_inverse():
+    ours, theirs = sit.LatentNorm(5), nn.BatchNorm2d(5, eps=1e-4, momentum=0.1, affine=False)
+    for _ in range(3):
+        z = torch.randn(2, 5, 2, 3) * torch.linspace(0.01, 3, 5).view(5, 1, 1) + 0.5
+        assert torch.allclose(ours(z), theirs(z), atol=1e-3)
+    assert all(torch.allclose(v, theirs.state_dict()[k], rtol=1e-4) for k, v in ours.state_dict().items())
+    ours.eval(), theirs.eval()
+    before = ours.running_mean.clone()
+    assert torch.allclose(ours(z), theirs(z), atol=1e-3) and torch.equal(ours.running_mean, before)
+    assert torch.allclose(ours.denormalize(ours(z)), z, atol=1e-4)
+    mean, std = statistics(5)
+    ours.start(mean, std)
+    assert torch.allclose(ours(mean.view(1, 5, 1, 1) + 2 * std.view(1, 5, 1, 1)), torch.tensor(2.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_interpolant(path_type):
+    """Data at t = 0, noise at t = 1, and the velocity is dx_t / dt."""
+    z, eps = torch.randn(2, 4, 1, 1, 1, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64, requires_grad=True)
+    x_t, velocity = sit.interpolate(z, t, eps, path_type)
+    slope, = torch.autograd.grad(x_t.sum(), t)
+    assert torch.allclose(slope, velocity.flatten().detach(), atol=1e-12)
+    assert torch.allclose(x_t[0], z[0]) and torch.allclose(x_t[3], eps[3])
+    alpha, sigma = (0.7, 0.3) if path_type == "linear" else (math.cos(0.15 * math.pi), math.sin(0.15 * math.pi))
+    assert torch.allclose(x_t[1], alpha * z[1] + sigma * eps[1])
+
+
+# --- what it is aligned with, and the VAE's losses ----------------------------------------------------------------
+
+def test_losses_in_float64():
+    rng = np.random.default_rng(0)
+    mean, logvar = rng.normal(size=(2, 3, 4, 4)), rng.normal(size=(2, 3, 4, 4))
+    q = vae.DiagonalGaussian(torch.tensor(np.concatenate([mean, logvar], 1)))
+    kl = [sum(0.5 * (m * m + math.exp(s) - 1 - s) for m, s in zip(mean[b].flat, logvar[b].flat)) for b in range(2)]
+    assert np.allclose(q.kl(), kl, rtol=1e-5)
+    assert np.allclose(q.sample(torch.full((2, 3, 4, 4), 2.0)), mean + 2 * np.exp(logvar / 2), atol=1e-5)
+    for value, clamped in ((99.0, 20.0), (-99.0, -30.0)):
+        assert vae.DiagonalGaussian(torch.tensor([0.0, value]).view(1, 2, 1, 1)).logvar.item() == clamped
+    real, fake = rng.normal(size=50) * 2, rng.normal(size=50) * 2
+    hinge = 0.5 * (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean())
+    assert vae.hinge_loss(torch.tensor(real), torch.tensor(fake)).item() == pytest.approx(hinge, rel=1e-9)
+    p, f = [rng.normal(size=(2, 5, c)) for c in (7, 3)], [rng.normal(size=(2, 5, c)) for c in (7, 3)]
+    cosines = [np.dot(a[i, j], b[i, j]) / np.linalg.norm(a[i, j]) / np.linalg.norm(b[i, j])
+               for a, b in zip(p, f) for i in range(2) for j in range(5)]
+    loss = repa.alignment_loss([torch.tensor(a) for a in p], [torch.tensor(b) for b in f])
+    assert loss.item() == pytest.approx(-np.mean(cosines), rel=1e-5)
+
+
+def test_lpips_is_the_package(tmp_path):
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    layers = [layer for i in range(1, 6) for layer in getattr(theirs.net, f"slice{i}")]
+    torch.save({f"features.{i}.{name}": t for i, layer in enumerate(layers) for name, t in layer.state_dict().items()},
+               tmp_path / "vgg.pth")
+    ours = vae.LPIPS(vgg=tmp_path / "vgg.pth")
+    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    x.requires_grad_()
+    distance, expected = ours(x, y), theirs(x, y).mean()
+    assert distance.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours_x, = torch.autograd.grad(distance, x)
+    theirs_x, = torch.autograd.grad(expected, x)
+    assert (ours_x - theirs_x).norm() < 1e-3 * theirs_x.norm()
+
+
+def test_encoder_distance_and_features_written_out():
+    """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, bicubic, then every level of stride 2
+    to 16 for the distance; the last of stride 16 at 16 pixels a token for the alignment."""
+    encoder = repa.FrozenEncoder(repa.EMBEDDED, 4)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def maps(x):
+        return encoder.net.forward_intermediates(F.interpolate((x * 0.5 + 0.5 - mean) / std, (64, 64), mode="bicubic"),
+                                                 output_fmt="NCHW", intermediates_only=True)[:4]
+
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    assert [f.shape[2] for f in maps(x)] == [32, 16, 8, 4]
+    expected = sum((a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).square().sum(1).mean() / 4
+                   for a, b in zip(maps(x), maps(y)))
+    distance = repa.EncoderDistance(encoder)
+    assert distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and distance(x, x) == 0
+    assert torch.allclose(encoder(x), maps(x)[3].flatten(2).mT, atol=1e-5) and encoder.channels == 112
+    assert not any(p.requires_grad for p in distance.parameters()) and not encoder.net.training
+    for loss in (distance, vae.LPIPS(random=True)):                     # all-zero features: the gradient stays finite
+        flat, target = torch.zeros(1, 3, 32, 32, requires_grad=True), x[:1].clone().requires_grad_()
+        loss(flat, target).backward()
+        assert flat.grad.isfinite().all() and target.grad is None
+
+
+def test_irepa_and_projectors():
+    rng = np.random.default_rng(0)
+    f = rng.normal(2, 3, (2, 9, 5))
+    expected = (f - 0.6 * f.mean(1, keepdims=True)) / (f.std(1, ddof=1, keepdims=True) + 1e-6)
+    assert np.allclose(repa.spatial_norm(torch.tensor(f), 0.6), expected)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    plain = repa.FrozenEncoder(repa.EMBEDDED, 2)(x)
+    assert torch.allclose(repa.FrozenEncoder(repa.EMBEDDED, 2, gamma=0.6)(x), repa.spatial_norm(plain, 0.6), atol=1e-5)
+    project = repa.projector("conv", 4, 6)
+    h = torch.randn(1, 9, 4)
+    padded = np.pad(h.numpy().reshape(3, 3, 4), ((1, 1), (1, 1), (0, 0)))
+    weight, bias = project.weight.detach().numpy(), project.bias.detach().numpy()
+    for row, column in itertools.product(range(3), repeat=2):           # token (row, column) sees its neighbours
+        expected = bias + np.einsum("hwd,cdhw->c", padded[row:row + 3, column:column + 3], weight)
+        assert np.allclose(project(h)[0, 3 * row + column].detach(), expected, atol=1e-5)
+    mlp = repa.projector("mlp", 4, 6)
+    assert [tuple(p.shape) for p in mlp.parameters()] == [(2048, 4), (2048,), (2048, 2048), (2048,), (6, 2048), (6,)]
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+MEAN, STD = 1.5, 0.5                                                    # data ~ N(MEAN, STD^2)
+
+
+def gaussian_velocity(path_type):
+    """E[velocity | x_t] for Gaussian data, in closed form."""
+    def velocity(x, t, start):
+        a, s, da, ds = (float(v) for v in interpolant(torch.tensor(t, dtype=torch.float64), path_type))
+        return da * MEAN + (da * a * STD ** 2 + ds * s) / (a * a * STD ** 2 + s * s) * (x - a * MEAN)
+    return velocity
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_ode_solvers_reach_the_closed_form_at_their_order(path_type):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
+    exact = MEAN + STD * x                                              # the flow of a Gaussian is affine
+    for heun, order in ((False, 1), (True, 2)):
+        errors = [(sample.integrate(gaussian_velocity(path_type), x, "ode", n, heun, path_type) - exact).abs().max().item()
+                  for n in (40, 80, 160)]
+        assert errors[-1] < 2e-2
+        for coarse, fine in zip(errors, errors[1:]):
+            assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_sde_has_the_right_marginal_and_steps(path_type):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(40000, 1, 1, 1, generator=g, dtype=torch.float64)
+    x = sample.integrate(gaussian_velocity(path_type), draw(), "sde", 250, False, path_type, draw)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02) and x.std().item() == pytest.approx(STD, abs=0.02)
+    noises = [draw()[:5] for _ in range(3)]                             # Euler-Maruyama by hand: x, then two with noise
+    x, velocity = noises[0], gaussian_velocity(path_type)
+    for t, s, noise in ((1.0, 0.52, noises[1]), (0.52, 0.04, noises[2]), (0.04, 0.0, 0.0)):
+        v = velocity(x, t, t)
+        if path_type == "linear":                                       # score = - E[eps | x_t] / sigma
+            score = -(x + (1 - t) * v) / t
+        else:
+            a, b = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
+            score = -(b * x + a * v * 2 / math.pi) / b
+        x = x - (v - t * score) * (t - s) + math.sqrt(2 * t * (t - s)) * noise
+    replay = iter(noises[1:])
+    got = sample.integrate(velocity, noises[0], "sde", 3, False, path_type, lambda: next(replay))
+    assert torch.allclose(got, x, atol=1e-9)
+
+
+def test_time_grids():
+    sde = sample.time_grid("sde", 250)
+    assert len(sde) == 251 and sde[0] == 1 and sde[249] == pytest.approx(0.04) and sde[250] == 0
+    assert sde[100] == pytest.approx(1 - 0.96 * 100 / 249)
+    assert sample.time_grid("ode", 4) == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_guidance(small):
+    m, _, (_, y, noise, *_) = small()
+    x, half = noise.double(), torch.full((len(y),), 0.5)
+    plain, null = (m.sit(noise, half, labels)[0].double() for labels in (y, torch.full_like(y, 10)))
+    assert (plain - null).abs().max() > 0.1
+    guided = sample.guided_velocity(m.sit, y, 3.0, 0.2, 0.6)
+    assert torch.allclose(sample.guided_velocity(m.sit, y, 1.0)(x, 0.5, 0.5), plain)
+    assert torch.allclose(guided(x, 0.5, 0.5), 3 * plain - 2 * null, atol=1e-4)
+    assert torch.equal(guided(x, 0.5, 0.61), plain) and torch.equal(guided(x, 0.5, 0.19), plain)
+    for edge in (0.2, 0.6):                                             # both ends in, by the step's start
+        assert torch.allclose(guided(x, 0.5, edge), 3 * plain - 2 * null, atol=1e-4)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_images_written_out(small, path_type):
+    """Heun with guidance, from each image's own noise in float64, decoded with the average's statistics."""
+    m, cfg, _ = small("--path-type", path_type)
+    m.ema.load_state_dict(m.sit.state_dict())
+    model = sample.Model(m.ema, m.vae, vars(cfg), 0, CPU)
+    z = torch.from_numpy(np.stack([np.random.default_rng((5, i)).standard_normal(LATENTS, np.float32) for i in (3, 11)])).double()
+    times, y, null = [1, 0.75, 0.5, 0.25, 0], torch.tensor([3, 1]), torch.tensor([10, 10])
+
+    def velocity(z, t, guided):
+        t = torch.full((2,), t)
+        v = m.ema(z.float(), t, y)[0].double()
+        if guided:
+            v_null = m.ema(z.float(), t, null)[0].double()
+            v = v_null + 2.5 * (v - v_null)
+        return v
+
+    with torch.no_grad():
+        for t, s in zip(times, times[1:]):
+            guided = 0.25 <= t <= 0.8                                   # by the step's start, so 0.25 -> 0 as well
+            v = velocity(z, t, guided)
+            z = z + (s - t) * (v if s == 0 else (v + velocity(z + (s - t) * v, s, guided)) / 2)
+        mean, std = (value.view(1, 8, 1, 1) for value in statistics(8))
+        images = ((m.vae.decode(z.float() * std + mean) + 1) * 127.5).round().clamp(0, 255)
+    settings = dict(num_steps=4, heun=True, cfg_scale=2.5, guidance_low=0.25, guidance_high=0.8, seed=5)
+    got = sample.sample_images(model, [3, 11], **settings)
+    assert got.dtype == torch.uint8 and (got - images).abs().max() <= 1 and images.std() > 5
+    for mode in ("ode", "sde"):                                         # an image depends on seed and index alone
+        settings |= dict(mode=mode, heun=False)
+        together = sample.sample_images(model, [0, 1, 7, 12], **settings)
+        apart = torch.cat([sample.sample_images(model, [i], **settings) for i in (0, 1, 7, 12)])
+        assert (together.int() - apart.int()).abs().max() <= 1
+        assert all((a.int() - b.int()).abs().max() > 1 for a, b in itertools.combinations(together, 2))
+
+
+def test_labels_are_equal_or_random():
+    assert [sample.label_of(i, 0, range(3)) for i in range(5)] == [0, 1, 2, 0, 1]
+    assert [sample.label_of(i, 0, [4, 2]) for i in range(3)] == [4, 2, 4]
+    drawn = np.array([sample.label_of(i, 0, [4, 2], "random") for i in range(400)])
+    assert set(drawn) == {2, 4} and abs((drawn == 2).mean() - 0.5) < 0.1 and (drawn[::2] != drawn[1::2]).any()
