@@ -372,13 +372,16 @@ def test_routing_table(small, term, columns):
 
 def test_a_step_that_is_not_finite_leaves_nothing_behind(small):
     """One NaN in one gradient of any network, and no network moves; nor do statistics, moments or step counts."""
+    def spoil(p):
+        p.grad.view(-1)[0] = math.nan
+
     for net in ("vae", "disc", "sit"):
         m, cfg, args = small()
         take_step(m, cfg, 0, *args)
         optimizers = m.opt, m.opt_vae, m.opt_disc
         before, moments = everything(m), copy.deepcopy([o.state_dict()["state"] for o in optimizers])
         victim = list(getattr(m, net).parameters())[3]
-        hook = victim.register_post_accumulate_grad_hook(lambda p: p.grad.view(-1).__setitem__(0, math.nan))
+        hook = victim.register_post_accumulate_grad_hook(spoil)
         for count in (1, 2):
             metrics = take_step(m, cfg, count, *args)[0]
             assert metrics["skipped"] == metrics["skipped_in_a_row"] == count
@@ -393,10 +396,13 @@ def test_a_step_that_is_not_finite_leaves_nothing_behind(small):
 
 
 def test_gradients_that_vanish_are_counted(small):
+    def clear(p):
+        p.grad.zero_()
+
     m, cfg, args = small("--vae-grad", "none")
     for step, counted in enumerate((1, 2, 0, 1)):
-        hooks = [p.register_post_accumulate_grad_hook(lambda p: torch._foreach_zero_([p.grad]))
-                 for p in m.sit.parameters() if p.requires_grad and counted]
+        params = [p for p in m.sit.parameters() if p.requires_grad and counted]
+        hooks = [p.register_post_accumulate_grad_hook(clear) for p in params]
         assert take_step(m, cfg, step, *args)[0]["zero_gradients_in_a_row"] == counted
         for hook in hooks:
             hook.remove()
