@@ -228,11 +228,29 @@ def test_resuming_with_other_settings(short_run):
 
 TWO = """
 import os, sys, time
-import torch
 sys.path.insert(0, {root!r})
-import train
+import train, vae
 train.TIMEOUT = train.timedelta(seconds=15)
-rank, calls, to_float = int(os.environ["RANK"]), 0, train.to_float
+rank, batches, items = int(os.environ["RANK"]), 0, 0
+encode, item = vae.Encoder.forward, train.ImageFolder.__getitem__
+
+def disturbed(self, x):
+    global batches
+    batches += self.conv_in.weight.requires_grad and train.torch.is_grad_enabled()
+    if rank == 1 and batches == 2 and train.torch.is_grad_enabled():
+        {inside}
+    return encode(self, x)
+
+def late(self, index):
+    global items
+    items += batches > 0
+    if rank == 1 and items == 1:
+        {between}
+    return item(self, index)
+
+vae.Encoder.forward, train.ImageFolder.__getitem__ = disturbed, late
+vae.run_command(train.main)
+"""
 
 
 def start_two(pictures, folder, *flags, inside="pass", between="pass", code=0):
