@@ -36,8 +36,8 @@ def small(tmp_path):
             torch.manual_seed(7)
             torch.save(vae.AutoencoderKL("f4d8").state_dict(), tmp_path / "vae.pt")
             flags = [*flags, "--vae-ckpt", str(tmp_path / "vae.pt")]
-        cfg = train.parse_config(["--batch-size", str(batch), "--mixed-precision", "no", "--seed", "1", "--disc-weight",
-                                  "0.1", "--disc-start", "0", "--ema-decay", "0.9", *flags])
+        cfg = train.parse_config(["--batch-size", str(batch), "--mixed-precision", "no", "--seed", "1", "--num-classes",
+                                  "10", "--disc-weight", "0.1", "--disc-start", "0", "--ema-decay", "0.9", *flags])
         m = train.build(cfg, CPU)
         train.wrap(m, cfg, CPU, 1)
         g = torch.Generator().manual_seed(0)
@@ -221,9 +221,8 @@ def test_the_step_is_the_paper(small, flags):
             for name, g in expected[net].items():
                 error = (grads[net][name] - g).norm()
                 assert error <= 1e-4 * g.norm() + 1e-6 * whole, (net, name, error, g.norm(), whole)
-        assert losses.keys() == metrics.keys() - {"skipped", "skipped_in_a_row", "zero_gradients_in_a_row"}
-        for name, value in losses.items():
-            assert metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+        for name in losses.keys() | metrics.keys():                     # what a regime does not have is absent or 0
+            assert float(metrics.get(name, 0)) == pytest.approx(float(losses.get(name, 0)), rel=1e-4, abs=1e-6), name
         assert torch.allclose(m.sit.bn.running_mean, mean, rtol=1e-5, atol=1e-6)
         assert torch.allclose(m.sit.bn.running_var, var, rtol=1e-5)
         for net, module in nets.items():

@@ -64,8 +64,8 @@ def flatten(tree, prefix=""):
 
 
 def tiny_config(*flags):
-    return train.parse_config(["--batch-size", "4", "--mixed-precision", "no", "--seed", "1", "--disc-weight", "0.1",
-                               "--disc-start", "1000", *flags])
+    return train.parse_config(["--batch-size", "4", "--mixed-precision", "no", "--seed", "1", "--num-classes", "10",
+                               "--disc-weight", "0.1", "--disc-start", "1000", *flags])
 
 
 @pytest.fixture
