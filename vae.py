@@ -198,8 +198,8 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def decode(self, z):
-        """Latents [B, C, h, w] -> images [B, 3, h*stride, w*stride], about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+        """Latents [B, C, h, w] -> images [B, 3, h*stride, w*stride], about [-1, 1], not clamped, float32."""
+        return self.decoder(self.post_quant_conv(z)).float()
 
     def forward(self, x, noise):
         """One pass for training: (posterior, z = its sample with `noise`, reconstruction of z)."""
