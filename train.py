@@ -339,40 +339,39 @@ def parse_config(argv=None):
 # --- Data ---------------------------------------------------------------------------------------------------
 
 def list_classes(folder):
-    """{class name: its image files, sorted}, label k for the k-th class, of one of three layouts: DIR/CLASS/**, classes
-    sorted by name; DIR with dataset.json, whose "labels" are [file, number] pairs (EDM's and StyleGAN's tools); a
-    folder of images, one class. Raises UserError."""
-    root, table = Path(folder), Path(folder) / "dataset.json"
+    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name; where DIR
+    holds dataset.json, its "labels", [file, number] pairs, count (EDM's and StyleGAN's tools write it); a folder of
+    images alone is one class. Raises UserError."""
+    root, table, classes = Path(folder), Path(folder) / "dataset.json", {}
+    files = list_images(root)
     if table.is_file():
         try:
-            labels = json.loads(table.read_text())["labels"]
-            labels = labels and {name: int(label) for name, label in labels}
+            labels = dict(json.loads(table.read_text())["labels"] or {})
+            for path in files:
+                classes.setdefault(int(labels[path.relative_to(root).as_posix()]) if labels else 0, []).append(path)
         except (OSError, ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{table}: no \"labels\" of [file, number] in it ({one_line(e)})") from None
-        files, classes = list_images(root), {}
-        for path in files if labels else ():
-            name = path.relative_to(root).as_posix()
-            if name not in labels:
-                raise UserError(f"{table}: no label for {name}; add it or take the file away")
-            classes.setdefault(labels[name], []).append(path)
-        return {str(label): classes[label] for label in sorted(classes)} or {root.resolve().name: files}
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not names:
-        return {root.resolve().name: list_images(root)}
-    if {"train", "val"} <= set(names):
-        tqdm.write(f"warning: {folder} holds train/ and val/, taken for classes; --data-dir {folder}/train is meant?")
-    classes = {name: list_images(root / name) for name in names}
-    besides = len(list_images(root)) - sum(map(len, classes.values()))
-    if besides > 0:
-        tqdm.write(f"warning: {folder}: {besides} images lie beside the class folders; they are left out")
-    return classes
+            raise UserError(f"{table}: \"labels\" must hold [file, number] of every image: {one_line(e)}") from None
+        return {str(label): classes[label] for label in sorted(classes)}
+    for path in files:
+        inside = path.parts[len(root.parts):]
+        classes.setdefault(inside[0] if len(inside) > 1 else "", []).append(path)
+    beside = classes.pop("", [])
+    if not classes:
+        return {root.resolve().name: beside}
+    empty = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(classes)
+    if empty:
+        raise UserError(f"{root / min(empty)}: no images in this class folder; take it away")
+    if beside:
+        tqdm.write(f"warning: {folder}: {len(beside)} images beside the class folders are left out")
+    if {"train", "val"} <= set(classes):
+        tqdm.write(f"warning: train and val in {folder} are taken for classes; is {folder}/train meant?")
+    return dict(sorted(classes.items()))
 
 
 class ImageFolder(Dataset):
-    """The images of `list_classes`. Items are asked for as (index, flip) and come as (uint8 image [3, R, R], label, path
-    of an unreadable file or ''): such a file is replaced by the next readable one. Once `cached` names the folder of
-    `cache_latents`, the moments [2C, h, w] come fourth and, unless `with_images`, the image is empty. JPEGs are decoded
-    the fast way, see `read_image`."""
+    """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, path of an
+    unreadable file or ''): such a file is replaced by the next readable one. Once `cached` is the folder of
+    `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty. JPEGs are read fast."""
     cached, with_images = None, True
 
     def __init__(self, folder, resolution):
@@ -391,8 +390,8 @@ class ImageFolder(Dataset):
             path, moments, image = os.fsdecode(self.files[i]), [], torch.empty(3, 0, 0)
             try:
                 if self.cached:
-                    rows = np.load(Path(self.cached) / f"{i // CHUNK:06d}.npy", mmap_mode="r")
-                    moments = [torch.tensor(rows[i % CHUNK])]
+                    rows = torch.load(chunk_file(self.cached, i // CHUNK), mmap=True, weights_only=True)
+                    moments = [rows[i % CHUNK].clone()]
                     if moments[0].isnan().any():
                         raise UserError("unreadable when the latents were cached")
                 if self.with_images:
@@ -421,43 +420,40 @@ def step_batches(n, cfg, step, rank, world):
 CHUNK = 1024                                                          # images a file of cached latents holds
 
 
+def chunk_file(folder, k):
+    return Path(folder) / f"{k:06d}.pt"
+
+
 @torch.no_grad()
 def cache_latents(m, cfg, dataset, device, rank, world, host):
-    """Write the posterior's moments of the whole data set once, float16, into files of 1,024 images [1024, 2C, h, w]
-    (NaN for an unreadable image); returns their folder.
-
-    Its name is a hash of the VAE's weights, the resolution, and the images' names, sizes and times of change, so that
-    another VAE or other pictures never meet it. Every file is written whole by one process, so a killed run goes on.
-    Machines that do not share a disk make what is missing on theirs, in a second round."""
+    """Write the posterior's moments of all images once, float16 [1024, 2C, h, w] a file (NaN: an unreadable image);
+    returns the folder. Its name is a hash of the VAE, the resolution, and the images' names, sizes and times of
+    change: other ones never meet it. A file is written whole by one process, so that a killed run goes on. Machines
+    without a common disk make in a second round what is missing on theirs."""
     folder = [None]
     if rank == 0:
         digest = hash_tensors(m.vae)
         digest.update(json.dumps([m.vae.config, cfg.resolution]).encode())
         for path in dataset.files:
-            stat = os.stat(path)
-            name = os.path.relpath(path, os.fsencode(dataset.folder))
-            digest.update(name + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} ".encode())
+            stat = os.stat(path)                             # a time of change, unlike one of modification, is true
+            digest.update(path + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} ".encode())
         folder = [str(Path(cfg.output_dir) / f"latents-{digest.hexdigest()[:16]}")]
     if world > 1:
         dist.broadcast_object_list(folder, group=host)
-    local_rank, local_world = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    for first, every in ((rank, world), (local_rank, max(local_world, 1))):
-        missing = [k for k in range(-(-len(dataset) // CHUNK)) if not (Path(folder[0]) / f"{k:06d}.npy").is_file()]
-        for k in tqdm(missing[first::every], desc="caching latents", unit="file", disable=rank > 0 or not missing):
-            indices = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))]
-            moments = []
-            for x, _, bad in DataLoader(dataset, 32, sampler=indices, num_workers=cfg.num_workers,
+    here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for first, every in ((rank, world), here):
+        files = [chunk_file(folder[0], k) for k in range(math.ceil(len(dataset) / CHUNK))]
+        missing = [(k, file) for k, file in enumerate(files) if not file.is_file()]
+        for k, file in tqdm(missing[first::every], "caching latents", unit="file", disable=rank > 0 or not missing):
+            items, moments = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))], []
+            for x, _, bad in DataLoader(dataset, 32, sampler=items, num_workers=cfg.num_workers,
                                         worker_init_fn=ignore_signals):
                 x = to_float(x.to(device)).contiguous(memory_format=torch.channels_last)
                 posterior = m.vae.encode(x)                           # once, so in float32
                 moments.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
                 moments[-1][torch.tensor([name != "" for name in bad])] = math.nan
-            rows = torch.cat(moments).numpy()
-
-            def save(tmp):
-                with open(tmp, "wb") as f:
-                    np.save(f, rows)
-            write_atomic(Path(folder[0]) / f"{k:06d}.npy", save)
+            rows = torch.cat(moments)
+            write_atomic(file, lambda tmp: torch.save(rows, tmp))
         if world > 1:
             dist.barrier(host)
     return folder[0]
