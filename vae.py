@@ -168,16 +168,16 @@ class DiagonalGaussian:
 
 class AutoencoderKL(nn.Module):
     """VAE of latent diffusion (arXiv 2112.10752). config: a name of VAES, or a dict with the keys of its rows and
-    of VAE_DEFAULTS. Raises UserError for an unknown name and for groups that do not divide the channels.
-    stride: pixels per latent position; latent_channels: C; config: the complete dict."""
+    of VAE_DEFAULTS; groups, if given, replaces its groups. Raises UserError for an unknown name and for groups that
+    do not divide the channels. stride: pixels per latent position; latent_channels: C; config: the complete dict."""
 
-    def __init__(self, config):
+    def __init__(self, config, groups=None):
         super().__init__()
         if isinstance(config, str):
             if config not in VAES:
                 raise UserError(f"--vae {config}: unknown architecture; take one of {', '.join(VAES)}")
             config = VAES[config]
-        self.config = VAE_DEFAULTS | config
+        self.config = VAE_DEFAULTS | config | (dict(groups=groups) if groups else {})
         if any(round(self.config["ch"] * m) % self.config["groups"] for m in self.config["ch_mult"]):
             raise UserError(f"the VAE's channels do not divide into {self.config['groups']} groups")
         c = self.latent_channels = config["latent_channels"]
@@ -275,7 +275,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def features(self, x):
-        """Images [B, 3, H, W] in [-1, 1] -> five unit-length feature maps. (The release took them for [0, 1] first.)"""
+        """Images [B, 3, H, W] in [-1, 1] -> five unit-length feature maps. (The release scaled them twice first.)"""
         h, maps = (x - self.shift) / self.scale, []
         for i, layer in enumerate(self.vgg):
             h = layer(h)
@@ -383,11 +383,10 @@ def build_vae(state, what, name=None, groups=None):
         config = read_architecture(state)
     except (KeyError, IndexError) as e:
         raise UserError(f"{what}: no AutoencoderKL in it ({e})") from None
-    for key, row in VAES.items():
-        if key == name or name is None and VAE_DEFAULTS | row | config == VAE_DEFAULTS | row:
-            config = row
+    named = [key for key, row in VAES.items() if VAE_DEFAULTS | row | config == VAE_DEFAULTS | row]
     with torch.device("meta"):
-        vae = AutoencoderKL(config | (dict(groups=groups) if groups else {})).to_empty(device="cpu")
+        vae = AutoencoderKL(name or (named or [config])[0], groups)
+    vae = vae.to_empty(device="cpu")
     load_into(vae, state, what)
     return vae
 

@@ -73,7 +73,7 @@ FORMATS = [                                                # name, image or byte
     ("16-trns-unused.png", Image.fromarray(half), dict(transparency=7), [40000 / 257 / 2] * 3),
     ("16.tiff", grey16(32896), {}, [128] * 3),
     ("16-big-endian.tiff", grey16(32896, ">u2"), {}, [128] * 3),
-    ("16-white-is-0.tiff", grey16(32896), dict(tiffinfo={262: 0}), [127] * 3),
+    ("16-white-is-0.tiff", grey16(12850), dict(tiffinfo={262: 0}), [205] * 3),
     ("I.tiff", grey16(32896, "<i4"), {}, [128] * 3),
     ("16.pgm", grey16(32896), {}, [128] * 3),
     ("RGB16.png", png16(2, (51400, 25700, 0)), {}, [200, 100, 0]),
@@ -356,6 +356,23 @@ def test_groups_are_the_named_ones_or_the_checkpoints(tmp_path):
     torch.save(vae.AutoencoderKL(SMALL | dict(ch=24, groups=8)).state_dict(), tmp_path / "odd.pt")
     with pytest.raises(UserError, match="do not divide into 32 groups"):
         vae.load_vae(tmp_path / "odd.pt")
+
+
+def test_a_name_asks_for_its_architecture(small, tmp_path):
+    torch.save(small.state_dict(), tmp_path / "a.pt")
+    with pytest.raises(UserError, match="size mismatch|Missing|Unexpected"):
+        vae.load_vae(tmp_path / "a.pt", "f4d8")
+    with pytest.raises(UserError, match="f9d9: unknown architecture; take one of f8d4, f16d32, f4d8"):
+        vae.load_vae(tmp_path / "a.pt", "f9d9")
+    torch.manual_seed(0)
+    net = vae.AutoencoderKL("f4d8")
+    vae.export_vae(net, (torch.zeros(8), torch.ones(8)), 32, tmp_path / "out")
+    older = {name: t for name, t in vae.load_file(tmp_path / "out/diffusion_pytorch_model.safetensors").items()}
+    for new, old in dict(to_q="query", to_k="key", to_v="value").items():            # as diffusers wrote before 0.18
+        older = {name.replace(f".{new}.", f".{old}."): t for name, t in older.items()}
+    torch.save({name.replace(".to_out.0.", ".proj_attn."): t for name, t in older.items()}, tmp_path / "older.pt")
+    for name in (None, "f4d8"):
+        assert same(vae.load_vae(tmp_path / "older.pt", name)[0], net.state_dict())
 
 
 CONFIGS = {                                                # diffusers' settings -> ours, written out
