@@ -495,7 +495,8 @@ def build(cfg, device):
     sit.place(device)
     ema.place(device)
     m = SimpleNamespace(vae=vae, sit=sit, ema=ema, disc=disc, encoders=encoders if aligned else [],
-                        perceptual=perceptual, ddp_vae=vae, ddp_sit=sit, ddp_disc=disc, size=size, has_statistics=bool(stats))
+                        perceptual=perceptual, ddp_vae=vae, ddp_sit=sit, ddp_disc=disc, size=size,
+                        has_statistics=bool(stats))
     m.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
     m.vae_params, m.disc_params = list(vae.parameters()), list(disc.parameters())
     m.sit_params = [p for p in sit.parameters() if p.requires_grad]                # all but pos_embed
@@ -571,7 +572,7 @@ def wrap(m, cfg, device, world):
 
 @torch.no_grad()
 def measure_latents(m, dataset, device, images=512):
-    """Start the running statistics from the VAE's own latents: mean and variance over some of the data."""
+    """Start the running statistics from the VAE's own latents: their mean and variance over some of the data."""
     indices = np.random.default_rng(0).permutation(len(dataset))[:images]
     z, g = [], torch.Generator().manual_seed(0)
     for chunk in np.array_split(indices, -(-len(indices) // 32)):
@@ -649,16 +650,14 @@ def load_run(m, cfg, path, classes, say):
     for label, (old, new) in enumerate(itertools.zip_longest(ckpt["args"].get("classes", classes), classes)):
         if old != new:
             raise UserError(f"{path} was trained with {old} as class {label}; in {cfg.data_dir} that is {new}")
-    for key, name in STATE.items():
-        if key not in ckpt:
-            raise UserError(f"{path}: {key} is missing, this checkpoint cannot be resumed")
-        if key.startswith("opt"):
-            try:
+    try:
+        for key, name in STATE.items():
+            if key.startswith("opt"):
                 getattr(m, name).load_state_dict(ckpt[key])
-            except ValueError:
-                raise UserError(f"{path}: {key} belongs to another model") from None
-        else:
-            load_into(getattr(m, name), ckpt[key], f"{path}: {key}")
+            else:
+                load_into(getattr(m, name), ckpt[key], f"{path}: {key}")
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: its {key} is missing, or of another model; it cannot be resumed") from None
     return ckpt["steps"]
 
 
