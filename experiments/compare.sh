@@ -42,7 +42,7 @@ train() {
     [ -f "$(checkpoint $run $steps)" ] && return
     python train.py --output-dir "$OUT" --exp-name $run --data-dir "$DATA/train" --val-dir "$DATA/val" \
         --resolution $RESOLUTION --vae $VAE --model $MODEL --max-train-steps $steps --checkpointing-steps $EVERY \
-        --keep-last $((STEPS / EVERY)) --sampling-steps $steps --cfg-scale 1 --resume $FLAGS "$@"
+        --keep-every $EVERY --sampling-steps $steps --cfg-scale 1 --resume $FLAGS "$@"
     [ -f "$(checkpoint $run $steps)" ] || { echo "$run: stopped before step $steps"; return 1; }
 }
 
