@@ -21,6 +21,7 @@ from experiments.figures import COLOURS, load_matplotlib, picture_file, save_fig
 from repa import FrozenEncoder
 from sample import load_checkpoint, read_checkpoint
 from sit import interpolate
+from train import list_classes
 from vae import (Parser, UserError, image_grid, latents_in_colour, list_images, load_vae, pick_device,
                  positive_int, principal_components, read_image, run_command, to_float, write_atomic)
 
@@ -52,25 +53,14 @@ def cknna(a, b, k=NEIGHBOURS):
     return (hsic(0, 1) / (hsic(0, 0) * hsic(1, 1)).sqrt()).item()
 
 
-def class_names(folder):
-    """The names of the class folders of DIR/CLASS/*.jpg, sorted: class k is label k, as in training. Raises
-    UserError where there are none."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder; images are expected as DIR/CLASS/*.jpg")
-    names = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder}: no class folders in it; images are expected as DIR/CLASS/*.jpg")
-    return names
-
-
 def labelled_images(folder, classes):
-    """[(image file, label)] of DIR/CLASS/**, where `classes` are the training classes by label. Raises
-    UserError for a class that is none of them."""
+    """[(image file, label)] of a data set as train.py reads it, where `classes` are the training classes by
+    label. Raises UserError for a class that is none of them."""
     images = []
-    for name in class_names(folder):
+    for name, files in list_classes(folder).items():
         if name not in classes:
             raise UserError(f"{folder}: class {name} is none of those that the checkpoint was trained on")
-        images += [(file, classes.index(name)) for file in list_images(Path(folder) / name)]
+        images += [(file, classes.index(name)) for file in files]
     return images
 
 
@@ -143,7 +133,7 @@ def evaluate_command(args):
         folder = args.val_dir or saved.get("val_dir") or train_dir
         classes = saved.get("classes")
         if args.data_dir or not classes:
-            classes = class_names(train_dir)
+            classes = list(list_classes(train_dir))
         images = labelled_images(folder, classes[:model.sit.num_classes])
         if len(images) <= NEIGHBOURS:
             raise UserError(f"{folder}: {len(images)} images; CKNNA is over each one's {NEIGHBOURS} nearest "
