@@ -455,7 +455,7 @@ def main():
         raise UserError(f"--save-stats: {ref.path} holds statistics already, no images")
     if world > 1:                                               # each machine reads its own copies: the same?
         seen = [None] * world
-        dist.all_gather_object(seen, [net.sha256, *((source.n, source.shape) for source in sources)])
+        dist.all_gather_object(seen, [net.sha256[:8], *((source.n, source.shape) for source in sources)])
         if any(other != seen[0] for other in seen):
             raise UserError(f"the machines hold different images or weights: {seen}")
     if rank == 0 and lines:
