@@ -95,7 +95,10 @@ def load_features(args):
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if args.download:
         try:
-            torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
+            if dist.is_initialized():
+                dist.barrier()
         except (OSError, RuntimeError) as e:
             raise UserError(f"--download: cannot fetch {URL} ({one_line(e)}); bring that file by "
                             f"--inception-weights FILE; --features {EMBEDDED} works meanwhile") from None
@@ -368,7 +371,10 @@ def parse_args(argv=None):
             (unknown, f"--metrics {','.join(unknown)}: unknown; take some of {','.join(METRICS)}"),
             (args.features_weights and args.features in (None, "inception", EMBEDDED),
              "--features-weights goes with --features and a timm model's name"),
+            ((args.inception_weights or args.download) and args.features not in (None, "inception"),
+             f"--inception-weights and --download go with --features inception, not {args.features}"),
             (args.save_stats and not args.save_stats.endswith(".npz"), "--save-stats: FILE must end in .npz"),
+            (args.json and os.path.isdir(args.json), f"--json {args.json}: a folder; name a file"),
             (args.ref and args.data_dir, "REF and --data-dir mean the same; give one of them"),
             (args.samples and (args.ckpt or args.num_samples or args.reconstruct),
              "--ckpt, --num-samples and --reconstruct make the images to judge; SAMPLES names others"),
