@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -236,18 +236,16 @@ def update(m, cfg):
     for optimizer in m.trained.values():
         if m.fused:
             optimizer.found_inf = bad                                     # the fused kernels skip by it
-            optimizer.step()
-        elif not bad:                                                     # MPS: its fused kernel would not skip
+        if m.fused or not bad:                                            # MPS reads it: its kernel would not
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     for buffer, kept in zip(m.statistics, m.kept_statistics):
         buffer.copy_(torch.where(bad > 0, kept, buffer))
         kept.copy_(buffer)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)        # and the latent statistics
-    m.health["skipped"] = m.health["skipped"] + bad
-    m.health["skipped_in_a_row"] = (m.health["skipped_in_a_row"] + bad) * bad
     still = list(norms.values())[-1] == 0                                 # SiT's, or of a VAE alone its own
-    m.health["zero_gradients_in_a_row"] = (m.health["zero_gradients_in_a_row"] + 1) * still
+    m.health = dict(skipped=m.health["skipped"] + bad, skipped_in_a_row=(m.health["skipped_in_a_row"] + bad) * bad,
+                    zero_gradients_in_a_row=(m.health["zero_gradients_in_a_row"] + 1) * still)
     return norms | m.health
 
 
@@ -691,14 +689,12 @@ def measure_speed(m, cfg, device):
     FLOP/s of a large matrix product in the run's precision, the peak that the log's "mfu" is a share of)."""
     x = torch.zeros(1, 3, cfg.resolution, cfg.resolution, device=device)
     eps = torch.zeros(1, m.vae.latent_channels, m.size, m.size, device=device)
-    y, t, z = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), 0.5, device=device), None
+    y, t = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), 0.5, device=device)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        if cfg.vae_grad == "none":
-            z = eps
-            if not cfg.cache_latents:
-                with torch.no_grad(), m.autocast():
-                    m.vae.encode(x)
-        train_step(m, cfg, 0, x, y, z, eps, eps, t, y > 0, last=False)
+        if cfg.vae_grad == "none" and not cfg.cache_latents:
+            with torch.no_grad(), m.autocast():
+                m.vae.encode(x)
+        train_step(m, cfg, 0, x, y, eps if cfg.vae_grad == "none" else None, eps, eps, t, y > 0, last=False)
     for optimizer in m.trained.values():
         optimizer.zero_grad(set_to_none=True)
     for buffer, kept in zip(m.statistics, m.kept_statistics):
@@ -717,35 +713,31 @@ def profile(m, cfg, batches, rank, world, device, flops, peak):
     pass (what is recorded there runs backward in autograd's own rows), and the rate of the whole step."""
     sections = [("# VAE encoder", m.vae, "encode"), ("# VAE decoder", m.vae, "decode"), ("# D", m.disc, "forward"),
                 ("# SiT, alignment pass", m.sit, "align"), ("# SiT", m.sit, "forward"), ("# AdamW", m.opt, "step"),
-                ("# AdamW", m.opt_vae, "step"), ("# AdamW", m.opt_disc, "step")]
-    sections += [("# encoder features", encoder, "forward") for encoder in m.encoders]
-    sections += [("# perceptual distance", m.perceptual, "forward")] if m.perceptual else []
+                ("# AdamW", m.opt_vae, "step"), ("# AdamW", m.opt_disc, "step"),
+                *(("# encoder features", encoder, "forward") for encoder in m.encoders)]
+    if m.perceptual:
+        sections.append(("# perceptual distance", m.perceptual, "forward"))
     for name, owner, method in sections:
         setattr(owner, method, record_function(name)(getattr(owner, method)))
 
-    def run(steps):
-        start, waited = time.perf_counter(), 0.0
+    def seconds_a_step(steps):
+        start = time.perf_counter()
         for step in range(steps):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            run_step(m, cfg, step, batch, rank, world, device)
+            run_step(m, cfg, step, next(batches), rank, world, device)
         getattr(torch, device.type).synchronize()
-        return (time.perf_counter() - start) / steps, waited / steps
+        return (time.perf_counter() - start) / steps
 
-    run(3)
-    seconds, waited = run(cfg.profile)
-    activities, order = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if device.type == "cuda":
-        activities, order = activities + [ProfilerActivity.CUDA], "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as profiler:
-        run(cfg.profile)
+    seconds_a_step(3)
+    seconds = seconds_a_step(cfg.profile)
+    with torch.profiler.profile() as profiler:
+        seconds_a_step(cfg.profile)
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=50)
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else math.nan
     rate = cfg.batch_size / seconds
-    return (f"{table}\nstep {seconds * 1e3:.1f} ms, {rate:.1f} images/s, waiting for data {waited * 1e3:.1f} ms of it, "
-            f"GPU memory {memory:.2f} GiB\n{flops / 1e12:.4f} TFLOP an image: {flops * rate / world / 1e12:.3f} "
-            f"TFLOP/s a process, {flops * rate / world / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
+    return (f"{table}\nstep {seconds * 1e3:.1f} ms, {rate:.1f} images/s, GPU memory {memory:.2f} GiB\n"
+            f"{flops / 1e12:.4f} TFLOP an image: {flops * rate / world / 1e12:.3f} TFLOP/s a process, "
+            f"{flops * rate / world / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
@@ -819,10 +811,9 @@ def main():
     device = pick_device(cfg.device)
     atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     folder = Path(cfg.output_dir) / cfg.exp_name
-    found = checkpoints(folder)
-    if found and not (cfg.resume or cfg.overwrite or cfg.profile):
-        raise UserError(f"{folder} already holds checkpoints: --resume goes on from {found[-1].name}, "
-                        "--overwrite starts afresh, --exp-name NAME keeps both")
+    if checkpoints(folder) and not (cfg.resume or cfg.overwrite or cfg.profile):
+        raise UserError(f"{folder} holds checkpoints already: --resume goes on from the newest, --overwrite starts "
+                        "afresh, --exp-name NAME keeps both")
     rank, world = start_processes(device)
     main_process = rank == 0
     host = dist.new_group(backend="gloo") if world > 1 else None      # to agree on stopping
@@ -844,6 +835,8 @@ def main():
         drawn = Path("data") / f"openmoji-{cfg.resolution}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not drawn.is_dir():
             draw_openmoji(drawn, cfg.resolution)
+        if world > 1:
+            dist.barrier(host)
         cfg.data_dir, cfg.val_dir = str(drawn / "train"), cfg.val_dir or str(drawn / "val")
     shared = [None, None]                                    # process 0 lists the files and finds the checkpoint
     if main_process:
@@ -910,8 +903,7 @@ def main():
             tqdm.write(f"skipped an unreadable image: {name}")
             bad_files.add(name)
             if len(bad_files) > 0.01 * len(dataset):
-                raise UserError(f"{len(bad_files)} of {len(dataset)} images are unreadable, more than 1 in "
-                                f"100; the last one: {name}")
+                raise UserError(f"{len(bad_files)} of {len(dataset)} images are unreadable, the last one {name}")
         stopping = agree(bool(signals), host)
         metrics = run_step(m, cfg, step, batch, rank, world, device)
         step += 1
@@ -937,9 +929,8 @@ def main():
                     say(f"{len(bad_files)} unreadable images skipped so far")
             if row["skipped_in_a_row"] >= 20 or row["zero_gradients_in_a_row"] >= 100:
                 what = "not finite for 20" if row["skipped_in_a_row"] >= 20 else "exactly zero for 100"
-                good = [p.name for p in checkpoints(folder)[-1:]] or ["none yet"]
-                raise UserError(f"step {step}: gradients were {what} steps in a row; the last good "
-                                f"checkpoint: {good[0]}")
+                good = checkpoints(folder)[-1].name if checkpoints(folder) else "none yet"
+                raise UserError(f"step {step}: gradients were {what} steps in a row; last good checkpoint: {good}")
             since, images_done = time.time(), 0
         if (step % cfg.checkpointing_steps == 0 or last or stopping) and main_process:
             save_checkpoint(m, cfg, folder, step, classes)
