@@ -75,8 +75,7 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
 
 
 def label_of(i, seed, classes, labels="equal", n=None):
-    """Image i's label, one of `classes`: each in turn ('equal', as the paper's later tables) or 'random'. n: how
-    many images there are; where they are fewer than the classes, they are spread over them."""
+    """Label of image i of n (None: many) from `classes`: in turn, spread where n is fewer ('equal'), or 'random'."""
     if labels == "random":
         return classes[np.random.default_rng((seed, i, 1)).integers(len(classes))]
     turn = i if n is None or n >= len(classes) else i * len(classes) // n
@@ -110,8 +109,8 @@ def read_checkpoint(file):
     ckpt = load_tensors(file)
     try:
         args = ckpt["args"] if isinstance(ckpt["args"], dict) else vars(ckpt["args"])              # the release's
-        return ckpt | dict(args=args, steps=ckpt["steps"],
-                           model=strip_wrappers(ckpt["model"]), ema=strip_wrappers(ckpt["ema"]))
+        nets = {key: strip_wrappers(ckpt[key]) for key in ("model", "ema")}
+        return ckpt | nets | dict(args=args, steps=ckpt["steps"])
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(f"{file}: not a training checkpoint (of model, ema, vae, args and steps)") from None
 
@@ -150,15 +149,14 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
         sit.compile_blocks()
         vae.decoder.compile()
     classes = args.get("classes") or [str(k) for k in range(num_classes)]
-    args = args | dict(resolution=size * vae.stride, classes=classes)
+    args |= dict(resolution=size * vae.stride, classes=classes)
     return Model(sit, vae, args, ckpt["steps"], torch.device(device))
 
 
 @torch.no_grad()
 def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0,
                   guidance_low=0.0, guidance_high=1.0, seed=0, mixed_precision="no"):
-    """Images `indices` (integers from 0) as uint8 [n, 3, H, W] on the model's device, not waited for; labels:
-    one each, i mod classes by default. Raises UserError."""
+    """Images `indices`, uint8 [n, 3, H, W] on the device; labels: i mod classes by default. Raises UserError."""
     if model.args.get("vae_only"):
         raise UserError("this checkpoint was trained with --vae-only: it has no SiT to draw with")
     if cfg_scale > 1 and (model.sit.null_class is None or model.sit.num_classes == 1):
@@ -169,14 +167,13 @@ def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun
     y = torch.tensor(labels, device=model.device)
     generators = [np.random.default_rng((seed, i)) for i in indices]
     state = torch.float32 if model.device.type == "mps" else torch.float64        # MPS has no float64
-    def noise(dtype=np.float64):
+    def eps(dtype=np.float64):
         drawn = [g.standard_normal((sit.channels, size, size), dtype=dtype) for g in generators]
         return torch.from_numpy(np.stack(drawn)).to(state).to(y.device)
 
     with torch.autocast(y.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
-        path_type = model.args.get("path_type", "linear")
-        z = integrate(velocity, noise(np.float32), mode, num_steps, heun, path_type, noise)
+        z = integrate(velocity, eps(np.float32), mode, num_steps, heun, model.args.get("path_type", "linear"), eps)
         return to_uint8(model.vae.decode(sit.bn.denormalize(z.float())))
 
 
@@ -208,12 +205,11 @@ def sampler_settings(args):
 
 def start_processes(device):
     """Join torchrun's process group, if any (NCCL on CUDA, else gloo); (rank, world size). Raises UserError."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":                                      # a platform may set it for a process without group
+    if os.environ.get("WORLD_SIZE", "1") == "1":          # a platform may set it for a process without group
         return 0, 1
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"WORLD_SIZE is {world} but {', '.join(missing)} not set: take torchrun, or unset it")
+        raise UserError(f"WORLD_SIZE is above 1, but {', '.join(missing)} not set: start with torchrun")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
@@ -221,20 +217,18 @@ def start_processes(device):
 def draw(model, labels, batch_size, rank, world, **settings):
     """Draw image i with label labels[i], the work split over the processes. Process 0 yields all images in order,
     as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs and yield nothing."""
-    with tqdm(total=len(labels), unit="img", disable=rank > 0, desc="sampling") as bar:
-        for start in range(0, len(labels), batch_size * world):
-            rest = len(labels) - start
-            share = min(batch_size, math.ceil(rest / world))
-            indices = [start + min(k * world + rank, rest - 1) for k in range(share)]    # pads with the last one
-            images = sample_images(model, indices, [labels[i] for i in indices], **settings)
-            images = images.permute(0, 2, 3, 1).contiguous()                               # [share, H, W, 3]
-            if world > 1:
-                parts = [torch.empty_like(images) for _ in range(world)] if rank == 0 else None
-                dist.gather(images, parts)
-            if rank == 0:
-                images = torch.stack(parts, dim=1).flatten(0, 1)[:rest] if world > 1 else images
-                bar.update(len(images))
-                yield start, images.cpu()
+    for start in tqdm(range(0, len(labels), batch_size * world), desc="sampling", unit="batch", disable=rank > 0):
+        rest = len(labels) - start
+        share = min(batch_size, math.ceil(rest / world))
+        indices = [start + min(k * world + rank, rest - 1) for k in range(share)]    # pads with the last one
+        images = sample_images(model, indices, [labels[i] for i in indices], **settings)
+        images = images.permute(0, 2, 3, 1).contiguous()                               # [share, H, W, 3]
+        if world > 1:
+            parts = [torch.empty_like(images) for _ in range(world)] if rank == 0 else None
+            dist.gather(images, parts)
+        if rank == 0:
+            images = torch.stack(parts, dim=1).flatten(0, 1)[:rest] if world > 1 else images
+            yield start, images.cpu()
 
 
 def save_npz(file, **arrays):
@@ -283,7 +277,7 @@ def main():
     rank, world = start_processes(device)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
-    names, size = model.args["classes"], model.args["resolution"]
+    names, size, data = model.args["classes"], model.args["resolution"], model.args.get("data_dir", "unnamed data")
     number_of = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
     try:
         classes = [number_of[word] for word in (args.classes.split(",") if args.classes else names)]
@@ -306,7 +300,7 @@ def main():
         if out.suffix == ".png":
             print("columns:" if by_class else "first row:", ", ".join(names[label] for label in labels[:columns]))
         drawn = ", ".join(names[label] for label in classes) if args.classes else f"{len(names)} classes"
-        print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {model.args.get('data_dir')} -> {out}")
+        print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {data} -> {out}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
