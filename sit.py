@@ -221,9 +221,7 @@ class SiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, self.channels, grid * p, grid * p)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt
-# ------------------------------------------------------------------------------------------------------------
+# --- The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt ------------------
 
 def interpolant(t, path_type):
     """alpha, sigma and their derivatives at t, for path_type 'linear' or 'cosine'; data at t = 0, noise at 1."""
