@@ -44,11 +44,11 @@ from tqdm import tqdm
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
 from sample import checkpoints, read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
-from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock, UserError,
-                 can_compile, count, existing_folder, existing_path, fraction, hash_tensors, hinge_loss, image_grid,
-                 latents_in_colour, list_images, load_into, load_tensors, load_vae, non_negative, one_line,
-                 pick_device, positive, positive_int, psnr, read_image, run_command, save_png, to_float, to_uint8,
-                 write_atomic)
+from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock,
+                 UserError, can_compile, count, existing_folder, existing_path, fraction, hash_tensors,
+                 hinge_loss, image_grid, latents_in_colour, list_images, load_into, load_tensors, load_vae,
+                 non_negative, one_line, pick_device, positive, positive_int, psnr, read_image, run_command,
+                 save_png, to_float, to_uint8, write_atomic)
 
 try:
     import fcntl
@@ -70,7 +70,7 @@ class Config:
     exp_name: str = flag("", "default: the preset's name")
     seed: int = flag(0, "with the step it fixes all randomness", count)
     max_train_steps: int = flag(400_000, "the paper's 80 epochs", positive_int)
-    checkpointing_steps: int = flag(5_000, "steps between checkpoints; the last step is always saved", positive_int)
+    checkpointing_steps: int = flag(5_000, "steps between checkpoints; the last is always saved", positive_int)
     keep_every: int = flag(50_000, "checkpoints at its multiples stay, and the newest two", positive_int)
     sampling_steps: int = flag(10_000, "steps between pictures", positive_int)
     log_steps: int = flag(100, "steps between lines of metrics.jsonl", positive_int)
@@ -79,16 +79,16 @@ class Config:
     overwrite: bool = flag(False, "delete the run of the same name")
     report_to: str = flag("", "also log to this", choices=["", "tensorboard", "wandb"])
     device: str = flag("auto", "cpu, cuda, mps or auto")
-    mixed_precision: str = flag("bf16", "autocast; losses, norms, statistics stay float32", choices=["no", "bf16"])
+    mixed_precision: str = flag("bf16", "autocast; losses and norms stay float32", choices=["no", "bf16"])
     compile: bool = flag(True, "torch.compile the networks")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass, compute it again instead")
-    gradient_accumulation_steps: int = flag(1, "parts in which a process's share of the batch goes through, each "
+    gradient_accumulation_steps: int = flag(1, "parts of a process's batch, one after the other, each "
                                             "normalised by its own batch statistics", positive_int)
     num_workers: int = flag(8, "loader processes per GPU", count)
     # the data
     data_dir: str = flag("", "DIR/CLASS/*.jpg, DIR with dataset.json, or a folder of images (one class); "
                          "without it (tiny) OpenMoji is drawn into data/", existing_folder)
-    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: the training ones", existing_folder)
+    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: data_dir", existing_folder)
     resolution: int = flag(256, "pixels", positive_int)
     num_classes: int = flag(0, "labels 0 to N-1, label N stands for none; 0: as many as the data has", count)
     batch_size: int = flag(256, "global, over all processes", positive_int)
@@ -100,10 +100,10 @@ class Config:
     path_type: str = flag("linear", "interpolant", choices=["linear", "cosine"])
     weighting: str = flag("uniform", "of training times", choices=["uniform", "lognormal"])
     bn_momentum: float = flag(0.1, "of the latent norm's running statistics", fraction)
-    vae: str = flag("f8d4", "architecture from random weights: f8d4, f16d32 or f4d8; a file brings its own")
+    vae: str = flag("f8d4", "from random weights: f8d4, f16d32 or f4d8; a file brings its own")
     vae_ckpt: str = flag("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id")
     vae_from_scratch: bool = flag(False, "start the VAE from random weights when there is no --vae-ckpt")
-    init_from: str = flag("", "the checkpoint, ours or the release's, whose SiT and VAE to start from", existing_path)
+    init_from: str = flag("", "the training checkpoint whose SiT and VAE to start from", existing_path)
     # what reaches the VAE besides its own losses; the alignment
     vae_grad: str = flag("repa", "the alignment's gradient (REPA-E), none (the VAE is frozen), or the "
                          "diffusion loss's (naive end to end)", choices=["repa", "none", "diffusion"])
@@ -113,19 +113,19 @@ class Config:
     enc_ckpt: str = flag("", "the encoder's weights file, in place of the hub", existing_path)
     projector: str = flag("mlp", "three layers, or iREPA's 3x3 convolution", choices=["mlp", "conv"])
     projector_dim: int = flag(2048, "width of the mlp projector's hidden layers", positive_int)
-    spatial_norm: float = flag(0.0, "gamma of iREPA's norm of features over tokens (0.6); 0: none", non_negative)
+    spatial_norm: float = flag(0.0, "gamma of iREPA's norm of the features (0.6); 0: none", non_negative)
     encoder_depth: int = flag(8, "the block whose output is aligned", positive_int)
-    proj_coeff: float = flag(0.5, "weight of the alignment loss in SiT's pass; 0: no alignment at all", non_negative)
-    vae_align_proj_coeff: float = flag(1.5, "weight of the alignment loss in the VAE's pass", non_negative)
+    proj_coeff: float = flag(0.5, "weight of the alignment in SiT's pass; 0: no alignment", non_negative)
+    vae_align_proj_coeff: float = flag(1.5, "weight of the alignment in the VAE's pass", non_negative)
     # the VAE's other losses
     perceptual: str = flag("lpips", "perceptual distance", choices=["lpips", "encoder"])
-    lpips_ckpt: str = flag("", "LPIPS' linear heads (vgg.pth), in place of the lpips package's", existing_path)
+    lpips_ckpt: str = flag("", "LPIPS' heads (vgg.pth), in place of the lpips package's", existing_path)
     vgg_ckpt: str = flag("", "torchvision's VGG16 weights, in place of the hub", existing_path)
     perceptual_weight: float = flag(1.0, "of the perceptual distance", non_negative)
     kl_weight: float = flag(1e-6, "of the KL term (nats per image)", non_negative)
     disc_weight: float = flag(0.1, "of the GAN term; at 0 the discriminator is not trained", non_negative)
     disc_pretrained_ckpt: str = flag("", "the discriminator to start from", existing_path)
-    disc_start: int = flag(20_000, "the VAE feels the discriminator from here on (a pretrained one: 0)", count)
+    disc_start: int = flag(20_000, "the VAE feels the discriminator from here on (pretrained: 0)", count)
     # optimisation
     learning_rate: float = flag(1e-4, "AdamW, of SiT and projectors", positive)
     vae_learning_rate: float = flag(1e-4, "AdamW, of the VAE", positive)
@@ -142,11 +142,11 @@ class Config:
 SECOND_STAGE = dict(vae_grad="none", cache_latents=True, max_train_steps=4_000_000, keep_every=500_000)
 PRESETS = {
     "tiny": dict(
-        resolution=32, batch_size=32, max_train_steps=1100, checkpointing_steps=550, sampling_steps=550, log_steps=50,
-        num_workers=0, compile=False, cfg_scale=2.5, model="SiT-T/1", weighting="lognormal", encoder_depth=2,
-        enc_type=EMBEDDED, projector_dim=512, vae="f4d8", vae_from_scratch=True, perceptual="encoder",
-        perceptual_weight=0.25, disc_weight=0.0, learning_rate=2e-3, vae_learning_rate=3e-3, lr_warmup_steps=50,
-        lr_decay_steps=600, ema_decay=0.99),
+        resolution=32, batch_size=32, max_train_steps=1100, checkpointing_steps=550, sampling_steps=550,
+        log_steps=50, num_workers=0, compile=False, cfg_scale=2.5, model="SiT-T/1", weighting="lognormal",
+        encoder_depth=2, enc_type=EMBEDDED, projector_dim=512, vae="f4d8", vae_from_scratch=True,
+        perceptual="encoder", perceptual_weight=0.25, disc_weight=0.0, learning_rate=2e-3,
+        vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=600, ema_decay=0.99),
     "sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2"),
     "invae-xl1": dict(vae="f16d32", model="SiT-XL/1"),
     "vavae-xl1": dict(vae="f16d32", model="SiT-XL/1"),         # as IN-VAE, from VA-VAE's weights
@@ -161,27 +161,27 @@ PRESETS = {
 def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
     """One step of REPA-E (paper, section 3 and algorithm 1). Returns {name: scalar tensor}.
 
-    x: images [B, 3, H, W] in [-1, 1]; y: labels [B]; z: latents [B, C, h, w] of a frozen VAE, None where the VAE
-    trains; posterior_noise, eps: standard normal [B, C, h, w]; t: times [B] in [0, 1]; drop: bool [B], labels hidden
-    from SiT. m.vae, m.sit, m.disc are the networks, m.ddp_* the same ones with gradients averaged over processes.
-    last: False while more parts of the same batch follow, whose gradients add up."""
+    x: images [B, 3, H, W] in [-1, 1]; y: labels [B]; z: latents [B, C, h, w] of a frozen VAE, None where the
+    VAE trains; posterior_noise, eps: standard normal [B, C, h, w]; t: times [B] in [0, 1]; drop: bool [B],
+    labels hidden from SiT; last: False while more parts of the same batch follow, whose gradients add up.
+    m.vae, m.sit, m.disc are the networks, m.ddp_* the same ones with gradients averaged over processes."""
     zero, log = torch.zeros((), device=x.device), {}
     with m.autocast(), torch.no_grad():
         f = [encoder(x) for encoder in m.encoders]                              # the targets [B, N, C_i]
 
     if z is None:
-        # 1. The VAE. SiT, projectors and D are frozen: this backward touches the encoder and the decoder alone.
+        # 1. The VAE. SiT, projectors and D are frozen: this backward touches encoder and decoder alone.
         with frozen(m.sit_params), frozen(m.disc_params):
             with m.autocast():
-                posterior, z, x_rec = m.ddp_vae(x, posterior_noise)             # q(z|x), z ~ q, x^ = decode(z)
+                posterior, z, x_rec = m.ddp_vae(x, posterior_noise)         # q(z|x), z ~ q, x^ = decode(z)
                 l1, kl, perceptual = (x - x_rec).abs().mean(), posterior.kl().mean(), m.perceptual(x_rec, x)
-                x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)    # running statistics
+                x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)   # running stats
                 gan = align = diffusion = zero
                 if cfg.disc_weight > 0:
                     gan = -m.disc(x_rec).mean()
-                if cfg.vae_grad == "diffusion":                   # naive end to end: z reaches both x_t and v*
+                if cfg.vae_grad == "diffusion":               # naive end to end: z reaches both x_t and v*
                     diffusion = (m.sit(x_t, t, y)[0] - velocity).square().mean()
-                elif f:                                           # blocks 1..depth, with all labels
+                elif f:                                       # blocks 1..depth, with all labels
                     align = alignment_loss(m.sit.align(x_t, t, y), f)
                 vae_loss = (l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
                             + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
@@ -223,8 +223,8 @@ def frozen(params):
 
 
 def update(m, cfg):
-    """Clip each network's gradient, step its optimizer, move the EMA; returns {name: norm before clipping} and the
-    counts of m.health. Where a gradient is not finite, no network steps and the statistics go back: decided on the
+    """Clip each network's gradient, step its optimizer, move the EMA; returns {name: norm before clipping} and
+    m.health. Where a gradient is not finite, no network steps and the statistics go back: decided on the
     device, and alike on all processes, since averaging brings a bad gradient of one to all."""
     norms = {}
     for name, optimizer in m.trained.items():
@@ -244,7 +244,8 @@ def update(m, cfg):
         kept.copy_(buffer)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)        # and the latent statistics
     still = list(norms.values())[-1] == 0                                 # SiT's, or of a VAE alone its own
-    m.health = dict(skipped=m.health["skipped"] + bad, skipped_in_a_row=(m.health["skipped_in_a_row"] + bad) * bad,
+    m.health = dict(skipped=m.health["skipped"] + bad,
+                    skipped_in_a_row=(m.health["skipped_in_a_row"] + bad) * bad,
                     zero_gradients_in_a_row=(m.health["zero_gradients_in_a_row"] + 1) * still)
     return norms | m.health
 
@@ -262,19 +263,19 @@ def run_step(m, cfg, step, batch, rank, world, device):
     noise = draw_noise(cfg, step, (m.vae.latent_channels, m.size, m.size), rank, world, device)
     parts, logs = cfg.gradient_accumulation_steps, []
     for k in range(parts):
-        part_x, part_y, posterior_noise, eps, t, drop = (values.chunk(parts)[k] for values in (x, y, *noise))
+        part_x, part_y, *part_noise = (values.chunk(parts)[k] for values in (x, y, *noise))
         z = None
         if cfg.vae_grad == "none":
             with torch.no_grad(), m.autocast():
                 posterior = DiagonalGaussian(moments[0].chunk(parts)[k]) if moments else m.vae.encode(part_x)
-            z = posterior.sample(posterior_noise)
-        logs.append(train_step(m, cfg, step, part_x, part_y, z, posterior_noise, eps, t, drop, last=k == parts - 1))
+            z = posterior.sample(part_noise[0])
+        logs.append(train_step(m, cfg, step, part_x, part_y, z, *part_noise, last=k == parts - 1))
     return {name: torch.stack([log[name].detach() for log in logs if name in log]).mean() for name in logs[-1]}
 
 
 def draw_noise(cfg, step, latent_shape, rank, world, device):
-    """(posterior_noise, eps, t, drop) of a step: drawn for the global batch from (seed, step), then this process's
-    slice, so that neither resuming nor the number of processes changes them."""
+    """(posterior_noise, eps, t, drop) of a step: drawn for the global batch from (seed, step), then this
+    process's slice, so that neither resuming nor the number of processes changes them."""
     g = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
     posterior_noise = torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device)
     eps = torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device)
@@ -306,8 +307,8 @@ def parse_config(argv=None):
     parts = int(os.environ.get("WORLD_SIZE", 1)) * cfg.gradient_accumulation_steps
     trained, vae_frozen = cfg.vae_ckpt or cfg.init_from, cfg.vae_grad == "none"
     for wrong, line in (
-            (cfg.batch_size % parts, f"--batch-size {cfg.batch_size}: not divisible by {parts}, the processes times "
-             "--gradient-accumulation-steps"),
+            (cfg.batch_size % parts, f"--batch-size {cfg.batch_size}: not divisible by {parts}, the processes "
+             "times --gradient-accumulation-steps"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite exclude each other"),
             (cfg.cfg_scale > 1 and cfg.cfg_prob == 0,
              "--cfg-scale above 1 needs labels dropped in training (--cfg-prob above 0)"),
@@ -329,26 +330,27 @@ def parse_config(argv=None):
         timm_name(name)
     if not trained:
         with torch.device("meta"):                                  # names, sizes and depths, at no cost
-            vae = AutoencoderKL(cfg.vae)
-            SiT(cfg.model, vae.latent_size(cfg.resolution), vae.latent_channels, 1, encoder_depth=cfg.encoder_depth)
+            size = AutoencoderKL(cfg.vae).latent_size(cfg.resolution)
+            SiT(cfg.model, size, 4, 1, encoder_depth=cfg.encoder_depth)
     return cfg
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
 
 def list_classes(folder):
-    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name; where DIR
-    holds dataset.json, its "labels", [file, number] pairs, count (EDM's and StyleGAN's tools write it); a folder of
-    images alone is one class. Raises UserError."""
+    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name; where
+    DIR holds dataset.json, its "labels", [file, number] pairs, count (EDM's and StyleGAN's tools write it); a
+    folder of images alone is one class. Raises UserError."""
     root, table, classes = Path(folder), Path(folder) / "dataset.json", {}
     files = list_images(root)
     if table.is_file():
         try:
             labels = dict(json.loads(table.read_text())["labels"] or {})
             for path in files:
-                classes.setdefault(int(labels[path.relative_to(root).as_posix()]) if labels else 0, []).append(path)
+                label = labels[path.relative_to(root).as_posix()] if labels else 0
+                classes.setdefault(int(label), []).append(path)
         except (OSError, ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{table}: \"labels\" must hold [file, number] of every image: {one_line(e)}") from None
+            raise UserError(f"{table}: not [file, number] of every image in labels: {one_line(e)}") from None
         return {str(label): classes[label] for label in sorted(classes)}
     for path in files:
         inside = path.parts[len(root.parts):]
@@ -367,9 +369,9 @@ def list_classes(folder):
 
 
 class ImageFolder(Dataset):
-    """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, path of an
-    unreadable file or ''): such a file is replaced by the next readable one. Once `cached` is the folder of
-    `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty. JPEGs are read fast."""
+    """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, path
+    of an unreadable file or ''): such a file is replaced by the next readable one. Once `cached` is the folder
+    of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty."""
     cached, with_images = None, True
 
     def __init__(self, folder, resolution):
@@ -424,16 +426,16 @@ def chunk_file(folder, k):
 
 @torch.no_grad()
 def cache_latents(m, cfg, dataset, device, rank, world, host):
-    """Write the posterior's moments of all images once, float16 [1024, 2C, h, w] a file (NaN: an unreadable image);
-    returns the folder. Its name is a hash of the VAE, the resolution, and the images' names, sizes and times of
-    change: other ones never meet it. A file is written whole by one process, so that a killed run goes on. Machines
-    without a common disk make in a second round what is missing on theirs."""
+    """Write the posterior's moments of all images once, float16 [1024, 2C, h, w] a file (NaN: an unreadable
+    image); returns the folder. Its name is a hash of the VAE, the resolution, and the images' names, sizes and
+    times of change: other ones never meet it. A file is written whole by one process, so that a killed run goes
+    on. Machines without a common disk make in a second round what is missing on theirs."""
     folder = [None]
     if rank == 0:
         digest = hash_tensors(m.vae)
         digest.update(json.dumps([m.vae.config, cfg.resolution]).encode())
         for path in dataset.files:
-            stat = os.stat(path)                             # a time of change, unlike one of modification, is true
+            stat = os.stat(path)                             # nobody can set a time of change back
             digest.update(path + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} ".encode())
         folder = [str(Path(cfg.output_dir) / f"latents-{digest.hexdigest()[:16]}")]
     if world > 1:
@@ -442,7 +444,7 @@ def cache_latents(m, cfg, dataset, device, rank, world, host):
     for first, every in ((rank, world), here):
         files = [chunk_file(folder[0], k) for k in range(math.ceil(len(dataset) / CHUNK))]
         missing = [(k, file) for k, file in enumerate(files) if not file.is_file()]
-        for k, file in tqdm(missing[first::every], "caching latents", unit="file", disable=rank > 0 or not missing):
+        for k, file in tqdm(missing[first::every], "caching latents", disable=rank > 0 or not missing):
             items, moments = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))], []
             for x, _, bad in DataLoader(dataset, 32, sampler=items, num_workers=cfg.num_workers,
                                         worker_init_fn=ignore_signals):
@@ -471,8 +473,8 @@ def build(cfg, device):
     aligned = cfg.proj_coeff > 0 and not cfg.vae_only
     size, (_, width, _, patch) = vae.latent_size(cfg.resolution), parse_model(cfg.model)
     compared = cfg.perceptual == "encoder" and cfg.vae_grad != "none"
-    encoders = [FrozenEncoder(name, size // patch, cfg.enc_ckpt or None, cfg.allow_random_weights, cfg.spatial_norm)
-                for name in cfg.enc_type.split(",") if aligned or compared]
+    encoders = [FrozenEncoder(name, size // patch, cfg.enc_ckpt or None, cfg.allow_random_weights,
+                              cfg.spatial_norm) for name in cfg.enc_type.split(",") if aligned or compared]
     projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders if aligned]
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes or 1, cfg.cfg_prob, cfg.qk_norm,
               cfg.encoder_depth, projectors, cfg.bn_momentum)
@@ -521,12 +523,13 @@ def build(cfg, device):
 
 
 def init_from(path, sit, ema, with_norm):
-    """SiT and its average from a training checkpoint, the latent norm only if its VAE is taken as well. What does not
-    fit starts anew: projectors, the labels of another number of classes, the positions of another resolution."""
+    """SiT and its average from a training checkpoint, the latent norm only if its VAE is taken as well. What
+    does not fit starts anew: projectors, labels of other classes, positions of another resolution."""
     ckpt, anew = read_checkpoint(path), set()
     for net, key in ((sit, "model"), (ema, "ema")):
-        own, state = net.state_dict(), ckpt[key]
-        state = {name: tensor for name, tensor in state.items() if name in own or not name.startswith("projectors.")}
+        own = net.state_dict()
+        state = {name: tensor for name, tensor in ckpt[key].items()
+                 if name in own or not name.startswith("projectors.")}
         for name, tensor in own.items():
             part = name.split(".")[0]
             fits = name in state and state[name].shape == tensor.shape
@@ -542,13 +545,13 @@ def init_from(path, sit, ema, with_norm):
 def recomputed(function):
     """The same function, of which only the inputs are kept for the backward pass, which runs it again."""
     def run(*args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)      # no dropout in it
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)   # no dropout in it
     return run
 
 
 def wrap(m, cfg, device, world):
-    """Compile the networks, then let DDP average gradients. Statistics are not broadcast: the latent norm's are
-    equal everywhere by construction, the discriminator's are per process, as released."""
+    """Compile the networks, then let DDP average gradients. Statistics are not broadcast: the latent norm's
+    are equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
         m.sit.compile_blocks()
@@ -565,12 +568,12 @@ def wrap(m, cfg, device, world):
         kwargs = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
                       gradient_as_bucket_view=True)
         m.ddp_vae, m.ddp_sit, m.ddp_disc = (DDP(net, **kwargs) for net in (m.vae, m.sit, m.disc))
-    m.kept_statistics = [buffer.clone() for buffer in m.statistics]           # for a step that has to be skipped
+    m.kept_statistics = [buffer.clone() for buffer in m.statistics]        # for a step that is to be skipped
 
 
 @torch.no_grad()
 def measure_latents(m, dataset, device, images=512):
-    """Start the running statistics from the VAE's own latents: their mean and variance over some of the data."""
+    """Start the running statistics from the VAE's own latents, over some of the data."""
     indices = np.random.default_rng(0).permutation(len(dataset))[:images]
     z, g = [], torch.Generator().manual_seed(0)
     for chunk in np.array_split(indices, -(-len(indices) // 32)):
@@ -593,11 +596,12 @@ STATE = dict(model="sit", ema="ema", vae="vae", discriminator="disc", opt="opt",
 
 
 def save_checkpoint(m, cfg, folder, step, classes):
-    """The released keys; args as a plain dict, the names of the classes in it; the VAE inside, so that this one file
-    samples. On GPUs only the copy to the host is waited for. Older checkpoints go, but for the newest two and every
-    --keep-every-th step."""
+    """The released keys; args as a plain dict, with the names of the classes; the VAE inside, so that this one
+    file samples. On GPUs only the copy to the host is waited for. Older checkpoints go, but for the newest two
+    and every --keep-every-th step."""
     ckpt = {key: getattr(m, name).state_dict() for key, name in STATE.items()}
-    ckpt |= dict(args=dataclasses.asdict(cfg) | dict(classes=classes, vae_groups=m.vae.config["groups"]), steps=step)
+    more = dict(classes=classes, vae_groups=m.vae.config["groups"])   # no tensor's shape shows the groups
+    ckpt |= dict(args=dataclasses.asdict(cfg) | more, steps=step)
     path = folder / "checkpoints" / f"{step:07d}.pt"
 
     def write():
@@ -685,8 +689,8 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
 
 
 def measure_speed(m, cfg, device):
-    """(FLOPs of a step per image, forward and backward, counted in an eager step of one image that is not applied;
-    FLOP/s of a large matrix product in the run's precision, the peak that the log's "mfu" is a share of)."""
+    """(FLOPs of a step per image, forward and backward, counted in an eager step of one image that is not
+    applied; FLOP/s of a large matrix product in the run's precision, of which the log's "mfu" is a share)."""
     x = torch.zeros(1, 3, cfg.resolution, cfg.resolution, device=device)
     eps = torch.zeros(1, m.vae.latent_channels, m.size, m.size, device=device)
     y, t = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), 0.5, device=device)
@@ -709,16 +713,16 @@ def measure_speed(m, cfg, device):
 
 
 def profile(m, cfg, batches, rank, world, device, flops, peak):
-    """cfg.profile steps after three of warm-up: torch.profiler's table, with a row for each section of the forward
-    pass (what is recorded there runs backward in autograd's own rows), and the rate of the whole step."""
-    sections = [("# VAE encoder", m.vae, "encode"), ("# VAE decoder", m.vae, "decode"), ("# D", m.disc, "forward"),
-                ("# SiT, alignment pass", m.sit, "align"), ("# SiT", m.sit, "forward"), ("# AdamW", m.opt, "step"),
-                ("# AdamW", m.opt_vae, "step"), ("# AdamW", m.opt_disc, "step"),
-                *(("# encoder features", encoder, "forward") for encoder in m.encoders)]
+    """cfg.profile steps after three of warm-up: torch.profiler's table, with a row for each section of the
+    forward pass (its backward stands in autograd's own rows), and the rate of the whole step."""
+    sections = [("VAE encoder", m.vae, "encode"), ("VAE decoder", m.vae, "decode"), ("D", m.disc, "forward"),
+                ("SiT, alignment pass", m.sit, "align"), ("SiT", m.sit, "forward"), ("AdamW", m.opt, "step"),
+                ("AdamW", m.opt_vae, "step"), ("AdamW", m.opt_disc, "step"),
+                *(("encoder features", encoder, "forward") for encoder in m.encoders)]
     if m.perceptual:
-        sections.append(("# perceptual distance", m.perceptual, "forward"))
+        sections.append(("perceptual distance", m.perceptual, "forward"))
     for name, owner, method in sections:
-        setattr(owner, method, record_function(name)(getattr(owner, method)))
+        setattr(owner, method, record_function(f"# {name}")(getattr(owner, method)))
 
     def seconds_a_step(steps):
         start = time.perf_counter()
@@ -812,8 +816,8 @@ def main():
     atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     folder = Path(cfg.output_dir) / cfg.exp_name
     if checkpoints(folder) and not (cfg.resume or cfg.overwrite or cfg.profile):
-        raise UserError(f"{folder} holds checkpoints already: --resume goes on from the newest, --overwrite starts "
-                        "afresh, --exp-name NAME keeps both")
+        raise UserError(f"{folder} holds checkpoints already: --resume goes on from the newest, --overwrite "
+                        "starts afresh, --exp-name NAME keeps both")
     rank, world = start_processes(device)
     main_process = rank == 0
     host = dist.new_group(backend="gloo") if world > 1 else None      # to agree on stopping
@@ -838,7 +842,7 @@ def main():
         if world > 1:
             dist.barrier(host)
         cfg.data_dir, cfg.val_dir = str(drawn / "train"), cfg.val_dir or str(drawn / "val")
-    shared = [None, None]                                    # process 0 lists the files and finds the checkpoint
+    shared = [None, None]                                    # process 0 lists files and finds the checkpoint
     if main_process:
         shared = [ImageFolder(cfg.data_dir, cfg.resolution),
                   newest_complete(folder) if cfg.resume and not cfg.profile else None]
@@ -848,9 +852,9 @@ def main():
     classes = dataset.classes
     cfg.num_classes = cfg.num_classes or len(classes)
     if cfg.num_classes != len(classes):
-        raise UserError(f"--num-classes {cfg.num_classes}, but {cfg.data_dir} has {len(classes)}; leave the flag out")
+        raise UserError(f"--num-classes {cfg.num_classes}, but {cfg.data_dir} has {len(classes)}; leave it out")
     if 2 * len(classes) > len(dataset):
-        say(f"warning: {len(classes)} classes for {len(dataset)} images; is every folder in {cfg.data_dir} a class?")
+        say(f"warning: {len(classes)} classes for {len(dataset)} images; is every folder in it a class?")
     if cfg.num_classes == 1:                                          # nothing to guide by
         cfg.cfg_prob, cfg.cfg_scale = 0.0, 1.0
 
@@ -872,9 +876,9 @@ def main():
         shown = ImageFolder(cfg.val_dir, cfg.resolution) if cfg.val_dir else dataset
         chosen = np.random.default_rng(0).permutation(len(shown))[:256]
         shown = torch.stack([shown[int(i), False][0] for i in chosen])
-        sit_size, vae_size = (sum(p.numel() for p in params) / 1e6 for params in (m.sit_params, m.vae_params))
-        say(f"{folder}: {len(dataset)} images in {len(classes)} classes, {cfg.model} {sit_size:.1f} M, VAE {cfg.vae} "
-            f"{vae_size:.1f} M, {world} x {device.type}, step {step}")
+        sizes = [sum(p.numel() for p in params) / 1e6 for params in (m.sit_params, m.vae_params)]
+        say(f"{folder}: {len(dataset)} images in {len(classes)} classes, {cfg.model} {sizes[0]:.1f} M, "
+            f"VAE {cfg.vae} {sizes[1]:.1f} M, {world} x {device.type}, step {step}")
     if cfg.cache_latents:
         dataset.cached = cache_latents(m, cfg, dataset, device, rank, world, host)
         dataset.with_images = bool(m.encoders)
@@ -903,7 +907,7 @@ def main():
             tqdm.write(f"skipped an unreadable image: {name}")
             bad_files.add(name)
             if len(bad_files) > 0.01 * len(dataset):
-                raise UserError(f"{len(bad_files)} of {len(dataset)} images are unreadable, the last one {name}")
+                raise UserError(f"{len(bad_files)} of {len(dataset)} images unreadable, the last one {name}")
         stopping = agree(bool(signals), host)
         metrics = run_step(m, cfg, step, batch, rank, world, device)
         step += 1
@@ -930,7 +934,7 @@ def main():
             if row["skipped_in_a_row"] >= 20 or row["zero_gradients_in_a_row"] >= 100:
                 what = "not finite for 20" if row["skipped_in_a_row"] >= 20 else "exactly zero for 100"
                 good = checkpoints(folder)[-1].name if checkpoints(folder) else "none yet"
-                raise UserError(f"step {step}: gradients were {what} steps in a row; last good checkpoint: {good}")
+                raise UserError(f"step {step}: gradients {what} steps in a row; last good checkpoint: {good}")
             since, images_done = time.time(), 0
         if (step % cfg.checkpointing_steps == 0 or last or stopping) and main_process:
             save_checkpoint(m, cfg, folder, step, classes)
