@@ -174,20 +174,23 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
         with frozen(m.sit_params), frozen(m.disc_params):
             with m.autocast():
                 posterior, z, x_rec = m.ddp_vae(x, posterior_noise)         # q(z|x), z ~ q, x^ = decode(z)
-                l1, kl, perceptual = (x - x_rec).abs().mean(), posterior.kl().mean(), m.perceptual(x_rec, x)
+                l1, kl = (x - x_rec).abs().mean(), posterior.kl().mean()
+                perceptual, gan, align, diffusion = m.perceptual(x_rec, x), zero, zero, zero
                 x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)   # running stats
-                gan = align = diffusion = zero
                 if cfg.disc_weight > 0:
                     gan = -m.disc(x_rec).mean()
                 if cfg.vae_grad == "diffusion":               # naive end to end: z reaches both x_t and v*
                     diffusion = (m.sit(x_t, t, y)[0] - velocity).square().mean()
                 elif f:                                       # blocks 1..depth, with all labels
                     align = alignment_loss(m.sit.align(x_t, t, y), f)
-                vae_loss = (l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
-                            + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
-                            + cfg.vae_align_proj_coeff * align + diffusion)
+                vae_loss = (l1                                                        # encoder, decoder
+                            + cfg.perceptual_weight * perceptual                      # encoder, decoder
+                            + cfg.kl_weight * kl                                      # encoder
+                            + cfg.disc_weight * (step >= cfg.disc_start) * gan        # encoder, decoder
+                            + cfg.vae_align_proj_coeff * align                        # encoder
+                            + diffusion)                                              # encoder: naive alone
             vae_loss.backward()
-        # 2. The discriminator, on sg(x^).
+        # 2. The discriminator, on sg(x^): it alone.
         disc_loss = zero
         if cfg.disc_weight > 0:
             disc_loss = hinge_loss(real=m.ddp_disc(x), fake=m.ddp_disc(x_rec.detach()))
@@ -203,11 +206,12 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
             v, projected = m.ddp_sit(x_t, t, y.masked_fill(drop, m.sit.num_classes))
             denoising = (v - velocity).square().mean()
             align = alignment_loss(projected, f) if f else zero
-            loss = denoising + cfg.proj_coeff * align
+            loss = (denoising                                                         # all of SiT
+                    + cfg.proj_coeff * align)                                         # blocks 1..depth, projectors
         loss.backward()
         log |= dict(loss=loss, denoising_loss=denoising, proj_loss=align)
     log = {name: value for name, value in log.items() if value is not zero}
-    return log | update(m, cfg) if last else log
+    return (log | update(m, cfg)) if last else log
 
 
 @contextmanager
