@@ -280,7 +280,8 @@ def run_step(m, cfg, step, batch, rank, world, device):
 def draw_noise(cfg, step, latent_shape, rank, world, device):
     """(posterior_noise, eps, t, drop) of a step: drawn for the global batch from (seed, step), then this
     process's slice, so that neither resuming nor the number of processes changes them."""
-    g = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
+    seed = np.random.SeedSequence((cfg.seed, step)).generate_state(1, np.uint64)       # no two pairs share one
+    g = torch.Generator(device).manual_seed(int(seed[0]))
     posterior_noise = torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device)
     eps = torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device)
     t = draw_times(cfg.batch_size, cfg.path_type, cfg.weighting, g, device)
