@@ -844,6 +844,8 @@ def main():
         drawn = Path("data") / f"openmoji-{cfg.resolution}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not drawn.is_dir():
             draw_openmoji(drawn, cfg.resolution)
+        if world > 1:
+            dist.barrier(host)                               # each machine draws its own
         cfg.data_dir, cfg.val_dir = str(drawn / "train"), cfg.val_dir or str(drawn / "val")
     shared = [None, None]                                    # process 0 lists the files and finds the checkpoint
     if main_process:
