@@ -733,6 +733,7 @@ def profile(m, cfg, batches, rank, world, device, flops, peak):
         getattr(torch, device.type).synchronize()
         return (time.perf_counter() - start) / steps, waited / steps
 
+    os.environ["KINETO_LOG_LEVEL"] = "99"                             # the profiler's own notes stay unsaid
     run(3)
     seconds, waited = run(cfg.profile)
     activities, order = [ProfilerActivity.CPU], "self_cpu_time_total"
