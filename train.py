@@ -845,8 +845,6 @@ def main():
         drawn = Path("data") / f"openmoji-{cfg.resolution}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not drawn.is_dir():
             draw_openmoji(drawn, cfg.resolution)
-        if world > 1:
-            dist.barrier(host)                               # each machine draws its own
         cfg.data_dir, cfg.val_dir = str(drawn / "train"), cfg.val_dir or str(drawn / "val")
     shared = [None, None]                                    # process 0 lists the files and finds the checkpoint
     if main_process:
@@ -855,6 +853,8 @@ def main():
     if world > 1:
         dist.broadcast_object_list(shared, group=host)
     dataset, resume_from = shared
+    if agree(resume_from is not None and not resume_from.is_file(), host):       # every machine has its data by now
+        raise UserError(f"{resume_from}: not on every machine; copy it to the same path on each")
     classes = dataset.classes
     cfg.num_classes = cfg.num_classes or len(classes)
     if cfg.num_classes != len(classes):
