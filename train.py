@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -553,9 +554,14 @@ def wrap(m, cfg, device, world):
     equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)       # a toolkit without GPU is fine
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
+        for encoder in m.encoders:
+            encoder.forward = torch.compile(encoder.forward)
+        if m.perceptual:
+            m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
         for module in (*m.sit.modules(), *m.vae.modules()):
             if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
