@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -559,9 +560,14 @@ def wrap(m, cfg, device, world):
     are equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)       # a toolkit without GPU is fine
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
+        for encoder in m.encoders:
+            encoder.forward = torch.compile(encoder.forward)
+        if m.perceptual:
+            m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
         for module in (*m.sit.modules(), *m.vae.modules()):
             if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
@@ -736,6 +742,7 @@ def profile(m, cfg, batches, rank, world, device, flops, peak):
         getattr(torch, device.type).synchronize()
         return (time.perf_counter() - start) / steps
 
+    os.environ["KINETO_LOG_LEVEL"] = "99"                             # the profiler's own notes stay unsaid
     seconds_a_step(3)
     seconds = seconds_a_step(cfg.profile)
     with torch.profiler.profile() as profiler:
@@ -844,8 +851,6 @@ def main():
         drawn = Path("data") / f"openmoji-{cfg.resolution}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not drawn.is_dir():
             draw_openmoji(drawn, cfg.resolution)
-        if world > 1:
-            dist.barrier(host)
         cfg.data_dir, cfg.val_dir = str(drawn / "train"), cfg.val_dir or str(drawn / "val")
     shared = [None, None]                                    # process 0 lists files and finds the checkpoint
     if main_process:
@@ -854,6 +859,8 @@ def main():
     if world > 1:
         dist.broadcast_object_list(shared, group=host)
     dataset, resume_from = shared
+    if agree(resume_from is not None and not resume_from.is_file(), host):       # every machine has its data by now
+        raise UserError(f"{resume_from}: not on every machine; copy it to the same path on each")
     classes = dataset.classes
     cfg.num_classes = cfg.num_classes or len(classes)
     if cfg.num_classes != len(classes):
