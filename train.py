@@ -653,6 +653,9 @@ def load_run(m, cfg, path, classes, say):
     """Everything of a checkpoint back into the networks and optimizers; returns its step. Settings that
     differ from the run's are told, those that cannot change refused, as are other classes."""
     ckpt = read_checkpoint(path)
+    for label, (old, new) in enumerate(itertools.zip_longest(ckpt["args"].get("classes", classes), classes)):
+        if old != new:
+            raise UserError(f"{path} was trained with {old} as class {label}; in {cfg.data_dir} that is {new}")
     for name, value in dataclasses.asdict(cfg).items():
         old = ckpt["args"].get(name, value)
         if old != value and name not in ("resume", "overwrite", "output_dir", "exp_name"):
@@ -660,9 +663,6 @@ def load_run(m, cfg, path, classes, say):
                 option = name.replace("_", "-")
                 raise UserError(f"{path} was trained with --{option} {old}; it cannot go on with {value}")
             say(f"going on with another {name}: {old} -> {value}")
-    for label, (old, new) in enumerate(itertools.zip_longest(ckpt["args"].get("classes", classes), classes)):
-        if old != new:
-            raise UserError(f"{path} was trained with {old} as class {label}; in {cfg.data_dir} that is {new}")
     try:
         for key, name in STATE.items():
             if key.startswith("opt"):
