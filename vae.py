@@ -1,10 +1,9 @@
 """vae.py: the autoencoder between pixels and latents, and what the other files borrow.
 
-    python vae.py export CKPT DIR              the VAE of a training checkpoint as a diffusers AutoencoderKL
-    python vae.py reconstruct VAE IMAGES       what a VAE makes of images: pictures, PSNR, SSIM, LPIPS
+    python vae.py export CKPT DIR       writes the VAE of a training checkpoint as a diffusers AutoencoderKL
 
-From top to bottom: AutoencoderKL; its discriminator, losses and measures; its file formats; what the other files
-borrow (errors, argument types, files, pictures); the command.
+From top to bottom: AutoencoderKL; its discriminator, losses and measures; its file formats; what the other
+files borrow (errors, argument types, devices, files, pictures); the command.
 Images are float tensors [B, 3, H, W] in [-1, 1]; latents are [B, C, h, w].
 """
 import argparse
@@ -33,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-# ---- The autoencoder (parameter names of CompVis' latent-diffusion, as in the released checkpoints) --------
+# --- The autoencoder (parameter names of CompVis' latent-diffusion, as in the released checkpoints) ---------
 
 LATENT_EPS = 1e-4                                          # of the latent norm between VAE and SiT
 
@@ -208,7 +207,7 @@ class AutoencoderKL(nn.Module):
         return posterior, z, self.decode(z)
 
 
-# ---- The discriminator, the VAE's losses and the measures of a reconstruction ------------------------------
+# --- The discriminator, the VAE's losses and the measures of a reconstruction -------------------------------
 
 class Discriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): images [B, 3, H, W] -> logits [B, 1, h, w], in float32 also under autocast. Its
@@ -308,7 +307,7 @@ def ssim(x, y):
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
 
-# ---- The autoencoder's file formats ------------------------------------------------------------------------
+# --- The autoencoder's file formats -------------------------------------------------------------------------
 
 WEIGHTS = [f"diffusion_pytorch_model{end}" for end in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")]
 RENAMED = {                                                # parts of our (CompVis') names and diffusers'
@@ -359,36 +358,27 @@ def find_vae(state, what):
     return state
 
 
-def read_architecture(state):
-    """The row of VAES, without groups, that has these tensors. Raises KeyError, IndexError where none has."""
-    def count(pattern):
-        return len({match[1] for match in map(re.compile(pattern).match, state) if match})
+def read_architecture(state, what):
+    """The row of VAES of a VAE with these tensors, or else a dict like one, without groups: no tensor shows
+    those of its norms. Raises UserError where the tensors are no AutoencoderKL's."""
+    def count(modules):
+        return len({key.removeprefix(modules).split(".")[0] for key in state if key.startswith(modules)})
 
-    ch, levels = len(state["encoder.conv_in.weight"]), count(r"encoder\.down\.(\d+)\.block\.")
-    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(max(levels, 1))]
-    return dict(ch=ch, ch_mult=tuple(width / ch if width % ch else width // ch for width in widths),
-                num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"),
-                attn_levels=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in state),
-                latent_channels=state["decoder.conv_in.weight"].shape[1],
-                mid_attention="encoder.mid.attn_1.norm.weight" in state,
-                quant_conv="quant_conv.weight" in state, post_quant_conv="post_quant_conv.weight" in state)
-
-
-def build_vae(state, what, name=None, groups=None):
-    """AutoencoderKL in float32 from what `find_vae` takes, of the architecture `name` or what the tensors show. That is
-    not the norms' groups: they are `groups`, or those of the row of VAES with exactly these shapes, or 32. Raises
-    UserError, naming the first tensor that is wrong."""
-    state = find_vae(state, what)
     try:
-        config = read_architecture(state)
+        ch, levels = len(state["encoder.conv_in.weight"]), range(max(1, count("encoder.down.")))
+        config = dict(
+            ch=ch, ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) / ch for i in levels),
+            num_res_blocks=count("encoder.down.0.block."),
+            attn_levels=tuple(i for i in levels if f"encoder.down.{i}.attn.0.norm.weight" in state),
+            latent_channels=state["decoder.conv_in.weight"].shape[1],
+            mid_attention="encoder.mid.attn_1.norm.weight" in state,
+            quant_conv="quant_conv.weight" in state, post_quant_conv="post_quant_conv.weight" in state)
     except (KeyError, IndexError) as e:
         raise UserError(f"{what}: no AutoencoderKL in it ({e})") from None
-    named = [key for key, row in VAES.items() if VAE_DEFAULTS | row | config == VAE_DEFAULTS | row]
-    with torch.device("meta"):
-        vae = AutoencoderKL(name or (named or [config])[0], groups)
-    vae = vae.to_empty(device="cpu")
-    load_into(vae, state, what)
-    return vae
+    for row in VAES.values():
+        if VAE_DEFAULTS | row | config == VAE_DEFAULTS | row:
+            return row
+    return config
 
 
 def is_hub_id(path):
@@ -419,10 +409,10 @@ def read_diffusers_folder(folder):
 
 
 def load_vae(path, name=None):
-    """(AutoencoderKL, its latents' (mean [C], std [C]) or None) from a weights file (see `find_vae`), a training
-    checkpoint, a diffusers directory or a hub id. name: as in `build_vae`. The statistics come from the checkpoint's
-    latent norm, the directory's config.json, or from the release's NAME-latents-stats.pt beside NAME.pt
-    (latents_scale = 1 / std, latents_bias = mean). Raises UserError."""
+    """(AutoencoderKL in float32, its latents' (mean [C], std [C]) or None) from a weights file (see `find_vae`),
+    a training checkpoint, a diffusers directory or a hub id. name: its architecture in VAES; None: as the
+    tensors show. The statistics are the checkpoint's latent norm, the directory's, or for NAME.pt those of the
+    release's NAME-latents-stats.pt beside it (latents_scale = 1 / std, latents_bias = mean). Raises UserError."""
     file, groups, stats = Path(path), None, None
     if not file.exists() and is_hub_id(path):
         try:
@@ -445,12 +435,15 @@ def load_vae(path, name=None):
     state = load_tensors(file)
     if "ema" in state and "args" in state:
         if "vae" not in state:
-            raise UserError(f"{path}: no VAE in this checkpoint, it was frozen; give the VAE's own file")
+            raise UserError(f"{path}: no VAE in this checkpoint, it was frozen; give its file by --vae-ckpt")
         if "bn.running_mean" in state["ema"]:
             stats = state["ema"]["bn.running_mean"], (state["ema"]["bn.running_var"] + LATENT_EPS).sqrt()
         args = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
         groups = args.get("vae_groups")                                  # none in the release's
-    vae = build_vae(state, path, name, groups)
+    state = find_vae(state, path)
+    with torch.device("meta"):
+        vae = AutoencoderKL(name or read_architecture(state, path), groups)
+    load_into(vae.to_empty(device="cpu"), state, path)
     if stats and not all(s.shape == (vae.latent_channels,) and s.isfinite().all() for s in stats):
         raise UserError(f"{path}: its latent statistics are not {vae.latent_channels} finite numbers")
     return vae, stats
@@ -487,7 +480,7 @@ def export_vae(vae, stats, resolution, folder):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-# ---- What the other files borrow: errors, argument types, devices, files, pictures -------------------------
+# --- What the other files borrow: errors, argument types, devices, files, pictures --------------------------
 
 class UserError(Exception):
     """A mistake in a flag, a path or a file: the message says what was wrong and what to type instead."""
@@ -636,25 +629,20 @@ def load_into(module, state, what):
 NO_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}   # data, documents, films
 
 
-def list_images(folder, stamps=None, others=None):
-    """Every image file under `folder`, sorted: those whose suffix Pillow registers for pictures, none that is hidden, no
-    link to nothing or to a folder it stands in. stamps: a dict that takes {folder: [change time in ns, entries]};
-    others: a Counter that takes the suffixes of files that are no images. Raises UserError where no image is."""
+def list_images(folder, others=None):
+    """Every image file under `folder`, sorted: those whose suffix Pillow registers for pictures, none that is
+    hidden, no link to nothing or to a folder it stands in. others: a Counter that takes the suffixes of files
+    that are no images. Raises UserError where no image is."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
-                if kind not in NO_PICTURES and (kind in Image.OPEN or kind == "MPO")}    # MPO opens as JPEG
-    found, rest, folders = [], Counter(), [(str(folder), ())]
+                if kind not in NO_PICTURES and (kind in Image.OPEN or kind == "MPO")}       # MPO opens as JPEG
+    found, others, folders = [], Counter() if others is None else others, [(str(folder), ())]
     while folders:
         root, above = folders.pop()
         try:
-            status, entries = os.stat(root), list(os.scandir(root))
+            entries, here = list(os.scandir(root)), os.path.realpath(root)
         except OSError as e:
             raise UserError(f"{root}: no such folder, or not readable ({e.strerror})") from None
-        here = status.st_dev, status.st_ino
-        if here in above:
-            continue
-        if stamps is not None:
-            stamps[root] = [status.st_ctime_ns, len(entries)]
-        for entry in entries:
+        for entry in entries if here not in above else []:
             suffix = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry.path):
                 continue
@@ -663,11 +651,9 @@ def list_images(folder, stamps=None, others=None):
             elif suffix in suffixes and entry.is_file():
                 found.append(Path(entry.path))
             else:
-                rest[suffix or "no suffix"] += 1
-    if others is not None:
-        others.update(rest)
+                others[suffix or "no suffix"] += 1
     if not found:
-        kinds = ", ".join(f"{n} of {suffix}" for suffix, n in rest.most_common(5))
+        kinds = ", ".join(f"{n} of {suffix}" for suffix, n in others.most_common(5))
         raise UserError(f"{folder}: no images in it, {kinds or 'it is empty'}")
     return sorted(found)
 
@@ -729,15 +715,12 @@ def to_uint8(images):
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def image_grid(images, columns, scale=1, gap=2):
-    """Tile uint8 images [N, 3, H, W] row by row into one PIL image, each enlarged `scale` times."""
-    n, _, h, w = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        top, left = i // columns * (h + gap), i % columns * (w + gap)
-        canvas[top:top + h, left:left + w] = image
-    grid = Image.fromarray(canvas)
+def image_grid(images, columns, scale=1):
+    """Tile uint8 images [N, 3, H, W] row by row into one PIL image, 2 white pixels apart, then enlarge it."""
+    missing = -len(images) % columns                                           # white ones fill the last row
+    tiles = F.pad(images.cpu(), (0, 2, 0, 2, 0, 0, 0, missing), value=255)
+    tiles = tiles.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)           # [rows, h, columns, w, 3]
+    grid = Image.fromarray(tiles.flatten(2, 3).flatten(0, 1)[:-2, :-2].numpy())
     return grid.resize((grid.width * scale, grid.height * scale), Image.NEAREST)
 
 
@@ -765,64 +748,21 @@ def latents_in_colour(z, stride=1):
     return colour.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
 
 
-# ---- The command -------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 
-def export_command(args):
+def main():
+    parser = Parser(description="Write the VAE of a training checkpoint as a diffusers AutoencoderKL directory.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("vae", metavar="CKPT", help="a training checkpoint, ours or the release's")
+    parser.add_argument("out", metavar="DIR", help="a new folder")
+    parser.add_argument("--resolution", type=positive_int, default=256, help="pixels (256)")
+    args = parser.parse_args()
     vae, stats = load_vae(args.vae)
     if stats is None:
         raise UserError(f"{args.vae}: no latent statistics in it nor in NAME-latents-stats.pt beside it; "
                         "give a training checkpoint")
     export_vae(vae, stats, args.resolution, args.out)
     print(f"{args.out}: diffusers AutoencoderKL of {args.vae}, stride {vae.stride}, {vae.latent_channels} channels")
-
-
-@torch.no_grad()
-def reconstruct_command(args):
-    vae, _ = load_vae(args.vae)
-    vae.latent_size(args.resolution)
-    device = pick_device(args.device)
-    vae.to(device, memory_format=torch.channels_last).eval()
-    files = [Path(args.images)] if os.path.isfile(args.images) else list_images(args.images)
-    lpips, shown, scores = None, [], []
-    try:
-        lpips = LPIPS(args.lpips_ckpt, args.vgg_ckpt).to(device)
-    except UserError as e:
-        print(f"no LPIPS: {e}")
-    for file in tqdm(files, unit="img"):
-        image = read_image(file, args.resolution)
-        x = to_float(image[None]).to(device)
-        y = to_uint8(vae.decode(vae.encode(x).mean))
-        pair = x.cpu(), to_float(y).cpu()
-        distance = [] if lpips is None else [lpips(to_float(y), x).item()]
-        scores.append([psnr(*pair).item(), ssim(*pair).item(), *distance])
-        if len(shown) < 48:
-            shown += [image, y[0].cpu()]
-    save_png(image_grid(torch.stack(shown), 8, max(1, 64 // args.resolution)), args.out)
-    for name, value in zip(("PSNR (dB)", "SSIM", "LPIPS"), np.mean(scores, 0)):
-        print(f"  {name:<12}{value:.4f}")
-    print(f"{len(files)} images; originals beside reconstructions in {args.out}")
-
-
-def main():
-    parser = Parser(description="Export a VAE, or look at what it makes of images.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="export|reconstruct")
-    export = commands.add_parser("export", help="write a diffusers AutoencoderKL directory")
-    export.add_argument("vae", metavar="CKPT", help="a training checkpoint, ours or the release's")
-    export.add_argument("out", metavar="DIR", help="a new folder")
-    show = commands.add_parser("reconstruct", help="pictures, PSNR, SSIM, LPIPS of reconstructions")
-    show.add_argument("vae", metavar="VAE", help="checkpoint, weights, diffusers folder or hub id")
-    show.add_argument("images", metavar="IMAGES", type=existing_path, help="a folder of images, or one")
-    show.add_argument("--out", default="reconstructions.png")
-    show.add_argument("--lpips-ckpt", help="LPIPS' linear heads, in place of the lpips package's")
-    show.add_argument("--vgg-ckpt", help="torchvision's VGG16 weights, in place of the hub's")
-    show.add_argument("--device", default="auto")
-    for command in (export, show):
-        command.add_argument("--resolution", type=positive_int, default=256, help="pixels (256)")
-    args = parser.parse_args()
-    if args.command == "export":
-        export_command(args)
-    else:
-        reconstruct_command(args)
 
 
 if __name__ == "__main__":
