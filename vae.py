@@ -245,8 +245,8 @@ def unit_length(f, eps=1e-10):
 class LPIPS(nn.Module):
     """Learned perceptual distance (arXiv 1801.03924): squared differences of unit-length VGG16 features,
     weighted by linear heads, averaged over positions, summed over five layers. heads, vgg: files of the heads
-    and of torchvision's VGG16, by default the `lpips` package's and the hub's; random: neither is read. Raises
-    UserError where one is missing."""
+    and of torchvision's VGG16, by default the `lpips` package's and the hub's; random: neither is read.
+    Raises UserError where one is missing."""
     LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}                  # relu1_2 ... relu5_3 -> channels
 
     def __init__(self, heads=None, vgg=None, random=False):
@@ -334,7 +334,7 @@ def strip_wrappers(state):
 
 
 def find_vae(state, what):
-    """The VAE's tensors, by CompVis' names, in a state dict, bare or under "state_dict", "vae" or "model", that
+    """A VAE's tensors, by CompVis' names, in a state dict, bare or under "state_dict", "vae" or "model", which
     may have other keys (loss.) and prefixes (first_stage_model.). Raises UserError."""
     for key in ("state_dict", "vae", "model"):
         if isinstance(state.get(key), dict):
@@ -553,7 +553,7 @@ def can_compile(device):
 
 
 def write_atomic(path, write):
-    """Write a file (and its folder) whole or not at all: write(temporary path), sync, rename. Or UserError."""
+    """Write a file whole or not at all, in a folder made for it: write(path), sync, rename. Raises UserError."""
     path = Path(path)
     tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
