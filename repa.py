@@ -59,14 +59,14 @@ def timm_name(name):
         raise UserError(f"encoder {name}: timm has no MoCo-v3 weights; take dinov2-vit-b or another")
     found = ALIASES.get(family, name).format(VIT_SIZES.get(size.lower(), size))
     if found != EMBEDDED and not timm.is_model(found):
-        raise UserError(f"encoder {name}: not a timm model, nor {EMBEDDED}, nor one of the release's "
-                        "names; timm.list_models('*dinov2*') shows some")
+        raise UserError(f"encoder {name}: neither timm's (timm.list_models('*dinov2*') shows some), nor "
+                        f"{EMBEDDED}, nor one of the release's names")
     return found
 
 
 def create_encoder(name, file=None, random=False, grid=None):
-    """(timm's model without classifier, its data configuration). file: weights in place of the hub's, by timm's
-    names or the authors'; random: none; grid: of a transformer's tokens, for its positions. Raises UserError."""
+    """(timm's model without classifier, its data configuration). file: weights in place of the hub's, by
+    timm's names or the authors'; random: none; grid: of a transformer's tokens. Raises UserError."""
     if name == EMBEDDED:
         return embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
     try:
@@ -89,8 +89,8 @@ def create_encoder(name, file=None, random=False, grid=None):
 
 
 def spatial_norm(f, gamma):
-    """iREPA (arXiv 2512.10794): features [B, N, C] less gamma times their mean over tokens, over their standard
-    deviation: brings out what tells an image's tokens apart."""
+    """iREPA (arXiv 2512.10794): features [B, N, C] less gamma times their mean over tokens, over their
+    standard deviation: brings out what tells an image's tokens apart."""
     return (f - gamma * f.mean(1, keepdim=True)) / (f.std(1, keepdim=True) + 1e-6)
 
 
@@ -100,8 +100,8 @@ class FrozenEncoder(nn.Module):
     grid: the patch features form a grid x grid, SiT's token grid; `size` is the input size in pixels at which
     they do: 224 for DINOv2 at 16 x 16 tokens of 14 pixels. Without grid there are only pooled features, and
     `size` is timm's, for DINOv2 224. channels: the width of the features (with grid the patches'). ckpt,
-    random: as in `create_encoder`; gamma: of `spatial_norm`, 0 for none. Raises UserError for an unknown name,
-    missing weights or an impossible grid."""
+    random: as in `create_encoder`; gamma: of `spatial_norm`, 0 for none. Raises UserError for an unknown
+    name, missing weights or an impossible grid."""
 
     def __init__(self, name, grid=None, ckpt=None, random=False, gamma=0.0):
         super().__init__()
@@ -156,8 +156,8 @@ class FrozenEncoder(nn.Module):
 
 
 class EncoderDistance(nn.Module):
-    """LPIPS over a frozen encoder's own levels, for where VGG's weights are not to be had: squared differences of
-    unit-length features, averaged over positions and maps. scale: images are enlarged by it first."""
+    """LPIPS over a frozen encoder's own maps, for where VGG's weights are not to be had: squared differences
+    of unit-length features, averaged over positions and maps. scale: enlarges the images first."""
 
     def __init__(self, encoder, scale=2):
         super().__init__()
@@ -166,9 +166,9 @@ class EncoderDistance(nn.Module):
     def features(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
         x = self.encoder.prepare(x, x.shape[-1] * self.scale)
-        return [unit_length(f) for f in self.encoder.net.forward_intermediates(
-            x, indices=list(range(self.encoder.level + 1)), stop_early=True, output_fmt="NCHW",
-            intermediates_only=True)]
+        maps = self.encoder.net.forward_intermediates(x, indices=list(range(self.encoder.level + 1)),
+                                                      stop_early=True, output_fmt="NCHW", intermediates_only=True)
+        return [unit_length(f) for f in maps]
 
     def forward(self, x, target):
         """Distance [] of images x from images `target`, mean over the batch; no gradient into the target."""
@@ -186,7 +186,7 @@ class ConvProjector(nn.Conv2d):
 
 
 def projector(kind, width, channels, hidden=2048):
-    """The trainable map from SiT's width to the encoder's: REPA's MLP ('mlp') or iREPA's convolution ('conv')."""
+    """The trainable map from SiT's width to the encoder's: REPA's 'mlp' or iREPA's 'conv'."""
     if kind == "conv":
         return ConvProjector(width, channels, 3, padding=1)
     return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
@@ -194,7 +194,7 @@ def projector(kind, width, channels, hidden=2048):
 
 
 def alignment_loss(projected, features):
-    """- mean of cos(projected, feature) over tokens and images, averaged over encoders (paper, eq. 3): in [-1, 1].
-    projected, features: lists of [B, N, C_i]; 0 where they are empty."""
+    """- mean of cos(projected, feature) over tokens and images, averaged over encoders (paper, eq. 3): in
+    [-1, 1]. projected, features: lists of [B, N, C_i]; 0 where they are empty."""
     losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
     return sum(losses) / len(losses) if losses else 0.0

@@ -1,7 +1,7 @@
 """sit.py: the diffusion transformer over the latents, and the norm between it and the VAE.
 
-SiT (arXiv 2401.08740) is DiT (arXiv 2212.09748) predicting a velocity; parameter names are those of the released
-checkpoints. Latents are [B, C, h, w], tokens [B, N, D] with N = (h / patch) * (w / patch), t is [B] in [0, 1].
+SiT (arXiv 2401.08740) is DiT (arXiv 2212.09748) predicting a velocity; parameter names are the release's.
+Latents are [B, C, h, w], tokens [B, N, D] with N = (h / patch) * (w / patch); t [B] is in [0, 1], unscaled.
 """
 import math
 from collections import OrderedDict
@@ -13,13 +13,8 @@ from timm.layers import Attention, Mlp, PatchEmbed
 
 from vae import LATENT_EPS, UserError
 
-SIZES = {  # blocks, width D, heads. T is the tiny preset's; S to XL are the papers'.
-    "T": (6, 256, 4),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
+# Blocks, width D, heads. T is the tiny preset's; S to XL are the papers'.
+SIZES = {"T": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 def parse_model(name):
@@ -33,10 +28,10 @@ def parse_model(name):
 class LatentNorm(nn.BatchNorm2d):
     """Batch norm without affine over latents [B, C, h, w] (paper, 3.2): keeps the moving latents normalised.
 
-    In train mode it normalises with the statistics of the batch over all processes (biased variance) and moves
-    the running ones (unbiased variance); in eval mode, as `normalize`, with the running ones. In train mode z
-    must carry no graph (the training step detaches it): so a backward pass has nothing to communicate, and one
-    all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL."""
+    In train mode it normalises with the statistics of the batch over all processes (biased variance) and
+    moves the running ones (unbiased variance); in eval mode, as `normalize`, with the running ones. In train
+    mode z must carry no graph (the training step detaches it): so a backward pass has nothing to communicate,
+    and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL."""
 
     def __init__(self, channels, momentum=0.1):
         super().__init__(channels, LATENT_EPS, momentum, affine=False)
@@ -63,16 +58,16 @@ class LatentNorm(nn.BatchNorm2d):
         self.num_batches_tracked += 1
         return (d - mean.view(1, -1, 1, 1)) / (var + self.eps).sqrt().view(1, -1, 1, 1)
 
-    def _running(self):
+    def running(self):
         return self.running_mean.view(1, -1, 1, 1), (self.running_var + self.eps).sqrt().view(1, -1, 1, 1)
 
     def normalize(self, z):
-        mean, std = self._running()
+        mean, std = self.running()
         return (z - mean) / std
 
     def denormalize(self, z):
         """The exact inverse of `normalize` (the release forgets eps here)."""
-        mean, std = self._running()
+        mean, std = self.running()
         return z * std + mean
 
 
@@ -148,8 +143,8 @@ class SiT(nn.Module):
             raise UserError(f"--model {model}: patch {patch} does not divide the latents' {size}x{size}")
         if not 1 <= encoder_depth <= depth:
             raise UserError(f"--encoder-depth {encoder_depth}: {model} has blocks 1 to {depth}")
-        self.patch, self.channels, self.width = patch, channels, width
-        self.encoder_depth, self.num_classes = encoder_depth, num_classes
+        self.patch, self.channels, self.width, self.num_classes = patch, channels, width, num_classes
+        self.encoder_depth = encoder_depth
         self.null_class = num_classes if cfg_prob > 0 else None
         self.x_embedder = PatchEmbed(size, patch, channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -219,7 +214,7 @@ class SiT(nn.Module):
 # --- The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt ------------------
 
 def interpolant(t, path_type):
-    """alpha, sigma and their derivatives at t for path_type 'linear' or 'cosine'; t = 0: data, t = 1: noise."""
+    """alpha, sigma and their derivatives at t, for path_type 'linear' or 'cosine'; t = 0 is the data."""
     if path_type == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     a = t * (math.pi / 2)

@@ -334,7 +334,7 @@ def strip_wrappers(state):
 
 
 def find_vae(state, what):
-    """A VAE's tensors, by CompVis' names, in a state dict, bare or under "state_dict", "vae" or "model", which
+    """A VAE's tensors, by CompVis' names, in a state dict, bare or under "state_dict", "vae" or "model"; it
     may have other keys (loss.) and prefixes (first_stage_model.). Raises UserError."""
     for key in ("state_dict", "vae", "model"):
         if isinstance(state.get(key), dict):
@@ -496,8 +496,8 @@ def run_command(main):
     try:
         main()
     except (UserError, OSError) as e:
-        of_disk = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        if isinstance(e, OSError) and e.filename is None and not of_disk:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        if isinstance(e, OSError) and e.filename is None and e.errno not in full:
             raise
         rank = os.environ.get("RANK", "0")
         tqdm.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {e}", file=sys.stderr)      # above bars
@@ -553,7 +553,7 @@ def can_compile(device):
 
 
 def write_atomic(path, write):
-    """Write a file whole or not at all, in a folder made for it: write(path), sync, rename. Raises UserError."""
+    """Write a file whole or not at all, and its folder: write(path), sync, rename. Raises UserError."""
     path = Path(path)
     tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:

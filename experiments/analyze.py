@@ -24,9 +24,9 @@ from repa import FrozenEncoder
 from sample import load_checkpoint, read_checkpoint
 from sit import interpolate
 from train import list_classes
-from vae import (LPIPS, Parser, UserError, existing_path, image_grid, latents_in_colour, list_images, load_vae,
-                 pick_device, positive_int, psnr, read_image, run_command, save_png, ssim, to_float, to_uint8,
-                 write_atomic)
+from vae import (LPIPS, Parser, UserError, existing_path, image_grid, latents_in_colour, list_images,
+                 load_vae, pick_device, positive_int, psnr, read_image, run_command, save_png, ssim, to_float,
+                 to_uint8, write_atomic)
 
 NEIGHBOURS = 10                                                        # k of CKNNA, as in REPA
 
@@ -268,7 +268,7 @@ def main():
     latents.add_argument("--out", type=picture_file, default="latents.png", help="the picture (latents.png)")
     reconstruct = commands.add_parser("reconstruct", help="pictures, PSNR, SSIM, LPIPS of reconstructions")
     reconstruct.add_argument("vae", metavar="VAE", help="checkpoint, weights, diffusers folder or hub id")
-    reconstruct.add_argument("images", metavar="IMAGES", type=existing_path, help="a folder of images, or one")
+    reconstruct.add_argument("images", metavar="IMAGES", type=existing_path, help="a folder or an image")
     reconstruct.add_argument("--out", default="reconstructions.png", help="the picture (reconstructions.png)")
     reconstruct.add_argument("--lpips-ckpt", help="LPIPS' linear heads, in place of the lpips package's")
     reconstruct.add_argument("--vgg-ckpt", help="torchvision's VGG16 weights, in place of the hub's")
