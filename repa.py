@@ -59,8 +59,8 @@ def timm_name(name):
         raise UserError(f"encoder {name}: timm has no MoCo-v3 weights; take dinov2-vit-b or another")
     found = ALIASES.get(family, name).format(VIT_SIZES.get(size.lower(), size))
     if found != EMBEDDED and not timm.is_model(found):
-        raise UserError(f"encoder {name}: neither timm's (timm.list_models('*dinov2*') shows some), nor "
-                        f"{EMBEDDED}, nor one of the release's names")
+        raise UserError(f"encoder {name}: not a timm model, nor {EMBEDDED}, nor one of the release's "
+                        "names; timm.list_models('*dinov2*') shows some")
     return found
 
 
@@ -166,8 +166,8 @@ class EncoderDistance(nn.Module):
     def features(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
         x = self.encoder.prepare(x, x.shape[-1] * self.scale)
-        maps = self.encoder.net.forward_intermediates(x, indices=list(range(self.encoder.level + 1)),
-                                                      stop_early=True, output_fmt="NCHW", intermediates_only=True)
+        net, levels = self.encoder.net, list(range(self.encoder.level + 1))
+        maps = net.forward_intermediates(x, levels, stop_early=True, output_fmt="NCHW", intermediates_only=True)
         return [unit_length(f) for f in maps]
 
     def forward(self, x, target):

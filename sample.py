@@ -281,7 +281,7 @@ def main():
     rank, world = start_processes(device)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
-    names, size, data = (model.args.get(key) for key in ("classes", "resolution", "data_dir"))
+    names, size = model.args["classes"], model.args["resolution"]
     number_of = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
     try:
         classes = [number_of[word] for word in (args.classes.split(",") if args.classes else names)]
@@ -304,7 +304,8 @@ def main():
         if out.suffix == ".png":
             print("columns:" if by_class else "first row:", ", ".join(names[k] for k in labels[:columns]))
         drawn = ", ".join(names[label] for label in classes) if args.classes else f"{len(names)} classes"
-        print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {data or 'unnamed data'} -> {out}")
+        data = model.args.get("data_dir", "unnamed data")
+        print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {data} -> {out}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
