@@ -81,8 +81,8 @@ class Level(nn.Module):
     def __init__(self, cin, cout, blocks, attention, groups):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(cin if j == 0 else cout, cout, groups) for j in range(blocks))
-        attns = (AttnBlock(cout, groups) if attention else nn.Identity() for _ in range(blocks))
-        self.attn = nn.ModuleList(attns)
+        attn = (AttnBlock(cout, groups) if attention else nn.Identity() for _ in range(blocks))
+        self.attn = nn.ModuleList(attn)
 
     def forward(self, h):
         for block, attn in zip(self.block, self.attn):
