@@ -7,7 +7,6 @@
 Model, sizes, VAE and latent statistics come from the checkpoint. Image i depends on its label and (seed, i)
 alone: its noise comes from a generator of its own. Process 0 gathers all images and writes them.
 """
-import argparse
 import math
 import os
 import tempfile
