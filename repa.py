@@ -167,8 +167,8 @@ class EncoderDistance(nn.Module):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
         x = self.encoder.prepare(x, x.shape[-1] * self.scale)
         net, levels = self.encoder.net, list(range(self.encoder.level + 1))
-        maps = net.forward_intermediates(x, levels, stop_early=True, output_fmt="NCHW", intermediates_only=True)
-        return [unit_length(f) for f in maps]
+        return [unit_length(f) for f in net.forward_intermediates(
+            x, levels, stop_early=True, output_fmt="NCHW", intermediates_only=True)]
 
     def forward(self, x, target):
         """Distance [] of images x from images `target`, mean over the batch; no gradient into the target."""
