@@ -556,6 +556,10 @@ def wrap(m, cfg, device, world):
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
+        for encoder in m.encoders:
+            encoder.forward = torch.compile(encoder.forward)
+        if m.perceptual:
+            m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
         for module in (*m.sit.modules(), *m.vae.modules()):
             if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
