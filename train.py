@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -553,6 +554,7 @@ def wrap(m, cfg, device, world):
     equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)       # a toolkit without GPU is fine
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
