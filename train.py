@@ -560,7 +560,7 @@ def wrap(m, cfg, device, world):
         m.vae.decoder.compile()
         for encoder in m.encoders:
             encoder.forward = torch.compile(encoder.forward)
-        if m.perceptual:
+        if isinstance(m.perceptual, LPIPS):                   # EncoderDistance takes longer compiled, on a CPU
             m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
         for module in (*m.sit.modules(), *m.vae.modules()):
