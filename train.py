@@ -560,21 +560,13 @@ def wrap(m, cfg, device, world):
     are equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
-<<<<<<< HEAD
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)    # no GPU is no fault
-=======
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)       # a toolkit without GPU is fine
->>>>>>> w-mach
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
         for encoder in m.encoders:
             encoder.forward = torch.compile(encoder.forward)
-<<<<<<< HEAD
-        if m.perceptual:
-=======
         if isinstance(m.perceptual, LPIPS):                   # EncoderDistance takes longer compiled, on a CPU
->>>>>>> w-mach
             m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
         for module in (*m.sit.modules(), *m.vae.modules()):
