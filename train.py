@@ -560,13 +560,13 @@ def wrap(m, cfg, device, world):
     are equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)       # a toolkit without GPU is fine
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)    # no GPU is no fault
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
         for encoder in m.encoders:
             encoder.forward = torch.compile(encoder.forward)
-        if m.perceptual:
+        if isinstance(m.perceptual, LPIPS):                   # EncoderDistance takes longer compiled, on a CPU
             m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
         for module in (*m.sit.modules(), *m.vae.modules()):
@@ -635,14 +635,12 @@ def newest_complete(folder):
     for path in reversed(checkpoints(folder)):
         try:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()                           # reads all, against the archive's CRCs
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-            damaged = one_line(e)
-        if damaged is None:
-            return path
-        aside = path.with_suffix(".damaged")
-        path.rename(aside)
-        tqdm.write(f"{path} is damaged ({damaged}): set aside as {aside.name}")
+                if archive.testzip() is None:                         # reads all, against the archive's CRCs
+                    return path
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+            pass
+        aside = path.rename(path.with_suffix(".damaged"))
+        tqdm.write(f"{path} is damaged: set aside as {aside.name}")
 
 
 FIXED = ("model", "vae", "resolution", "num_classes", "qk_norm", "cfg_prob", "path_type", "enc_type",
@@ -941,8 +939,6 @@ def main():
             if main_process:
                 log(step, row)
                 say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-                if bad_files:
-                    say(f"{len(bad_files)} unreadable images skipped so far")
             if row["skipped_in_a_row"] >= 20 or row["zero_gradients_in_a_row"] >= 100:
                 what = "not finite for 20" if row["skipped_in_a_row"] >= 20 else "exactly zero for 100"
                 good = checkpoints(folder)[-1].name if checkpoints(folder) else "none yet"
