@@ -248,7 +248,7 @@ def update(m, cfg):
         buffer.copy_(torch.where(bad > 0, kept, buffer))
         kept.copy_(buffer)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)        # and the latent statistics
-    still = list(norms.values())[-1] == 0                                 # SiT's, or of a VAE alone its own
+    still = norms.get("grad_norm", norms.get("vae_grad_norm")) == 0       # SiT's, or of a VAE alone its own
     m.health = dict(skipped=m.health["skipped"] + bad,
                     skipped_in_a_row=(m.health["skipped_in_a_row"] + bad) * bad,
                     zero_gradients_in_a_row=(m.health["zero_gradients_in_a_row"] + 1) * still)
