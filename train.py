@@ -447,10 +447,10 @@ def cache_latents(m, cfg, dataset, device, rank, world, host):
     if world > 1:
         dist.broadcast_object_list(folder, group=host)
     here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for first, every in ((rank, world), here):
-        files = [chunk_file(folder[0], k) for k in range(math.ceil(len(dataset) / CHUNK))]
-        missing = [(k, file) for k, file in enumerate(files) if not file.is_file()]
-        for k, file in tqdm(missing[first::every], "caching latents", disable=rank > 0 or not missing):
+    for first, every in ((rank, world), here):             # by number: others may write while this one looks
+        mine = range(first, math.ceil(len(dataset) / CHUNK), every)
+        missing = [k for k in mine if not chunk_file(folder[0], k).is_file()]
+        for k in tqdm(missing, "caching latents", disable=rank > 0 or not missing):
             items, moments = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))], []
             for x, _, bad in DataLoader(dataset, 32, sampler=items, num_workers=cfg.num_workers,
                                         worker_init_fn=ignore_signals):
@@ -459,7 +459,7 @@ def cache_latents(m, cfg, dataset, device, rank, world, host):
                 moments.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
                 moments[-1][torch.tensor([name != "" for name in bad])] = math.nan
             rows = torch.cat(moments)
-            write_atomic(file, lambda tmp: torch.save(rows, tmp))
+            write_atomic(chunk_file(folder[0], k), lambda tmp: torch.save(rows, tmp))
         if world > 1:
             dist.barrier(host)
     return folder[0]
