@@ -530,19 +530,17 @@ def build(cfg, device):
 
 def init_from(path, sit, ema, with_norm):
     """SiT and its average from a training checkpoint, the latent norm only if its VAE is taken as well. What
-    does not fit starts anew: projectors, labels of other classes, positions of another resolution."""
-    ckpt, anew = read_checkpoint(path), set()
+    does not fit starts anew as a whole: projectors, labels of other classes, positions of another size."""
+    ckpt, may_differ = read_checkpoint(path), {"projectors", "y_embedder", "pos_embed"}
     for net, key in ((sit, "model"), (ema, "ema")):
         own = net.state_dict()
         state = {name: tensor for name, tensor in ckpt[key].items()
                  if name in own or not name.startswith("projectors.")}
-        for name, tensor in own.items():
-            part = name.split(".")[0]
-            fits = name in state and state[name].shape == tensor.shape
-            if part in ("projectors", "y_embedder", "pos_embed") and not fits:
-                anew.add(part)
-            if part in anew or part == "bn" and not (fits and with_norm):
-                state[name] = tensor
+        misfits = {name.split(".")[0] for name, tensor in own.items()
+                   if name not in state or state[name].shape != tensor.shape}
+        anew = misfits & may_differ
+        kept = anew | {"bn"} if "bn" in misfits or not with_norm else anew
+        state |= {name: tensor for name, tensor in own.items() if name.split(".")[0] in kept}
         load_into(net, state, f"{path}: {key}")
     if anew and int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(f"{path}: its {', '.join(sorted(anew))} do not fit here and start anew")
