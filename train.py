@@ -491,9 +491,9 @@ def build(cfg, device):
         init_from(cfg.init_from, sit, ema, with_norm=not cfg.vae_ckpt)
     for module in filter(None, (vae, disc, perceptual, *encoders)):
         module.to(device, memory_format=torch.channels_last)
-    m = SimpleNamespace(vae=vae, sit=sit.place(device), ema=ema.place(device), disc=disc, perceptual=perceptual,
-                        encoders=encoders if aligned else [], ddp_vae=vae, ddp_sit=sit, ddp_disc=disc,
-                        size=size, has_statistics=bool(stats))
+    m = SimpleNamespace(vae=vae, sit=sit.place(device), ema=ema.place(device), disc=disc, ddp_vae=vae,
+                        ddp_sit=sit, ddp_disc=disc, encoders=encoders if aligned else [],
+                        perceptual=perceptual, size=size, has_statistics=bool(stats))
     m.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
     m.vae_params, m.disc_params = list(vae.parameters()), list(disc.parameters())
     m.sit_params = [p for p in sit.parameters() if p.requires_grad]                # all but pos_embed
