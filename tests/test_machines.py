@@ -1,5 +1,5 @@
-"""Machines that are not here: two of them (two launchers on the loopback address, each in a folder of its own with its
-own copy of the pictures), a Mac, another device than the CPU; and the compiler's share of a step."""
+"""Machines that are not here: two of them (launchers on the loopback address, each in a folder of its own with a copy
+of the pictures), a Mac, another device than the CPU; and the compiler's share of a step."""
 import contextlib
 import json
 import os
@@ -79,7 +79,7 @@ def test_resuming_needs_the_checkpoint_on_every_machine(trained):
         (trained / name / "exps/b/checkpoints/0000006.pt").unlink()
     command = [ROOT / "train.py", "--exp-name", "b", "--resume", *TRAIN]
     for printed in two_machines(trained, *command, code=2):
-        wrong = [line for line in printed.splitlines() if line.startswith(("error", "[rank"))]     # no process's traceback
+        wrong = [line for line in printed.splitlines() if line.startswith(("error", "[rank"))]        # or a traceback
         assert len(wrong) == 1 and "exps/b/checkpoints/0000003.pt: not on every machine" in wrong[0], printed
     shutil.copytree(trained / "node0/exps/b", trained / "node1/exps/b")
     two_machines(trained, *command)
@@ -94,7 +94,8 @@ def test_sampling_and_evaluating_on_two_machines_give_one_process_s_numbers(trai
     for out in ("x.npz", "x.json"):
         command = [ROOT / "sample.py", *drawing, "--out", out]
         if out == "x.json":
-            command = [ROOT / "fid.py", *drawing, "--data-dir", "pictures", "--features", repa.EMBEDDED, "--json", out]
+            command = [ROOT / "fid.py", *drawing, "--data-dir", "pictures", "--features", repa.EMBEDDED,
+                       "--json", out]
         one_process(trained, *command)
         two_machines(trained, *command)
         assert not (trained / "node1" / out).exists()
@@ -183,13 +184,14 @@ def test_a_mac_steps_as_the_fused_kernels_and_skips_what_is_not_finite(tiny):
 
 @pytest.mark.parametrize("perceptual", ["encoder", "lpips"])
 def test_a_step_and_sampling_keep_to_their_device(monkeypatch, perceptual):
-    """All on the device "meta", where nothing is computed: a tensor left on the CPU ends in an error, and so does a value
-    that is read back."""
+    """All on the device "meta", where nothing is computed: a tensor left on the CPU ends in an error, and so does a
+    value that is read back."""
     plain = torch.optim.AdamW, torch.Generator
     monkeypatch.setattr(torch.optim, "AdamW", lambda params, fused, **kwargs: plain[0](params, **kwargs))
     monkeypatch.setattr(torch, "Generator", lambda device: plain[1]())               # meta has neither of the three
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
-    cfg, device = tiny_config("--disc-start", "0", "--perceptual", perceptual, "--allow-random-weights"), torch.device("meta")
+    cfg = tiny_config("--disc-start", "0", "--perceptual", perceptual, "--allow-random-weights")
+    device = torch.device("meta")
     m = train.build(cfg, device)
     train.wrap(m, cfg, device, 1)
     x, y = torch.zeros(4, 3, 32, 32, device=device), torch.zeros(4, dtype=torch.long, device=device)
@@ -215,7 +217,7 @@ def test_a_step_and_sampling_keep_to_their_device(monkeypatch, perceptual):
 @slow
 @pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="no C++ compiler")
 def test_compiled_dinov2_and_lpips_break_no_graph_and_compile_once():
-    """SiT and VAE stay eager here (tests/test_speed.py compiles them): the encoder's graph, and LPIPS' with and without
+    """SiT and VAE stay eager here (tests/test_speed.py compiles them): the encoder's graph, LPIPS' with and without
     gradient."""
     def make(*flags):
         cfg = tiny_config("--enc-type", "dinov2-vit-s", "--perceptual", "lpips", "--allow-random-weights",
@@ -233,7 +235,8 @@ def test_compiled_dinov2_and_lpips_break_no_graph_and_compile_once():
     (compiled, cfg, args), (eager, _, _) = make("--compile"), make()
     for step in range(3):
         a, b = (train.train_step(m, cfg, step, *args) for m in (compiled, eager))
-        assert all(torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-3) for name in ("loss", "perceptual_loss", "proj_loss"))
+        for name in ("loss", "perceptual_loss", "proj_loss"):
+            assert torch.allclose(a[name], b[name], rtol=1e-2, atol=1e-3)
         assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
