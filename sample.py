@@ -4,10 +4,9 @@
     python sample.py --ckpt X.pt --num-samples 50000 --mode sde --num-steps 250 --out X.npz
     torchrun --nproc_per_node=8 sample.py ...               the same pictures, the work split
 
-Model, sizes, VAE and latent statistics all come from the checkpoint; no encoder is loaded. Image i depends on its
-label and (seed, i) alone: its noise comes from a generator of its own. Process 0 gathers all images and writes them.
+Model, sizes, VAE and latent statistics come from the checkpoint. Image i depends on its label and (seed, i)
+alone: its noise comes from a generator of its own. Process 0 gathers all images and writes them.
 """
-import argparse
 import math
 import os
 import tempfile
@@ -37,16 +36,17 @@ def time_grid(mode, num_steps):
 
 def sde_drift(x, v, t, path_type):
     """Drift of the reverse SDE with diffusion w(t) = 2t, the score taken from the velocity (SiT, eq. 9)."""
-    alpha, sigma, d_alpha, d_sigma = (float(a) for a in interpolant(torch.tensor(t, dtype=torch.float64), path_type))
+    path = interpolant(torch.tensor(t, dtype=torch.float64), path_type)
+    alpha, sigma, d_alpha, d_sigma = (float(a) for a in path)
     ratio = alpha / d_alpha
     score = (ratio * v - x) / (sigma ** 2 - ratio * d_sigma * sigma)
     return v - 0.5 * (2 * t) * score
 
 
 def integrate(velocity, x, mode="ode", num_steps=50, heun=False, path_type="linear", noise=None):
-    """Integrate dx = v dt (ode: Euler or Heun) or the reverse SDE (sde: Euler-Maruyama) from t = 1 to 0, x: float64
-    [B, C, h, w]. velocity(x, t, start) -> v: start is the time at which the step began (Heun's second evaluation
-    keeps the first one's guidance by it). noise() -> standard normal like x, for the SDE."""
+    """Integrate dx = v dt (ode: Euler or Heun) or the reverse SDE (sde: Euler-Maruyama) from t = 1 to 0, x:
+    float64 [B, C, h, w]. velocity(x, t, start) -> v; start: when the step began, for its guidance. noise():
+    standard normal like x, for the SDE."""
     times = time_grid(mode, num_steps)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         v, dt = velocity(x, t, t), s - t
@@ -62,8 +62,8 @@ def integrate(velocity, x, mode="ode", num_steps=50, heun=False, path_type="line
 
 
 def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
-    """SiT's velocity with classifier-free guidance inside low <= t <= high (arXiv 2404.07724). Guiding v is
-    guiding the drift of either sampler: the drift is affine in v and the two weights sum to 1."""
+    """SiT's velocity with classifier-free guidance inside low <= t <= high (arXiv 2404.07724). Guiding v
+    guides the drift of either sampler: it is affine in v, and the two weights sum to 1."""
     null = torch.full_like(y, sit.null_class or 0)
     def velocity(x, t, start):
         state, x, times = x.dtype, x.float(), torch.full((len(y),), t, device=y.device)
@@ -75,8 +75,7 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
 
 
 def label_of(i, seed, classes, labels="equal", n=None):
-    """Image i's label, one of `classes`: each in turn ('equal', as the paper's later tables) or 'random'. n: how
-    many images there are; where they are fewer than the classes, they are spread over them."""
+    """Label of image i of n (None: many) from `classes`: in turn, or spread where n is fewer; or 'random'."""
     if labels == "random":
         return classes[np.random.default_rng((seed, i, 1)).integers(len(classes))]
     turn = i if n is None or n >= len(classes) else i * len(classes) // n
@@ -85,7 +84,7 @@ def label_of(i, seed, classes, labels="equal", n=None):
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
 
-Model = namedtuple("Model", "sit vae args step device")       # sit: the averaged one, with its latent statistics
+Model = namedtuple("Model", "sit vae args step device")    # sit: the averaged one, with its latent statistics
 
 
 def checkpoints(run):
@@ -106,18 +105,18 @@ def newest_checkpoint(root="exps"):
 
 
 def read_checkpoint(file):
-    """The checkpoint's dict: args as a plain dict, no prefixes of DDP and compile in names. Raises UserError."""
+    """The checkpoint's dict: args a plain dict, no prefixes of DDP and compile in names. Raises UserError."""
     ckpt = load_tensors(file)
     try:
-        args = ckpt["args"] if isinstance(ckpt["args"], dict) else vars(ckpt["args"])              # the release's
-        return ckpt | dict(args=args, steps=ckpt["steps"],
-                           model=strip_wrappers(ckpt["model"]), ema=strip_wrappers(ckpt["ema"]))
+        args = ckpt["args"] if isinstance(ckpt["args"], dict) else vars(ckpt["args"])          # the release's
+        nets = {key: strip_wrappers(ckpt[key]) for key in ("model", "ema")}
+        return ckpt | nets | dict(args=args, steps=ckpt["steps"])
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(f"{file}: not a training checkpoint (of model, ema, vae, args and steps)") from None
 
 
 def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
-    """The Model of a checkpoint, ours or the release's. vae_ckpt: the VAE (as of `load_vae`) where it holds none.
+    """The Model of a checkpoint, ours or the release's. vae_ckpt: the VAE (see `load_vae`), if it holds none.
     The Model's args have `resolution` in pixels and `classes`, names or else numbers. Raises UserError."""
     ckpt = read_checkpoint(file)
     args, state = ckpt["args"], {k: v for k, v in ckpt["ema"].items() if not k.startswith("projectors.")}
@@ -138,7 +137,8 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
         raise UserError(f"{file}: its SiT draws {channels} channels, the VAE has {vae.latent_channels}")
     if "bn.running_mean" not in state:
         if stats is None:
-            raise UserError(f"{file}: no latent statistics, nor with the VAE (config.json, X-latents-stats.pt)")
+            raise UserError(f"{file}: no latent statistics, nor with the VAE (config.json, "
+                            "X-latents-stats.pt)")
         sit.bn.start(*stats)
         state |= {f"bn.{name}": value for name, value in sit.bn.state_dict().items()}
     load_into(sit, state, f"{file}: ema")
@@ -150,15 +150,14 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
         sit.compile_blocks()
         vae.decoder.compile()
     classes = args.get("classes") or [str(k) for k in range(num_classes)]
-    args = args | dict(resolution=size * vae.stride, classes=classes)
+    args |= dict(resolution=size * vae.stride, classes=classes)
     return Model(sit, vae, args, ckpt["steps"], torch.device(device))
 
 
 @torch.no_grad()
 def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0,
                   guidance_low=0.0, guidance_high=1.0, seed=0, mixed_precision="no"):
-    """Images `indices` (integers from 0) as uint8 [n, 3, H, W] on the model's device, not waited for; labels:
-    one each, i mod classes by default. Raises UserError."""
+    """Images `indices`, uint8 [n, 3, H, W] on the device; labels: by default in turn. Raises UserError."""
     if model.args.get("vae_only"):
         raise UserError("this checkpoint was trained with --vae-only: it has no SiT to draw with")
     if cfg_scale > 1 and (model.sit.null_class is None or model.sit.num_classes == 1):
@@ -169,25 +168,25 @@ def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun
     y = torch.tensor(labels, device=model.device)
     generators = [np.random.default_rng((seed, i)) for i in indices]
     state = torch.float32 if model.device.type == "mps" else torch.float64        # MPS has no float64
-    def noise(dtype=np.float64):
+    def eps(dtype=np.float64):
         drawn = [g.standard_normal((sit.channels, size, size), dtype=dtype) for g in generators]
         return torch.from_numpy(np.stack(drawn)).to(state).to(y.device)
 
     with torch.autocast(y.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
         path_type = model.args.get("path_type", "linear")
-        z = integrate(velocity, noise(np.float32), mode, num_steps, heun, path_type, noise)
+        z = integrate(velocity, eps(np.float32), mode, num_steps, heun, path_type, eps)
         return to_uint8(model.vae.decode(sit.bn.denormalize(z.float())))
 
 
 # --- The command --------------------------------------------------------------------------------------------
 
 def add_sampler_flags(parser):
-    parser.add_argument("--num-steps", type=positive_int, default=50, help="sampler's (the paper: 250 with sde)")
+    parser.add_argument("--num-steps", type=positive_int, default=50, help="the sampler's (paper: 250, sde)")
     parser.add_argument("--mode", choices=["ode", "sde"], default="ode")
     parser.add_argument("--heun", action="store_true", help="second order for --mode ode")
     parser.add_argument("--cfg-scale", type=positive, default=1.0, help="guidance; 1 is none")
-    parser.add_argument("--guidance-low", type=fraction, default=0.0, help="guide only where low <= t <= high")
+    parser.add_argument("--guidance-low", type=fraction, default=0.0, help="guided: low <= t <= high")
     parser.add_argument("--guidance-high", type=fraction, default=1.0)
     parser.add_argument("--seed", type=count, default=0)
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
@@ -195,7 +194,7 @@ def add_sampler_flags(parser):
 
 
 def sampler_settings(args):
-    """The keywords of `sample_images` from parsed flags. Raises UserError for flags that do not go together."""
+    """The keywords of `sample_images` from parsed flags. Raises UserError where they do not go together."""
     if args.heun and args.mode == "sde":
         raise UserError("--heun goes with --mode ode")
     if args.cfg_scale < 1 or args.guidance_low > args.guidance_high:
@@ -207,34 +206,32 @@ def sampler_settings(args):
 
 
 def start_processes(device):
-    """Join torchrun's process group, if any (NCCL on CUDA, else gloo); (rank, world size). Raises UserError."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":                                      # a platform may set it for a process without group
+    """(rank, world size), after joining torchrun's process group if there is one. Raises UserError."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":          # a platform may set it for a process without group
         return 0, 1
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"WORLD_SIZE is {world} but {', '.join(missing)} not set: take torchrun, or unset it")
+        raise UserError(f"WORLD_SIZE is above 1, but {', '.join(missing)} not set: start with torchrun")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
 def draw(model, labels, batch_size, rank, world, **settings):
-    """Draw image i with label labels[i], the work split over the processes. Process 0 yields all images in order,
-    as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs and yield nothing."""
-    with tqdm(total=len(labels), unit="img", disable=rank > 0, desc="sampling") as bar:
-        for start in range(0, len(labels), batch_size * world):
-            rest = len(labels) - start
-            share = min(batch_size, math.ceil(rest / world))
-            indices = [start + min(k * world + rank, rest - 1) for k in range(share)]    # pads with the last one
-            images = sample_images(model, indices, [labels[i] for i in indices], **settings)
-            images = images.permute(0, 2, 3, 1).contiguous()                               # [share, H, W, 3]
-            if world > 1:
-                parts = [torch.empty_like(images) for _ in range(world)] if rank == 0 else None
-                dist.gather(images, parts)
-            if rank == 0:
-                images = torch.stack(parts, dim=1).flatten(0, 1)[:rest] if world > 1 else images
-                bar.update(len(images))
-                yield start, images.cpu()
+    """Draw image i with label labels[i], the work split over the processes. Process 0 yields all images in
+    order, as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs."""
+    starts = range(0, len(labels), batch_size * world)
+    for start in tqdm(starts, desc="sampling", unit="batch", disable=rank > 0):
+        rest = len(labels) - start
+        share = min(batch_size, math.ceil(rest / world))
+        indices = [start + min(k * world + rank, rest - 1) for k in range(share)]    # pads with the last one
+        images = sample_images(model, indices, [labels[i] for i in indices], **settings)
+        images = images.permute(0, 2, 3, 1).contiguous()                               # [share, H, W, 3]
+        if world > 1:
+            parts = [torch.empty_like(images) for _ in range(world)] if rank == 0 else None
+            dist.gather(images, parts)
+        if rank == 0:
+            images = torch.stack(parts, dim=1).flatten(0, 1)[:rest] if world > 1 else images
+            yield start, images.cpu()
 
 
 def save_npz(file, **arrays):
@@ -246,12 +243,12 @@ def save_npz(file, **arrays):
 
 
 def save_images(out, batches, shape, columns):
-    """Write what `draw` yields, in all of this shape [N, H, W, 3], to an .npz (arr_0), a .png (a grid), or else a
-    folder of PNGs. Raises UserError, and OSError: a disk too full for the .npz shows before anything is drawn."""
+    """Write what `draw` yields, in all of this shape [N, H, W, 3], to an .npz (arr_0), a .png (a grid), or a
+    folder of PNGs. Raises UserError, and OSError: a disk too full for the .npz shows before any drawing."""
     if out.suffix == ".npz":
         with tempfile.TemporaryFile(dir=out.parent) as f:                     # not all images fit into memory
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(f.fileno(), 0, 2 * math.prod(shape))       # twice: the .npz needs room, too
+                os.posix_fallocate(f.fileno(), 0, 2 * math.prod(shape))    # twice: the .npz needs room, too
             for _, images in batches:
                 f.write(images.numpy().tobytes())
             f.truncate()
@@ -304,9 +301,10 @@ def main():
         columns = len(classes) * max(1, 8 // len(classes)) if by_class else 10
         save_images(out, batches, (n, size, size, 3), columns)
         if out.suffix == ".png":
-            print("columns:" if by_class else "first row:", ", ".join(names[label] for label in labels[:columns]))
+            print("columns:" if by_class else "first row:", ", ".join(names[k] for k in labels[:columns]))
         drawn = ", ".join(names[label] for label in classes) if args.classes else f"{len(names)} classes"
-        print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {model.args.get('data_dir')} -> {out}")
+        data = model.args.get("data_dir", "unnamed data")
+        print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {data} -> {out}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -1,9 +1,7 @@
 """sit.py: the diffusion transformer over the latents, and the norm between it and the VAE.
 
-SiT (arXiv 2401.08740) is DiT (arXiv 2212.09748) predicting a velocity; parameter names are those of the
-released checkpoints. Latents are [B, C, h, w]; tokens [B, N, D] with N = (h / patch) * (w / patch); t is [B]
-in [0, 1], unscaled. It knows nothing of encoders: the projectors are handed in and read the hidden state of
-one block.
+SiT (arXiv 2401.08740) is DiT (arXiv 2212.09748) predicting a velocity; parameter names are the release's.
+Latents are [B, C, h, w], tokens [B, N, D] with N = (h / patch) * (w / patch); t [B] is in [0, 1], unscaled.
 """
 import math
 from collections import OrderedDict
@@ -15,13 +13,8 @@ from timm.layers import Attention, Mlp, PatchEmbed
 
 from vae import LATENT_EPS, UserError
 
-SIZES = {  # blocks, width D, heads. T is the tiny preset's; S to XL are the papers'.
-    "T": (6, 256, 4),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
+# Blocks, width D, heads. T is the tiny preset's; S to XL are the papers'.
+SIZES = {"T": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 def parse_model(name):
@@ -37,9 +30,8 @@ class LatentNorm(nn.BatchNorm2d):
 
     In train mode it normalises with the statistics of the batch over all processes (biased variance) and
     moves the running ones (unbiased variance); in eval mode, as `normalize`, with the running ones. In train
-    mode z must carry no graph (the training step detaches it): there is then nothing for a backward pass to
-    communicate, and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL.
-    """
+    mode z must carry no graph (the training step detaches it): so a backward pass has nothing to communicate,
+    and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL."""
 
     def __init__(self, channels, momentum=0.1):
         super().__init__(channels, LATENT_EPS, momentum, affine=False)
@@ -66,16 +58,16 @@ class LatentNorm(nn.BatchNorm2d):
         self.num_batches_tracked += 1
         return (d - mean.view(1, -1, 1, 1)) / (var + self.eps).sqrt().view(1, -1, 1, 1)
 
-    def _running(self):
+    def running(self):
         return self.running_mean.view(1, -1, 1, 1), (self.running_var + self.eps).sqrt().view(1, -1, 1, 1)
 
     def normalize(self, z):
-        mean, std = self._running()
+        mean, std = self.running()
         return (z - mean) / std
 
     def denormalize(self, z):
         """The exact inverse of `normalize` (the release forgets eps here)."""
-        mean, std = self._running()
+        mean, std = self.running()
         return z * std + mean
 
 
@@ -128,8 +120,8 @@ class FinalLayer(nn.Module):
 
 
 def sincos_positions(width, grid):
-    """Fixed 2D positions [1, grid*grid, D]: the first half of the width encodes the column, the second the
-    row, each sines first, then cosines (MAE's, arXiv 2111.06377)."""
+    """Fixed 2D positions [1, grid*grid, D] (MAE's, arXiv 2111.06377): the first half of the width encodes the
+    column, the second the row, each sines first, then cosines."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega                       # [grid, D/4]
     one = torch.cat([angles.sin(), angles.cos()], dim=1)                                    # [grid, D/2]
@@ -139,10 +131,9 @@ def sincos_positions(width, grid):
 
 class SiT(nn.Module):
     """model: e.g. 'SiT-XL/2'; size: latent height = width; channels: of the latents; projectors: modules D ->
-    C_i, one per alignment target, reading the raw output of block `encoder_depth` (counted from 1).
-
-    `null_class` is the label that stands for "no label" (num_classes), or None when cfg_prob is 0. Raises
-    UserError for an unknown model, a latent size the patch does not divide, or a depth out of range."""
+    C_i, one per alignment target, that read the raw output of block `encoder_depth` (counted from 1).
+    null_class: the label for "no label", num_classes, or None when cfg_prob is 0. Raises UserError for an
+    unknown model, a latent size the patch does not divide, or a depth out of range."""
 
     def __init__(self, model, size, channels, num_classes, cfg_prob=0.1, qk_norm=False, encoder_depth=8,
                  projectors=(), bn_momentum=0.1):
@@ -152,8 +143,8 @@ class SiT(nn.Module):
             raise UserError(f"--model {model}: patch {patch} does not divide the latents' {size}x{size}")
         if not 1 <= encoder_depth <= depth:
             raise UserError(f"--encoder-depth {encoder_depth}: {model} has blocks 1 to {depth}")
-        self.patch, self.channels, self.width = patch, channels, width
-        self.encoder_depth, self.num_classes = encoder_depth, num_classes
+        self.patch, self.channels, self.width, self.num_classes = patch, channels, width, num_classes
+        self.encoder_depth = encoder_depth
         self.null_class = num_classes if cfg_prob > 0 else None
         self.x_embedder = PatchEmbed(size, patch, channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -175,12 +166,11 @@ class SiT(nn.Module):
                 nn.init.zeros_(m.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
-                       self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
-        for m in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
-                  self.final_layer.linear):
-            nn.init.zeros_(m.weight)
+        for m in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(m.weight, std=0.02)
+        for block in (*self.blocks, self.final_layer):
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
     def place(self, device):
         """Move to the device; on a CPU, attention goes without the fused kernel, slower there in bf16."""
@@ -207,8 +197,8 @@ class SiT(nn.Module):
         return self.first_blocks(x, t, y)[2]
 
     def forward(self, x, t, y):
-        """Normalised noisy latents [B, C, h, w], t [B], labels [B] -> velocity [B, C, h, w] and, per
-        projector, the projected hidden state [B, N, C_i]."""
+        """Normalised noisy latents [B, C, h, w], t [B], labels [B] -> velocity [B, C, h, w] and a list of the
+        projected hidden states, [B, N, C_i] each."""
         h, c, projected = self.first_blocks(x, t, y)
         for block in self.blocks[self.encoder_depth:]:
             h = block(h, c)
@@ -221,12 +211,10 @@ class SiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, self.channels, grid * p, grid * p)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt
-# ------------------------------------------------------------------------------------------------------------
+# --- The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt ------------------
 
 def interpolant(t, path_type):
-    """alpha, sigma and their derivatives at t, for path_type 'linear' or 'cosine'; data at t = 0, noise at 1."""
+    """alpha, sigma and their derivatives at t, for path_type 'linear' or 'cosine'; t = 0 is the data."""
     if path_type == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     a = t * (math.pi / 2)

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -45,11 +45,11 @@ from tqdm import tqdm
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
 from sample import checkpoints, read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
-from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock, UserError,
-                 can_compile, count, existing_folder, existing_path, fraction, hash_tensors, hinge_loss, image_grid,
-                 latents_in_colour, list_images, load_into, load_tensors, load_vae, non_negative, one_line,
-                 pick_device, positive, positive_int, psnr, read_image, run_command, save_png, to_float, to_uint8,
-                 write_atomic)
+from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock,
+                 UserError, can_compile, count, existing_folder, existing_path, fraction, hash_tensors,
+                 hinge_loss, image_grid, latents_in_colour, list_images, load_into, load_tensors, load_vae,
+                 non_negative, one_line, pick_device, positive, positive_int, psnr, read_image, run_command,
+                 save_png, to_float, to_uint8, write_atomic)
 
 try:
     import fcntl
@@ -71,7 +71,7 @@ class Config:
     exp_name: str = flag("", "default: the preset's name")
     seed: int = flag(0, "with the step it fixes all randomness", count)
     max_train_steps: int = flag(400_000, "the paper's 80 epochs", positive_int)
-    checkpointing_steps: int = flag(5_000, "steps between checkpoints; the last step is always saved", positive_int)
+    checkpointing_steps: int = flag(5_000, "steps between checkpoints; the last is always saved", positive_int)
     keep_every: int = flag(50_000, "checkpoints at its multiples stay, and the newest two", positive_int)
     sampling_steps: int = flag(10_000, "steps between pictures", positive_int)
     log_steps: int = flag(100, "steps between lines of metrics.jsonl", positive_int)
@@ -80,16 +80,16 @@ class Config:
     overwrite: bool = flag(False, "delete the run of the same name")
     report_to: str = flag("", "also log to this", choices=["", "tensorboard", "wandb"])
     device: str = flag("auto", "cpu, cuda, mps or auto")
-    mixed_precision: str = flag("bf16", "autocast; losses, norms, statistics stay float32", choices=["no", "bf16"])
+    mixed_precision: str = flag("bf16", "autocast; losses and norms stay float32", choices=["no", "bf16"])
     compile: bool = flag(True, "torch.compile the networks")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass, compute it again instead")
-    gradient_accumulation_steps: int = flag(1, "parts in which a process's share of the batch goes through, each "
+    gradient_accumulation_steps: int = flag(1, "parts of a process's batch, one after the other, each "
                                             "normalised by its own batch statistics", positive_int)
     num_workers: int = flag(8, "loader processes per GPU", count)
     # the data
     data_dir: str = flag("", "DIR/CLASS/*.jpg, DIR with dataset.json, or a folder of images (one class); "
                          "without it (tiny) OpenMoji is drawn into data/", existing_folder)
-    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: the training ones", existing_folder)
+    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: data_dir", existing_folder)
     resolution: int = flag(256, "pixels", positive_int)
     num_classes: int = flag(0, "labels 0 to N-1, label N stands for none; 0: as many as the data has", count)
     batch_size: int = flag(256, "global, over all processes", positive_int)
@@ -101,10 +101,10 @@ class Config:
     path_type: str = flag("linear", "interpolant", choices=["linear", "cosine"])
     weighting: str = flag("uniform", "of training times", choices=["uniform", "lognormal"])
     bn_momentum: float = flag(0.1, "of the latent norm's running statistics", fraction)
-    vae: str = flag("f8d4", "architecture from random weights: f8d4, f16d32 or f4d8; a file brings its own")
+    vae: str = flag("f8d4", "from random weights: f8d4, f16d32 or f4d8; a file brings its own")
     vae_ckpt: str = flag("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id")
     vae_from_scratch: bool = flag(False, "start the VAE from random weights when there is no --vae-ckpt")
-    init_from: str = flag("", "the checkpoint, ours or the release's, whose SiT and VAE to start from", existing_path)
+    init_from: str = flag("", "the training checkpoint whose SiT and VAE to start from", existing_path)
     # what reaches the VAE besides its own losses; the alignment
     vae_grad: str = flag("repa", "the alignment's gradient (REPA-E), none (the VAE is frozen), or the "
                          "diffusion loss's (naive end to end)", choices=["repa", "none", "diffusion"])
@@ -114,19 +114,19 @@ class Config:
     enc_ckpt: str = flag("", "the encoder's weights file, in place of the hub", existing_path)
     projector: str = flag("mlp", "three layers, or iREPA's 3x3 convolution", choices=["mlp", "conv"])
     projector_dim: int = flag(2048, "width of the mlp projector's hidden layers", positive_int)
-    spatial_norm: float = flag(0.0, "gamma of iREPA's norm of features over tokens (0.6); 0: none", non_negative)
+    spatial_norm: float = flag(0.0, "gamma of iREPA's norm of the features (0.6); 0: none", non_negative)
     encoder_depth: int = flag(8, "the block whose output is aligned", positive_int)
-    proj_coeff: float = flag(0.5, "weight of the alignment loss in SiT's pass; 0: no alignment at all", non_negative)
-    vae_align_proj_coeff: float = flag(1.5, "weight of the alignment loss in the VAE's pass", non_negative)
+    proj_coeff: float = flag(0.5, "weight of the alignment in SiT's pass; 0: no alignment", non_negative)
+    vae_align_proj_coeff: float = flag(1.5, "weight of the alignment in the VAE's pass", non_negative)
     # the VAE's other losses
     perceptual: str = flag("lpips", "perceptual distance", choices=["lpips", "encoder"])
-    lpips_ckpt: str = flag("", "LPIPS' linear heads (vgg.pth), in place of the lpips package's", existing_path)
+    lpips_ckpt: str = flag("", "LPIPS' heads (vgg.pth), in place of the lpips package's", existing_path)
     vgg_ckpt: str = flag("", "torchvision's VGG16 weights, in place of the hub", existing_path)
     perceptual_weight: float = flag(1.0, "of the perceptual distance", non_negative)
     kl_weight: float = flag(1e-6, "of the KL term (nats per image)", non_negative)
     disc_weight: float = flag(0.1, "of the GAN term; at 0 the discriminator is not trained", non_negative)
     disc_pretrained_ckpt: str = flag("", "the discriminator to start from", existing_path)
-    disc_start: int = flag(20_000, "the VAE feels the discriminator from here on (a pretrained one: 0)", count)
+    disc_start: int = flag(20_000, "the VAE feels the discriminator from here on (pretrained: 0)", count)
     # optimisation
     learning_rate: float = flag(1e-4, "AdamW, of SiT and projectors", positive)
     vae_learning_rate: float = flag(1e-4, "AdamW, of the VAE", positive)
@@ -143,11 +143,11 @@ class Config:
 SECOND_STAGE = dict(vae_grad="none", cache_latents=True, max_train_steps=4_000_000, keep_every=500_000)
 PRESETS = {
     "tiny": dict(
-        resolution=32, batch_size=32, max_train_steps=1100, checkpointing_steps=550, sampling_steps=550, log_steps=50,
-        num_workers=0, compile=False, cfg_scale=2.5, model="SiT-T/1", weighting="lognormal", encoder_depth=2,
-        enc_type=EMBEDDED, projector_dim=512, vae="f4d8", vae_from_scratch=True, perceptual="encoder",
-        perceptual_weight=0.25, disc_weight=0.0, learning_rate=2e-3, vae_learning_rate=3e-3, lr_warmup_steps=50,
-        lr_decay_steps=600, ema_decay=0.99),
+        resolution=32, batch_size=32, max_train_steps=1100, checkpointing_steps=550, sampling_steps=550,
+        log_steps=50, num_workers=0, compile=False, cfg_scale=2.5, model="SiT-T/1", weighting="lognormal",
+        encoder_depth=2, enc_type=EMBEDDED, projector_dim=512, vae="f4d8", vae_from_scratch=True,
+        perceptual="encoder", perceptual_weight=0.25, disc_weight=0.0, learning_rate=2e-3,
+        vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=600, ema_decay=0.99),
     "sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2"),
     "invae-xl1": dict(vae="f16d32", model="SiT-XL/1"),
     "vavae-xl1": dict(vae="f16d32", model="SiT-XL/1"),         # as IN-VAE, from VA-VAE's weights
@@ -162,33 +162,36 @@ PRESETS = {
 def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
     """One step of REPA-E (paper, section 3 and algorithm 1). Returns {name: scalar tensor}.
 
-    x: images [B, 3, H, W] in [-1, 1]; y: labels [B]; z: latents [B, C, h, w] of a frozen VAE, None where the VAE
-    trains; posterior_noise, eps: standard normal [B, C, h, w]; t: times [B] in [0, 1]; drop: bool [B], labels hidden
-    from SiT. m.vae, m.sit, m.disc are the networks, m.ddp_* the same ones with gradients averaged over processes.
-    last: False while more parts of the same batch follow, whose gradients add up."""
+    x: images [B, 3, H, W] in [-1, 1]; y: labels [B]; z: latents [B, C, h, w] of a frozen VAE, None where the
+    VAE trains; posterior_noise, eps: standard normal [B, C, h, w]; t: times [B] in [0, 1]; drop: bool [B],
+    labels hidden from SiT; last: False while more parts of the same batch follow, whose gradients add up.
+    m.vae, m.sit, m.disc are the networks, m.ddp_* the same ones with gradients averaged over processes."""
     zero, log = torch.zeros((), device=x.device), {}
     with m.autocast(), torch.no_grad():
         f = [encoder(x) for encoder in m.encoders]                              # the targets [B, N, C_i]
 
     if z is None:
-        # 1. The VAE. SiT, projectors and D are frozen: this backward touches the encoder and the decoder alone.
+        # 1. The VAE. SiT, projectors and D are frozen: this backward touches encoder and decoder alone.
         with frozen(m.sit_params), frozen(m.disc_params):
             with m.autocast():
-                posterior, z, x_rec = m.ddp_vae(x, posterior_noise)             # q(z|x), z ~ q, x^ = decode(z)
-                l1, kl, perceptual = (x - x_rec).abs().mean(), posterior.kl().mean(), m.perceptual(x_rec, x)
-                x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)    # running statistics
-                gan = align = diffusion = zero
+                posterior, z, x_rec = m.ddp_vae(x, posterior_noise)         # q(z|x), z ~ q, x^ = decode(z)
+                l1, kl = (x - x_rec).abs().mean(), posterior.kl().mean()
+                perceptual, gan, align, diffusion = m.perceptual(x_rec, x), zero, zero, zero
+                x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)   # running stats
                 if cfg.disc_weight > 0:
                     gan = -m.disc(x_rec).mean()
-                if cfg.vae_grad == "diffusion":                   # naive end to end: z reaches both x_t and v*
+                if cfg.vae_grad == "diffusion":               # naive end to end: z reaches both x_t and v*
                     diffusion = (m.sit(x_t, t, y)[0] - velocity).square().mean()
-                elif f:                                           # blocks 1..depth, with all labels
+                elif f:                                       # blocks 1..depth, with all labels
                     align = alignment_loss(m.sit.align(x_t, t, y), f)
-                vae_loss = (l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
-                            + (cfg.disc_weight if step >= cfg.disc_start else 0.0) * gan
-                            + cfg.vae_align_proj_coeff * align + diffusion)
+                vae_loss = (l1                                                        # encoder, decoder
+                            + cfg.perceptual_weight * perceptual                      # encoder, decoder
+                            + cfg.kl_weight * kl                                      # encoder
+                            + cfg.disc_weight * (step >= cfg.disc_start) * gan        # encoder, decoder
+                            + cfg.vae_align_proj_coeff * align                        # encoder
+                            + diffusion)                                              # encoder: naive alone
             vae_loss.backward()
-        # 2. The discriminator, on sg(x^).
+        # 2. The discriminator, on sg(x^): it alone.
         disc_loss = zero
         if cfg.disc_weight > 0:
             disc_loss = hinge_loss(real=m.ddp_disc(x), fake=m.ddp_disc(x_rec.detach()))
@@ -204,11 +207,12 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
             v, projected = m.ddp_sit(x_t, t, y.masked_fill(drop, m.sit.num_classes))
             denoising = (v - velocity).square().mean()
             align = alignment_loss(projected, f) if f else zero
-            loss = denoising + cfg.proj_coeff * align
+            loss = (denoising                                                         # all of SiT
+                    + cfg.proj_coeff * align)                                         # blocks 1..depth, projectors
         loss.backward()
         log |= dict(loss=loss, denoising_loss=denoising, proj_loss=align)
     log = {name: value for name, value in log.items() if value is not zero}
-    return log | update(m, cfg) if last else log
+    return (log | update(m, cfg)) if last else log
 
 
 @contextmanager
@@ -224,8 +228,8 @@ def frozen(params):
 
 
 def update(m, cfg):
-    """Clip each network's gradient, step its optimizer, move the EMA; returns {name: norm before clipping} and the
-    counts of m.health. Where a gradient is not finite, no network steps and the statistics go back: decided on the
+    """Clip each network's gradient, step its optimizer, move the EMA; returns {name: norm before clipping} and
+    m.health. Where a gradient is not finite, no network steps and the statistics go back: decided on the
     device, and alike on all processes, since averaging brings a bad gradient of one to all."""
     norms = {}
     for name, optimizer in m.trained.items():
@@ -237,18 +241,17 @@ def update(m, cfg):
     for optimizer in m.trained.values():
         if m.fused:
             optimizer.found_inf = bad                                     # the fused kernels skip by it
-            optimizer.step()
-        elif not bad:                                                     # MPS: its fused kernel would not skip
+        if m.fused or not bad:                                            # MPS reads it: its kernel would not
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     for buffer, kept in zip(m.statistics, m.kept_statistics):
         buffer.copy_(torch.where(bad > 0, kept, buffer))
         kept.copy_(buffer)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)        # and the latent statistics
-    m.health["skipped"] = m.health["skipped"] + bad
-    m.health["skipped_in_a_row"] = (m.health["skipped_in_a_row"] + bad) * bad
     still = list(norms.values())[-1] == 0                                 # SiT's, or of a VAE alone its own
-    m.health["zero_gradients_in_a_row"] = (m.health["zero_gradients_in_a_row"] + 1) * still
+    m.health = dict(skipped=m.health["skipped"] + bad,
+                    skipped_in_a_row=(m.health["skipped_in_a_row"] + bad) * bad,
+                    zero_gradients_in_a_row=(m.health["zero_gradients_in_a_row"] + 1) * still)
     return norms | m.health
 
 
@@ -265,20 +268,21 @@ def run_step(m, cfg, step, batch, rank, world, device):
     noise = draw_noise(cfg, step, (m.vae.latent_channels, m.size, m.size), rank, world, device)
     parts, logs = cfg.gradient_accumulation_steps, []
     for k in range(parts):
-        part_x, part_y, posterior_noise, eps, t, drop = (values.chunk(parts)[k] for values in (x, y, *noise))
+        part_x, part_y, *part_noise = (values.chunk(parts)[k] for values in (x, y, *noise))
         z = None
         if cfg.vae_grad == "none":
             with torch.no_grad(), m.autocast():
                 posterior = DiagonalGaussian(moments[0].chunk(parts)[k]) if moments else m.vae.encode(part_x)
-            z = posterior.sample(posterior_noise)
-        logs.append(train_step(m, cfg, step, part_x, part_y, z, posterior_noise, eps, t, drop, last=k == parts - 1))
+            z = posterior.sample(part_noise[0])
+        logs.append(train_step(m, cfg, step, part_x, part_y, z, *part_noise, last=k == parts - 1))
     return {name: torch.stack([log[name].detach() for log in logs if name in log]).mean() for name in logs[-1]}
 
 
 def draw_noise(cfg, step, latent_shape, rank, world, device):
-    """(posterior_noise, eps, t, drop) of a step: drawn for the global batch from (seed, step), then this process's
-    slice, so that neither resuming nor the number of processes changes them."""
-    g = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
+    """(posterior_noise, eps, t, drop) of a step: drawn for the global batch from (seed, step), then this
+    process's slice, so that neither resuming nor the number of processes changes them."""
+    seed = np.random.SeedSequence((cfg.seed, step)).generate_state(1, np.uint64)       # no two pairs share one
+    g = torch.Generator(device).manual_seed(int(seed[0]))
     posterior_noise = torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device)
     eps = torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device)
     t = draw_times(cfg.batch_size, cfg.path_type, cfg.weighting, g, device)
@@ -309,8 +313,8 @@ def parse_config(argv=None):
     parts = int(os.environ.get("WORLD_SIZE", 1)) * cfg.gradient_accumulation_steps
     trained, vae_frozen = cfg.vae_ckpt or cfg.init_from, cfg.vae_grad == "none"
     for wrong, line in (
-            (cfg.batch_size % parts, f"--batch-size {cfg.batch_size}: not divisible by {parts}, the processes times "
-             "--gradient-accumulation-steps"),
+            (cfg.batch_size % parts, f"--batch-size {cfg.batch_size}: not divisible by {parts}, the processes "
+             "times --gradient-accumulation-steps"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite exclude each other"),
             (cfg.cfg_scale > 1 and cfg.cfg_prob == 0,
              "--cfg-scale above 1 needs labels dropped in training (--cfg-prob above 0)"),
@@ -332,26 +336,27 @@ def parse_config(argv=None):
         timm_name(name)
     if not trained:
         with torch.device("meta"):                                  # names, sizes and depths, at no cost
-            vae = AutoencoderKL(cfg.vae)
-            SiT(cfg.model, vae.latent_size(cfg.resolution), vae.latent_channels, 1, encoder_depth=cfg.encoder_depth)
+            size = AutoencoderKL(cfg.vae).latent_size(cfg.resolution)
+            SiT(cfg.model, size, 4, 1, encoder_depth=cfg.encoder_depth)
     return cfg
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
 
 def list_classes(folder):
-    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name; where DIR
-    holds dataset.json, its "labels", [file, number] pairs, count (EDM's and StyleGAN's tools write it); a folder of
-    images alone is one class. Raises UserError."""
+    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name; where
+    DIR holds dataset.json, its "labels", [file, number] pairs, count (EDM's and StyleGAN's tools write it); a
+    folder of images alone is one class. Raises UserError."""
     root, table, classes = Path(folder), Path(folder) / "dataset.json", {}
     files = list_images(root)
     if table.is_file():
         try:
             labels = dict(json.loads(table.read_text())["labels"] or {})
             for path in files:
-                classes.setdefault(int(labels[path.relative_to(root).as_posix()]) if labels else 0, []).append(path)
+                label = labels[path.relative_to(root).as_posix()] if labels else 0
+                classes.setdefault(int(label), []).append(path)
         except (OSError, ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{table}: \"labels\" must hold [file, number] of every image: {one_line(e)}") from None
+            raise UserError(f"{table}: not [file, number] of every image in labels: {one_line(e)}") from None
         return {str(label): classes[label] for label in sorted(classes)}
     for path in files:
         inside = path.parts[len(root.parts):]
@@ -370,9 +375,9 @@ def list_classes(folder):
 
 
 class ImageFolder(Dataset):
-    """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, path of an
-    unreadable file or ''): such a file is replaced by the next readable one. Once `cached` is the folder of
-    `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty. JPEGs are read fast."""
+    """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, path
+    of an unreadable file or ''): such a file is replaced by the next readable one. Once `cached` is the folder
+    of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty."""
     cached, with_images = None, True
 
     def __init__(self, folder, resolution):
@@ -427,16 +432,16 @@ def chunk_file(folder, k):
 
 @torch.no_grad()
 def cache_latents(m, cfg, dataset, device, rank, world, host):
-    """Write the posterior's moments of all images once, float16 [1024, 2C, h, w] a file (NaN: an unreadable image);
-    returns the folder. Its name is a hash of the VAE, the resolution, and the images' names, sizes and times of
-    change: other ones never meet it. A file is written whole by one process, so that a killed run goes on. Machines
-    without a common disk make in a second round what is missing on theirs."""
+    """Write the posterior's moments of all images once, float16 [1024, 2C, h, w] a file (NaN: an unreadable
+    image); returns the folder. Its name is a hash of the VAE, the resolution, and the images' names, sizes and
+    times of change: other ones never meet it. A file is written whole by one process, so that a killed run goes
+    on. Machines without a common disk make in a second round what is missing on theirs."""
     folder = [None]
     if rank == 0:
         digest = hash_tensors(m.vae)
         digest.update(json.dumps([m.vae.config, cfg.resolution]).encode())
         for path in dataset.files:
-            stat = os.stat(path)                             # a time of change, unlike one of modification, is true
+            stat = os.stat(path)                             # nobody can set a time of change back
             digest.update(path + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} ".encode())
         folder = [str(Path(cfg.output_dir) / f"latents-{digest.hexdigest()[:16]}")]
     if world > 1:
@@ -445,7 +450,7 @@ def cache_latents(m, cfg, dataset, device, rank, world, host):
     for first, every in ((rank, world), here):
         files = [chunk_file(folder[0], k) for k in range(math.ceil(len(dataset) / CHUNK))]
         missing = [(k, file) for k, file in enumerate(files) if not file.is_file()]
-        for k, file in tqdm(missing[first::every], "caching latents", unit="file", disable=rank > 0 or not missing):
+        for k, file in tqdm(missing[first::every], "caching latents", disable=rank > 0 or not missing):
             items, moments = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))], []
             for x, _, bad in DataLoader(dataset, 32, sampler=items, num_workers=cfg.num_workers,
                                         worker_init_fn=ignore_signals):
@@ -474,8 +479,8 @@ def build(cfg, device):
     aligned = cfg.proj_coeff > 0 and not cfg.vae_only
     size, (_, width, _, patch) = vae.latent_size(cfg.resolution), parse_model(cfg.model)
     compared = cfg.perceptual == "encoder" and cfg.vae_grad != "none"
-    encoders = [FrozenEncoder(name, size // patch, cfg.enc_ckpt or None, cfg.allow_random_weights, cfg.spatial_norm)
-                for name in cfg.enc_type.split(",") if aligned or compared]
+    encoders = [FrozenEncoder(name, size // patch, cfg.enc_ckpt or None, cfg.allow_random_weights,
+                              cfg.spatial_norm) for name in cfg.enc_type.split(",") if aligned or compared]
     projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders if aligned]
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes or 1, cfg.cfg_prob, cfg.qk_norm,
               cfg.encoder_depth, projectors, cfg.bn_momentum)
@@ -524,12 +529,13 @@ def build(cfg, device):
 
 
 def init_from(path, sit, ema, with_norm):
-    """SiT and its average from a training checkpoint, the latent norm only if its VAE is taken as well. What does not
-    fit starts anew: projectors, the labels of another number of classes, the positions of another resolution."""
+    """SiT and its average from a training checkpoint, the latent norm only if its VAE is taken as well. What
+    does not fit starts anew: projectors, labels of other classes, positions of another resolution."""
     ckpt, anew = read_checkpoint(path), set()
     for net, key in ((sit, "model"), (ema, "ema")):
-        own, state = net.state_dict(), ckpt[key]
-        state = {name: tensor for name, tensor in state.items() if name in own or not name.startswith("projectors.")}
+        own = net.state_dict()
+        state = {name: tensor for name, tensor in ckpt[key].items()
+                 if name in own or not name.startswith("projectors.")}
         for name, tensor in own.items():
             part = name.split(".")[0]
             fits = name in state and state[name].shape == tensor.shape
@@ -545,16 +551,16 @@ def init_from(path, sit, ema, with_norm):
 def recomputed(function):
     """The same function, of which only the inputs are kept for the backward pass, which runs it again."""
     def run(*args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)      # no dropout in it
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)   # no dropout in it
     return run
 
 
 def wrap(m, cfg, device, world):
-    """Compile the networks, then let DDP average gradients. Statistics are not broadcast: the latent norm's are
-    equal everywhere by construction, the discriminator's are per process, as released."""
+    """Compile the networks, then let DDP average gradients. Statistics are not broadcast: the latent norm's
+    are equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)       # a toolkit without GPU is fine
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)    # no GPU is no fault
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
@@ -573,12 +579,12 @@ def wrap(m, cfg, device, world):
         kwargs = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
                       gradient_as_bucket_view=True)
         m.ddp_vae, m.ddp_sit, m.ddp_disc = (DDP(net, **kwargs) for net in (m.vae, m.sit, m.disc))
-    m.kept_statistics = [buffer.clone() for buffer in m.statistics]           # for a step that has to be skipped
+    m.kept_statistics = [buffer.clone() for buffer in m.statistics]        # for a step that is to be skipped
 
 
 @torch.no_grad()
 def measure_latents(m, dataset, device, images=512):
-    """Start the running statistics from the VAE's own latents: their mean and variance over some of the data."""
+    """Start the running statistics from the VAE's own latents, over some of the data."""
     indices = np.random.default_rng(0).permutation(len(dataset))[:images]
     z, g = [], torch.Generator().manual_seed(0)
     for chunk in np.array_split(indices, -(-len(indices) // 32)):
@@ -601,11 +607,12 @@ STATE = dict(model="sit", ema="ema", vae="vae", discriminator="disc", opt="opt",
 
 
 def save_checkpoint(m, cfg, folder, step, classes):
-    """The released keys; args as a plain dict, the names of the classes in it; the VAE inside, so that this one file
-    samples. On GPUs only the copy to the host is waited for. Older checkpoints go, but for the newest two and every
-    --keep-every-th step."""
+    """The released keys; args as a plain dict, with the names of the classes; the VAE inside, so that this one
+    file samples. On GPUs only the copy to the host is waited for. Older checkpoints go, but for the newest two
+    and every --keep-every-th step."""
     ckpt = {key: getattr(m, name).state_dict() for key, name in STATE.items()}
-    ckpt |= dict(args=dataclasses.asdict(cfg) | dict(classes=classes, vae_groups=m.vae.config["groups"]), steps=step)
+    more = dict(classes=classes, vae_groups=m.vae.config["groups"])   # no tensor's shape shows the groups
+    ckpt |= dict(args=dataclasses.asdict(cfg) | more, steps=step)
     path = folder / "checkpoints" / f"{step:07d}.pt"
 
     def write():
@@ -628,14 +635,12 @@ def newest_complete(folder):
     for path in reversed(checkpoints(folder)):
         try:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()                           # reads all, against the archive's CRCs
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-            damaged = one_line(e)
-        if damaged is None:
-            return path
-        aside = path.with_suffix(".damaged")
-        path.rename(aside)
-        tqdm.write(f"{path} is damaged ({damaged}): set aside as {aside.name}")
+                if archive.testzip() is None:                         # reads all, against the archive's CRCs
+                    return path
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+            pass
+        aside = path.rename(path.with_suffix(".damaged"))
+        tqdm.write(f"{path} is damaged: set aside as {aside.name}")
 
 
 FIXED = ("model", "vae", "resolution", "num_classes", "qk_norm", "cfg_prob", "path_type", "enc_type",
@@ -646,6 +651,9 @@ def load_run(m, cfg, path, classes, say):
     """Everything of a checkpoint back into the networks and optimizers; returns its step. Settings that
     differ from the run's are told, those that cannot change refused, as are other classes."""
     ckpt = read_checkpoint(path)
+    for label, (old, new) in enumerate(itertools.zip_longest(ckpt["args"].get("classes", classes), classes)):
+        if old != new:
+            raise UserError(f"{path} was trained with {old} as class {label}; in {cfg.data_dir} that is {new}")
     for name, value in dataclasses.asdict(cfg).items():
         old = ckpt["args"].get(name, value)
         if old != value and name not in ("resume", "overwrite", "output_dir", "exp_name"):
@@ -653,9 +661,6 @@ def load_run(m, cfg, path, classes, say):
                 option = name.replace("_", "-")
                 raise UserError(f"{path} was trained with --{option} {old}; it cannot go on with {value}")
             say(f"going on with another {name}: {old} -> {value}")
-    for label, (old, new) in enumerate(itertools.zip_longest(ckpt["args"].get("classes", classes), classes)):
-        if old != new:
-            raise UserError(f"{path} was trained with {old} as class {label}; in {cfg.data_dir} that is {new}")
     try:
         for key, name in STATE.items():
             if key.startswith("opt"):
@@ -693,18 +698,16 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
 
 
 def measure_speed(m, cfg, device):
-    """(FLOPs of a step per image, forward and backward, counted in an eager step of one image that is not applied;
-    FLOP/s of a large matrix product in the run's precision, the peak that the log's "mfu" is a share of)."""
+    """(FLOPs of a step per image, forward and backward, counted in an eager step of one image that is not
+    applied; FLOP/s of a large matrix product in the run's precision, of which the log's "mfu" is a share)."""
     x = torch.zeros(1, 3, cfg.resolution, cfg.resolution, device=device)
     eps = torch.zeros(1, m.vae.latent_channels, m.size, m.size, device=device)
-    y, t, z = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), 0.5, device=device), None
+    y, t = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), 0.5, device=device)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        if cfg.vae_grad == "none":
-            z = eps
-            if not cfg.cache_latents:
-                with torch.no_grad(), m.autocast():
-                    m.vae.encode(x)
-        train_step(m, cfg, 0, x, y, z, eps, eps, t, y > 0, last=False)
+        if cfg.vae_grad == "none" and not cfg.cache_latents:
+            with torch.no_grad(), m.autocast():
+                m.vae.encode(x)
+        train_step(m, cfg, 0, x, y, eps if cfg.vae_grad == "none" else None, eps, eps, t, y > 0, last=False)
     for optimizer in m.trained.values():
         optimizer.zero_grad(set_to_none=True)
     for buffer, kept in zip(m.statistics, m.kept_statistics):
@@ -719,40 +722,36 @@ def measure_speed(m, cfg, device):
 
 
 def profile(m, cfg, batches, rank, world, device, flops, peak):
-    """cfg.profile steps after three of warm-up: torch.profiler's table, with a row for each section of the forward
-    pass (what is recorded there runs backward in autograd's own rows), and the rate of the whole step."""
-    sections = [("# VAE encoder", m.vae, "encode"), ("# VAE decoder", m.vae, "decode"), ("# D", m.disc, "forward"),
-                ("# SiT, alignment pass", m.sit, "align"), ("# SiT", m.sit, "forward"), ("# AdamW", m.opt, "step"),
-                ("# AdamW", m.opt_vae, "step"), ("# AdamW", m.opt_disc, "step")]
-    sections += [("# encoder features", encoder, "forward") for encoder in m.encoders]
-    sections += [("# perceptual distance", m.perceptual, "forward")] if m.perceptual else []
+    """cfg.profile steps after three of warm-up: torch.profiler's table, with a row for each section of the
+    forward pass (its backward stands in autograd's own rows), and the rate of the whole step."""
+    sections = [("VAE encoder", m.vae, "encode"), ("VAE decoder", m.vae, "decode"), ("D", m.disc, "forward"),
+                ("SiT, alignment pass", m.sit, "align"), ("SiT", m.sit, "forward"), ("AdamW", m.opt, "step"),
+                ("AdamW", m.opt_vae, "step"), ("AdamW", m.opt_disc, "step"),
+                *(("encoder features", encoder, "forward") for encoder in m.encoders)]
+    if m.perceptual:
+        sections.append(("perceptual distance", m.perceptual, "forward"))
     for name, owner, method in sections:
-        setattr(owner, method, record_function(name)(getattr(owner, method)))
+        setattr(owner, method, record_function(f"# {name}")(getattr(owner, method)))
 
-    def run(steps):
-        start, waited = time.perf_counter(), 0.0
+    def seconds_a_step(steps):
+        start = time.perf_counter()
         for step in range(steps):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            run_step(m, cfg, step, batch, rank, world, device)
+            run_step(m, cfg, step, next(batches), rank, world, device)
         getattr(torch, device.type).synchronize()
-        return (time.perf_counter() - start) / steps, waited / steps
+        return (time.perf_counter() - start) / steps
 
     os.environ["KINETO_LOG_LEVEL"] = "99"                             # the profiler's own notes stay unsaid
-    run(3)
-    seconds, waited = run(cfg.profile)
-    activities, order = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if device.type == "cuda":
-        activities, order = activities + [ProfilerActivity.CUDA], "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as profiler:
-        run(cfg.profile)
+    seconds_a_step(3)
+    seconds = seconds_a_step(cfg.profile)
+    with torch.profiler.profile() as profiler:
+        seconds_a_step(cfg.profile)
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=50)
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else math.nan
     rate = cfg.batch_size / seconds
-    return (f"{table}\nstep {seconds * 1e3:.1f} ms, {rate:.1f} images/s, waiting for data {waited * 1e3:.1f} ms of it, "
-            f"GPU memory {memory:.2f} GiB\n{flops / 1e12:.4f} TFLOP an image: {flops * rate / world / 1e12:.3f} "
-            f"TFLOP/s a process, {flops * rate / world / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
+    return (f"{table}\nstep {seconds * 1e3:.1f} ms, {rate:.1f} images/s, GPU memory {memory:.2f} GiB\n"
+            f"{flops / 1e12:.4f} TFLOP an image: {flops * rate / world / 1e12:.3f} TFLOP/s a process, "
+            f"{flops * rate / world / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
@@ -826,10 +825,9 @@ def main():
     device = pick_device(cfg.device)
     atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     folder = Path(cfg.output_dir) / cfg.exp_name
-    found = checkpoints(folder)
-    if found and not (cfg.resume or cfg.overwrite or cfg.profile):
-        raise UserError(f"{folder} already holds checkpoints: --resume goes on from {found[-1].name}, "
-                        "--overwrite starts afresh, --exp-name NAME keeps both")
+    if checkpoints(folder) and not (cfg.resume or cfg.overwrite or cfg.profile):
+        raise UserError(f"{folder} holds checkpoints already: --resume goes on from the newest, --overwrite "
+                        "starts afresh, --exp-name NAME keeps both")
     rank, world = start_processes(device)
     main_process = rank == 0
     host = dist.new_group(backend="gloo") if world > 1 else None      # to agree on stopping
@@ -852,7 +850,7 @@ def main():
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not drawn.is_dir():
             draw_openmoji(drawn, cfg.resolution)
         cfg.data_dir, cfg.val_dir = str(drawn / "train"), cfg.val_dir or str(drawn / "val")
-    shared = [None, None]                                    # process 0 lists the files and finds the checkpoint
+    shared = [None, None]                                    # process 0 lists files and finds the checkpoint
     if main_process:
         shared = [ImageFolder(cfg.data_dir, cfg.resolution),
                   newest_complete(folder) if cfg.resume and not cfg.profile else None]
@@ -864,9 +862,9 @@ def main():
     classes = dataset.classes
     cfg.num_classes = cfg.num_classes or len(classes)
     if cfg.num_classes != len(classes):
-        raise UserError(f"--num-classes {cfg.num_classes}, but {cfg.data_dir} has {len(classes)}; leave the flag out")
+        raise UserError(f"--num-classes {cfg.num_classes}, but {cfg.data_dir} has {len(classes)}; leave it out")
     if 2 * len(classes) > len(dataset):
-        say(f"warning: {len(classes)} classes for {len(dataset)} images; is every folder in {cfg.data_dir} a class?")
+        say(f"warning: {len(classes)} classes for {len(dataset)} images; is every folder in it a class?")
     if cfg.num_classes == 1:                                          # nothing to guide by
         cfg.cfg_prob, cfg.cfg_scale = 0.0, 1.0
 
@@ -888,9 +886,9 @@ def main():
         shown = ImageFolder(cfg.val_dir, cfg.resolution) if cfg.val_dir else dataset
         chosen = np.random.default_rng(0).permutation(len(shown))[:256]
         shown = torch.stack([shown[int(i), False][0] for i in chosen])
-        sit_size, vae_size = (sum(p.numel() for p in params) / 1e6 for params in (m.sit_params, m.vae_params))
-        say(f"{folder}: {len(dataset)} images in {len(classes)} classes, {cfg.model} {sit_size:.1f} M, VAE {cfg.vae} "
-            f"{vae_size:.1f} M, {world} x {device.type}, step {step}")
+        sizes = [sum(p.numel() for p in params) / 1e6 for params in (m.sit_params, m.vae_params)]
+        say(f"{folder}: {len(dataset)} images in {len(classes)} classes, {cfg.model} {sizes[0]:.1f} M, "
+            f"VAE {cfg.vae} {sizes[1]:.1f} M, {world} x {device.type}, step {step}")
     if cfg.cache_latents:
         dataset.cached = cache_latents(m, cfg, dataset, device, rank, world, host)
         dataset.with_images = bool(m.encoders)
@@ -919,8 +917,7 @@ def main():
             tqdm.write(f"skipped an unreadable image: {name}")
             bad_files.add(name)
             if len(bad_files) > 0.01 * len(dataset):
-                raise UserError(f"{len(bad_files)} of {len(dataset)} images are unreadable, more than 1 in "
-                                f"100; the last one: {name}")
+                raise UserError(f"{len(bad_files)} of {len(dataset)} images unreadable, the last one {name}")
         stopping = agree(bool(signals), host)
         metrics = run_step(m, cfg, step, batch, rank, world, device)
         step += 1
@@ -942,13 +939,10 @@ def main():
             if main_process:
                 log(step, row)
                 say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-                if bad_files:
-                    say(f"{len(bad_files)} unreadable images skipped so far")
             if row["skipped_in_a_row"] >= 20 or row["zero_gradients_in_a_row"] >= 100:
                 what = "not finite for 20" if row["skipped_in_a_row"] >= 20 else "exactly zero for 100"
-                good = [p.name for p in checkpoints(folder)[-1:]] or ["none yet"]
-                raise UserError(f"step {step}: gradients were {what} steps in a row; the last good "
-                                f"checkpoint: {good[0]}")
+                good = checkpoints(folder)[-1].name if checkpoints(folder) else "none yet"
+                raise UserError(f"step {step}: gradients {what} steps in a row; last good checkpoint: {good}")
             since, images_done = time.time(), 0
         if (step % cfg.checkpointing_steps == 0 or last or stopping) and main_process:
             save_checkpoint(m, cfg, folder, step, classes)

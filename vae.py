@@ -1,10 +1,9 @@
 """vae.py: the autoencoder between pixels and latents, and what the other files borrow.
 
-    python vae.py export CKPT DIR              the VAE of a training checkpoint as a diffusers AutoencoderKL
-    python vae.py reconstruct VAE IMAGES       what a VAE makes of images: pictures, PSNR, SSIM, LPIPS
+    python vae.py export CKPT DIR       writes the VAE of a training checkpoint as a diffusers AutoencoderKL
 
-From top to bottom: AutoencoderKL; its discriminator, losses and measures; its file formats; what the other files
-borrow (errors, argument types, files, pictures); the command.
+From top to bottom: AutoencoderKL; its discriminator, losses and measures; its file formats; what the other
+files borrow (errors, argument types, devices, files, pictures); the command.
 Images are float tensors [B, 3, H, W] in [-1, 1]; latents are [B, C, h, w].
 """
 import argparse
@@ -33,12 +32,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-# ---- The autoencoder (parameter names of CompVis' latent-diffusion, as in the released checkpoints) --------
+# --- The autoencoder (parameter names of CompVis' latent-diffusion, as in the released checkpoints) ---------
 
 LATENT_EPS = 1e-4                                          # of the latent norm between VAE and SiT
 
-# ch * ch_mult: channels of the resolution levels, full resolution first. Attention is fixed to levels, whatever the
-# input's size: f16d32 was built for 256 pixels with attention at 16x16. The last row is the tiny preset's.
+# ch * ch_mult: channels of the resolution levels, full resolution first. Attention keeps its levels at any
+# input size: f16d32 was built for 256 pixels with attention at 16x16. The last row is the tiny preset's.
 VAES = {
     "f8d4": dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), latent_channels=4),
     "f16d32": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), latent_channels=32),
@@ -82,7 +81,8 @@ class Level(nn.Module):
     def __init__(self, cin, cout, blocks, attention, groups):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(cin if j == 0 else cout, cout, groups) for j in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(cout, groups) if attention else nn.Identity() for _ in range(blocks))
+        attn = (AttnBlock(cout, groups) if attention else nn.Identity() for _ in range(blocks))
+        self.attn = nn.ModuleList(attn)
 
     def forward(self, h):
         for block, attn in zip(self.block, self.attn):
@@ -101,9 +101,9 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] -> moments [B, 2C, h, w], before quant_conv; the arguments are a row of VAES."""
+    """Images [B, 3, H, W] -> moments [B, 2C, h, w], before quant_conv; the arguments are those of VAES."""
 
-    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups=32, mid_attention=True):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups, mid_attention):
         super().__init__()
         widths = [round(ch * m) for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
@@ -125,10 +125,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, C, h, w], after post_quant_conv -> images [B, 3, H, W]; `up.0` is the level of full resolution
-    and runs last."""
+    """Latents [B, C, h, w], after post_quant_conv -> images [B, 3, H, W]; `up.0`, full size, runs last."""
 
-    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups=32, mid_attention=True):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, latent_channels, groups, mid_attention):
         super().__init__()
         widths = [round(ch * m) for m in ch_mult]
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
@@ -150,7 +149,7 @@ class Decoder(nn.Module):
 
 
 class DiagonalGaussian:
-    """The posterior q(z|x): N(mean, exp(logvar)) per latent value, from moments [B, 2C, h, w], kept as given."""
+    """The posterior q(z|x): N(mean, exp(logvar)) per latent value. moments: [B, 2C, h, w], kept as given."""
 
     def __init__(self, moments):
         self.moments = moments
@@ -167,9 +166,9 @@ class DiagonalGaussian:
 
 
 class AutoencoderKL(nn.Module):
-    """VAE of latent diffusion (arXiv 2112.10752). config: a name of VAES, or a dict with the keys of its rows and
-    of VAE_DEFAULTS; groups, if given, replaces its groups. Raises UserError for an unknown name and for groups that
-    do not divide the channels. stride: pixels per latent position; latent_channels: C; config: the complete dict."""
+    """VAE of latent diffusion (arXiv 2112.10752). config: a name of VAES, or a dict with the keys of its rows
+    and of VAE_DEFAULTS; groups, if given, replaces its groups. stride: pixels per latent position. Raises
+    UserError for an unknown name and for groups that do not divide the channels."""
 
     def __init__(self, config, groups=None):
         super().__init__()
@@ -208,20 +207,19 @@ class AutoencoderKL(nn.Module):
         return posterior, z, self.decode(z)
 
 
-# ---- The discriminator, the VAE's losses and the measures of a reconstruction ------------------------------
+# --- The discriminator, the VAE's losses and the measures of a reconstruction -------------------------------
 
 class Discriminator(nn.Module):
-    """PatchGAN (arXiv 1611.07004): images [B, 3, H, W] -> logits [B, 1, h, w], in float32 also under autocast. Its
-    batch norm stays in train mode always, as in the release, and is not synchronised over processes."""
+    """PatchGAN (arXiv 1611.07004): images [B, 3, H, W] -> logits [B, 1, h, w], float32 under autocast, too.
+    Its batch norm always stays in train mode, as in the release, and is not synchronised over processes."""
 
-    def __init__(self, ch=64, layers=3):
+    def __init__(self):
         super().__init__()
-        widths = [ch * 2 ** i for i in range(layers + 1)]
-        main = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i, (cin, cout) in enumerate(zip(widths, widths[1:])):
-            conv = nn.Conv2d(cin, cout, 4, stride=2 if i < layers - 1 else 1, padding=1, bias=False)
-            main += [conv, nn.BatchNorm2d(cout), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        layers = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for cin, cout, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            conv = nn.Conv2d(cin, cout, 4, stride, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(cout), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
         for m in self.main:
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, 0, 0.02)
@@ -245,23 +243,23 @@ def unit_length(f, eps=1e-10):
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (arXiv 1801.03924): VGG16 features, unit length per position, squared differences
+    """Learned perceptual distance (arXiv 1801.03924): squared differences of unit-length VGG16 features,
     weighted by linear heads, averaged over positions, summed over five layers. heads, vgg: files of the heads
-    (lin0.model.1.weight ...) and of torchvision's VGG16; None: the `lpips` package's and timm's hub copy; random:
-    neither is read. Raises UserError where one is missing."""
+    and of torchvision's VGG16, by default the `lpips` package's and the hub's; random: neither is read.
+    Raises UserError where one is missing."""
     LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}                  # relu1_2 ... relu5_3 -> channels
 
     def __init__(self, heads=None, vgg=None, random=False):
         super().__init__()
         if heads is None and not random:
-            spec = importlib.util.find_spec("lpips")                     # found, not imported
+            spec = importlib.util.find_spec("lpips")                           # found, not imported
             if spec is None:
-                raise UserError("LPIPS: no linear heads here; pip install lpips, or give the file by --lpips-ckpt")
+                raise UserError("LPIPS: no linear heads; pip install lpips, or give the file by --lpips-ckpt")
             heads = Path(spec.origin).parent / "weights/v0.1/vgg.pth"
         try:
             net = timm.create_model("vgg16.tv_in1k", pretrained=vgg is None and not random)
         except Exception as e:                                           # hub errors come in many classes
-            raise UserError(f"LPIPS: no VGG16 to be fetched ({type(e).__name__}); give it by --vgg-ckpt") from None
+            raise UserError(f"LPIPS: no VGG16 fetched ({type(e).__name__}); give it by --vgg-ckpt") from None
         self.vgg = net.features[:30]
         self.heads = nn.ParameterList(torch.ones(1, c, 1, 1) / c for c in self.LAYERS.values())
         if vgg is not None:
@@ -275,7 +273,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def features(self, x):
-        """Images [B, 3, H, W] in [-1, 1] -> five unit-length feature maps. (The release scaled them twice first.)"""
+        """Images [B, 3, H, W] in [-1, 1] -> five unit-length feature maps. (The release scales twice.)"""
         h, maps = (x - self.shift) / self.scale, []
         for i, layer in enumerate(self.vgg):
             h = layer(h)
@@ -284,7 +282,7 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, x, target):
-        """Distance [] of images x from images `target`, mean over the batch; no gradient reaches the target."""
+        """Distance [] of images x from images `target`, mean over the batch; no gradient into the target."""
         with torch.no_grad():
             target = self.features(target)
         layers = zip(self.features(x), target, self.heads)
@@ -298,8 +296,8 @@ def psnr(x, y):
 
 
 def ssim(x, y):
-    """Structural similarity [B] of images [B, C, H, W] in [-1, 1], averaged over channels and the positions where
-    the Gaussian window (11 x 11, sigma 1.5) fits (Wang et al. 2004)."""
+    """Structural similarity [B] of images [B, C, H, W] in [-1, 1] (Wang et al. 2004), averaged over channels
+    and the positions where the Gaussian window (11 x 11, sigma 1.5) fits."""
     g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
     kernel = torch.outer(g / g.sum(), g / g.sum()).expand(x.shape[1], 1, 11, 11)
     x, y, c1, c2 = (x.double() + 1) / 2, (y.double() + 1) / 2, 0.01 ** 2, 0.03 ** 2
@@ -308,36 +306,36 @@ def ssim(x, y):
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
 
-# ---- The autoencoder's file formats ------------------------------------------------------------------------
+# --- The autoencoder's file formats -------------------------------------------------------------------------
 
-WEIGHTS = [f"diffusion_pytorch_model{end}" for end in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")]
+WEIGHTS = [f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin", "fp16.bin")]
 RENAMED = {                                                # parts of our (CompVis') names and diffusers'
     ".mid.block_1.": ".mid_block.resnets.0.", ".mid.block_2.": ".mid_block.resnets.1.",
     ".mid.attn_1.": ".mid_block.attentions.0.", ".down.": ".down_blocks.", ".up.": ".up_blocks.",
     ".block.": ".resnets.", ".attn.": ".attentions.", ".downsample.": ".downsamplers.0.",
     ".upsample.": ".upsamplers.0.", ".nin_shortcut.": ".conv_shortcut.", ".norm_out.": ".conv_norm_out.",
     ".norm.": ".group_norm.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}
-OURS = {theirs: ours for ours, theirs in RENAMED.items()} | {              # the last ones: before diffusers 0.18
+OURS = {theirs: ours for ours, theirs in RENAMED.items()} | {                # the rest: before diffusers 0.18
     ".query.": ".q.", ".key.": ".k.", ".value.": ".v.", ".proj_attn.": ".proj_out."}
 
 
 def rename(name, levels, table=RENAMED):
-    """diffusers' name of a parameter of ours, or with the table OURS the reverse, in a VAE of so many levels."""
-    name = re.sub(r"(\.up(?:_blocks)?\.)(\d+)", lambda m: f"{m[1]}{levels - 1 - int(m[2])}", name)   # from the end
+    """diffusers' name of a parameter of ours, with the table OURS the reverse (`up` counts from the end)."""
+    name = re.sub(r"(\.up(?:_blocks)?\.)(\d+)", lambda m: f"{m[1]}{levels - 1 - int(m[2])}", name)
     for old, new in table.items():
         name = name.replace(old, new)
     return name
 
 
 def strip_wrappers(state):
-    """A state dict without the "module." of DDP and the "_orig_mod." of torch.compile, wherever in its keys."""
+    """A state dict without DDP's "module." and torch.compile's "_orig_mod.", wherever in its keys."""
     return {".".join(part for part in str(key).split(".") if part not in ("module", "_orig_mod")): value
             for key, value in state.items()}
 
 
 def find_vae(state, what):
-    """The VAE's own tensors, with CompVis' names, in a state dict, bare or under "state_dict", "vae" or "model", of a
-    VAE, or of a trainer or pipeline with other keys (loss.) and prefixes (first_stage_model.). Raises UserError."""
+    """A VAE's tensors, by CompVis' names, in a state dict, bare or under "state_dict", "vae" or "model"; it
+    may have other keys (loss.) and prefixes (first_stage_model.). Raises UserError."""
     for key in ("state_dict", "vae", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -359,47 +357,32 @@ def find_vae(state, what):
     return state
 
 
-def read_architecture(state):
-    """The row of VAES, without groups, that has these tensors. Raises KeyError, IndexError where none has."""
-    def count(pattern):
-        return len({match[1] for match in map(re.compile(pattern).match, state) if match})
+def read_architecture(state, what):
+    """The row of VAES of a VAE with these tensors, or else a dict like one, without groups: no tensor shows
+    those of its norms. Raises UserError where the tensors are no AutoencoderKL's."""
+    def count(modules):
+        return len({key.removeprefix(modules).split(".")[0] for key in state if key.startswith(modules)})
 
-    ch, levels = len(state["encoder.conv_in.weight"]), count(r"encoder\.down\.(\d+)\.block\.")
-    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(max(levels, 1))]
-    return dict(ch=ch, ch_mult=tuple(width / ch if width % ch else width // ch for width in widths),
-                num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"),
-                attn_levels=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in state),
-                latent_channels=state["decoder.conv_in.weight"].shape[1],
-                mid_attention="encoder.mid.attn_1.norm.weight" in state,
-                quant_conv="quant_conv.weight" in state, post_quant_conv="post_quant_conv.weight" in state)
-
-
-def build_vae(state, what, name=None, groups=None):
-    """AutoencoderKL in float32 from what `find_vae` takes, of the architecture `name` or what the tensors show. That is
-    not the norms' groups: they are `groups`, or those of the row of VAES with exactly these shapes, or 32. Raises
-    UserError, naming the first tensor that is wrong."""
-    state = find_vae(state, what)
     try:
-        config = read_architecture(state)
+        ch, levels = len(state["encoder.conv_in.weight"]), range(max(1, count("encoder.down.")))
+        config = dict(
+            ch=ch, ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) / ch for i in levels),
+            num_res_blocks=count("encoder.down.0.block."),
+            attn_levels=tuple(i for i in levels if f"encoder.down.{i}.attn.0.norm.weight" in state),
+            latent_channels=state["decoder.conv_in.weight"].shape[1],
+            mid_attention="encoder.mid.attn_1.norm.weight" in state,
+            quant_conv="quant_conv.weight" in state, post_quant_conv="post_quant_conv.weight" in state)
     except (KeyError, IndexError) as e:
         raise UserError(f"{what}: no AutoencoderKL in it ({e})") from None
-    named = [key for key, row in VAES.items() if VAE_DEFAULTS | row | config == VAE_DEFAULTS | row]
-    with torch.device("meta"):
-        vae = AutoencoderKL(name or (named or [config])[0], groups)
-    vae = vae.to_empty(device="cpu")
-    load_into(vae, state, what)
-    return vae
-
-
-def is_hub_id(path):
-    """Whether it reads as OWNER/NAME rather than as a file."""
-    is_file = str(path).endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
-    return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+", str(path)))
+    for row in VAES.values():
+        if VAE_DEFAULTS | row | config == VAE_DEFAULTS | row:
+            return row
+    return config
 
 
 def read_diffusers_folder(folder):
-    """(weights file, groups, (mean [C], std [C]) of the latents) of a diffusers AutoencoderKL directory; what its
-    config.json leaves out is as diffusers has it. Raises UserError."""
+    """(weights file, groups, (mean [C], std [C]) of the latents) of a diffusers AutoencoderKL directory, with
+    diffusers' defaults for what config.json leaves out. Raises UserError."""
     try:
         config = json.loads((folder / "config.json").read_text())
         kind, activation = config.get("_class_name", "AutoencoderKL"), config.get("act_fn", "silu")
@@ -408,7 +391,7 @@ def read_diffusers_folder(folder):
             raise ValueError(f"{kind}, {activation}, {groups} groups")
         ones = torch.ones(config.get("latent_channels", 4))
         mean = ones * torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
-        std = ones * torch.tensor(config.get("latents_std") or 1.0)      # pipelines decode z * std / scale + mean
+        std = ones * torch.tensor(config.get("latents_std") or 1.0)   # pipelines take z * std / scale + mean
         stats = mean, std / (1.0 if scale is None else scale)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(f"{folder}: not a diffusers AutoencoderKL (config.json: {one_line(e)})") from None
@@ -419,12 +402,13 @@ def read_diffusers_folder(folder):
 
 
 def load_vae(path, name=None):
-    """(AutoencoderKL, its latents' (mean [C], std [C]) or None) from a weights file (see `find_vae`), a training
-    checkpoint, a diffusers directory or a hub id. name: as in `build_vae`. The statistics come from the checkpoint's
-    latent norm, the directory's config.json, or from the release's NAME-latents-stats.pt beside NAME.pt
-    (latents_scale = 1 / std, latents_bias = mean). Raises UserError."""
+    """(AutoencoderKL in float32, its latents' (mean [C], std [C]) or None) from a weights file, a training
+    checkpoint, a diffusers directory or a hub id. name: its row of VAES; None: as the tensors show. The
+    statistics are of the checkpoint's latent norm, the directory's config.json, or the release's
+    NAME-latents-stats.pt beside NAME.pt (latents_scale = 1 / std, latents_bias = mean). Raises UserError."""
     file, groups, stats = Path(path), None, None
-    if not file.exists() and is_hub_id(path):
+    is_weights = file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+    if not file.exists() and not is_weights and re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):     # OWNER/NAME
         try:
             for weights in WEIGHTS:
                 file = Path(snapshot_download(str(path), allow_patterns=["config.json", weights]))
@@ -445,20 +429,23 @@ def load_vae(path, name=None):
     state = load_tensors(file)
     if "ema" in state and "args" in state:
         if "vae" not in state:
-            raise UserError(f"{path}: no VAE in this checkpoint, it was frozen; give the VAE's own file")
+            raise UserError(f"{path}: no VAE in this checkpoint, it was frozen; give its file by --vae-ckpt")
         if "bn.running_mean" in state["ema"]:
             stats = state["ema"]["bn.running_mean"], (state["ema"]["bn.running_var"] + LATENT_EPS).sqrt()
         args = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
         groups = args.get("vae_groups")                                  # none in the release's
-    vae = build_vae(state, path, name, groups)
+    state = find_vae(state, path)
+    with torch.device("meta"):
+        vae = AutoencoderKL(name or read_architecture(state, path), groups)
+    load_into(vae.to_empty(device="cpu"), state, path)
     if stats and not all(s.shape == (vae.latent_channels,) and s.isfinite().all() for s in stats):
         raise UserError(f"{path}: its latent statistics are not {vae.latent_channels} finite numbers")
     return vae, stats
 
 
 def export_vae(vae, stats, resolution, folder):
-    """Write a diffusers AutoencoderKL directory, whole or not at all. stats: the latents' (mean [C], std [C]); beside
-    them scaling_factor is 1: pipelines decode z * std / scaling_factor + mean. Raises UserError where `folder` is."""
+    """Write a diffusers AutoencoderKL directory, whole or not at all. stats: (mean, std) of the latents, [C];
+    beside them scaling_factor is 1, as pipelines apply both. Raises UserError where `folder` exists."""
     folder, cfg, levels = Path(folder), vae.config, len(vae.config["ch_mult"])
     if folder.exists():
         raise UserError(f"{folder}: exists already; name a new folder")
@@ -469,10 +456,10 @@ def export_vae(vae, stats, resolution, folder):
         _class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu", sample_size=resolution,
         down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
-        block_out_channels=[round(cfg["ch"] * m) for m in cfg["ch_mult"]], layers_per_block=cfg["num_res_blocks"],
-        latent_channels=cfg["latent_channels"], norm_num_groups=cfg["groups"],
-        mid_block_add_attention=cfg["mid_attention"], use_quant_conv=cfg["quant_conv"],
-        use_post_quant_conv=cfg["post_quant_conv"], scaling_factor=1.0,
+        block_out_channels=[round(cfg["ch"] * m) for m in cfg["ch_mult"]],
+        layers_per_block=cfg["num_res_blocks"], latent_channels=cfg["latent_channels"],
+        norm_num_groups=cfg["groups"], mid_block_add_attention=cfg["mid_attention"],
+        use_quant_conv=cfg["quant_conv"], use_post_quant_conv=cfg["post_quant_conv"], scaling_factor=1.0,
         latents_mean=stats[0].tolist(), latents_std=stats[1].tolist())
     state = {}
     for name, tensor in vae.state_dict().items():
@@ -487,7 +474,7 @@ def export_vae(vae, stats, resolution, folder):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-# ---- What the other files borrow: errors, argument types, devices, files, pictures -------------------------
+# --- What the other files borrow: errors, argument types, devices, files, pictures --------------------------
 
 class UserError(Exception):
     """A mistake in a flag, a path or a file: the message says what was wrong and what to type instead."""
@@ -501,7 +488,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Run `main()`. A UserError, or an OSError that is about a file or a full disk, becomes one line on stderr and
+    """Run `main()`. A UserError, or an OSError about a file or a full disk, becomes one line on stderr and
     exit code 2; bugs keep their traceback. File names that are not UTF-8 print with backslashes."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                                     # not a stand-in for a stream
@@ -509,7 +496,8 @@ def run_command(main):
     try:
         main()
     except (UserError, OSError) as e:
-        if isinstance(e, OSError) and e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        if isinstance(e, OSError) and e.filename is None and e.errno not in full:
             raise
         rank = os.environ.get("RANK", "0")
         tqdm.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {e}", file=sys.stderr)      # above bars
@@ -520,15 +508,15 @@ def run_command(main):
 
 
 def argument(convert, accepts, wanted):
-    """A type= for argparse: `convert` of the text, where `accepts` of that is true; else "must be `wanted`"."""
+    """A type= for argparse: convert(text) where `accepts` is true of it, else an error "must be `wanted`"."""
     def parse(text):
         try:
             value = convert(text)
+            if accepts(value):
+                return value
         except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        return value
+            pass
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
     return parse
 
 
@@ -565,7 +553,7 @@ def can_compile(device):
 
 
 def write_atomic(path, write):
-    """Write a file whole or not at all, and its folder: `write(temporary path)`, sync, rename. Raises UserError."""
+    """Write a file whole or not at all, and its folder: write(path), sync, rename. Raises UserError."""
     path = Path(path)
     tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -633,27 +621,24 @@ def load_into(module, state, what):
         raise UserError(f"{what}: {reason}; is this a checkpoint of another model?") from None
 
 
-NO_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}   # data, documents, films
+NO_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # data, documents
 
 
-def list_images(folder, stamps=None, others=None):
-    """Every image file under `folder`, sorted: those whose suffix Pillow registers for pictures, none that is hidden, no
-    link to nothing or to a folder it stands in. stamps: a dict that takes {folder: [change time in ns, entries]};
-    others: a Counter that takes the suffixes of files that are no images. Raises UserError where no image is."""
+def list_images(folder, others=None):
+    """Every image file under `folder`, sorted: those whose suffix Pillow registers for pictures, none that is
+    hidden, no link to nothing or to a folder it stands in. others: a Counter that takes the suffixes of files
+    that are no images. Raises UserError where no image is."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
                 if kind not in NO_PICTURES and (kind in Image.OPEN or kind == "MPO")}    # MPO opens as JPEG
-    found, rest, folders = [], Counter(), [(str(folder), ())]
+    found, others, folders = [], Counter() if others is None else others, [(str(folder), ())]
     while folders:
         root, above = folders.pop()
         try:
-            status, entries = os.stat(root), list(os.scandir(root))
+            entries, here = list(os.scandir(root)), os.path.realpath(root)
         except OSError as e:
             raise UserError(f"{root}: no such folder, or not readable ({e.strerror})") from None
-        here = status.st_dev, status.st_ino
         if here in above:
             continue
-        if stamps is not None:
-            stamps[root] = [status.st_ctime_ns, len(entries)]
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry.path):
@@ -663,17 +648,15 @@ def list_images(folder, stamps=None, others=None):
             elif suffix in suffixes and entry.is_file():
                 found.append(Path(entry.path))
             else:
-                rest[suffix or "no suffix"] += 1
-    if others is not None:
-        others.update(rest)
+                others[suffix or "no suffix"] += 1
     if not found:
-        kinds = ", ".join(f"{n} of {suffix}" for suffix, n in rest.most_common(5))
+        kinds = ", ".join(f"{n} of {suffix}" for suffix, n in others.most_common(5))
         raise UserError(f"{folder}: no images in it, {kinds or 'it is empty'}")
     return sorted(found)
 
 
 def center_crop(image, size):
-    """ADM's crop: halve with a box filter while both sides stay >= 2 * size, bicubic to `size`, crop the middle."""
+    """ADM's crop: box-halve a PIL image while its sides are >= 2 * size, bicubic to size, cut the middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -683,16 +666,16 @@ def center_crop(image, size):
 
 
 def grey_to_8_bits(image):
-    """A grey PIL image of mode I, I;16 or F as mode L, its transparent value white. Integers are taken for 16 bits;
-    floats for [0, 1], or for [0, 255] where they exceed 2. Raises ValueError for values far from these ranges."""
-    values, tags = np.asarray(image), getattr(image, "tag_v2", {})                       # TIFF's tags
-    lowest, highest, white = 0, 255, 4095 if tags.get(258) == (12,) else 65535           # bits per sample
-    if image.mode == "F":                                                                # resizing overshoots
-        lowest, highest, white = -255, 510, 1 if values.max() <= 2 else 255
+    """A grey PIL image of mode I, I;16 or F as mode L, its transparent value white. Integers have 16 bits (12
+    in some TIFFs), floats in [0, 1], or in [0, 255] where they exceed 2. Raises ValueError for others."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})                     # TIFF's tags
+    margin, white = 0, 4095 if tags.get(258) == (12,) else 65535                       # bits per sample
+    if image.mode == "F":
+        margin, white = 255, 1 if values.max() <= 2 else 255                           # resizing overshoots
     grey = values / (white / 255)
-    if not (lowest <= grey.min() and grey.max() <= highest):                             # nor is NaN
+    if not (-margin <= grey.min() and grey.max() <= 255 + margin):                     # nor is NaN
         raise ValueError(f"grey values from {values.min():g} to {values.max():g}")
-    if tags.get(262) == 0:                                                               # 0 stands for white
+    if tags.get(262) == 0:                                                             # 0 stands for white
         grey = 255 - grey
     if "transparency" in image.info:
         grey = np.where(values == image.info["transparency"], 255, grey)
@@ -700,9 +683,9 @@ def grey_to_8_bits(image):
 
 
 def read_image(path, size=None, fast=False):
-    """An image file as uint8 [3, H, W]; transparency goes onto white; with `size`, ADM's centre crop. Not rotated by
-    EXIF, as in ADM and torchvision. fast: lets the JPEG decoder halve sides of four times `size` and more, which
-    is not ADM's box filter (2 levels apart on average). Raises UserError when the file cannot be decoded."""
+    """An image file as uint8 [3, H, W], on white where transparent; with `size`, ADM's centre crop. EXIF does
+    not rotate it, as in ADM. fast: lets the JPEG decoder halve sides of four times `size` and more, which is
+    not ADM's box filter (2 levels apart on average). Raises UserError for a file that cannot be decoded."""
     try:
         with Image.open(path) as image:
             if fast and size is not None:
@@ -729,15 +712,12 @@ def to_uint8(images):
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def image_grid(images, columns, scale=1, gap=2):
-    """Tile uint8 images [N, 3, H, W] row by row into one PIL image, each enlarged `scale` times."""
-    n, _, h, w = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        top, left = i // columns * (h + gap), i % columns * (w + gap)
-        canvas[top:top + h, left:left + w] = image
-    grid = Image.fromarray(canvas)
+def image_grid(images, columns, scale=1):
+    """Tile uint8 images [N, 3, H, W] row by row into one PIL image, 2 white pixels apart, then enlarge it."""
+    missing = -len(images) % columns                                           # white ones fill the last row
+    tiles = F.pad(images.cpu(), (0, 2, 0, 2, 0, 0, 0, missing), value=255)
+    tiles = tiles.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)           # [rows, h, columns, w, 3]
+    grid = Image.fromarray(tiles.flatten(2, 3).flatten(0, 1)[:-2, :-2].numpy())
     return grid.resize((grid.width * scale, grid.height * scale), Image.NEAREST)
 
 
@@ -746,83 +726,33 @@ def save_png(image, path):
     write_atomic(path, lambda tmp: image.save(tmp, format="PNG", optimize=True))
 
 
-def principal_components(z):
-    """Of latents [B, C, h, w]: their values [B*h*w, C] less the mean, the variances of their principal components,
-    largest first, [C], and these components, [C, C], a column each, the largest loading positive."""
+def latents_in_colour(z, stride=1):
+    """The first three principal components of latents [B, C, h, w], uint8 RGB [B, 3, h*stride, w*stride]."""
     x = z.float().permute(0, 2, 3, 1).flatten(0, 2)                            # [B*h*w, C]
     x = x - x.mean(0)
-    variances, axes = torch.linalg.eigh(x.T @ x / len(x))                      # ascending
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    return x, variances.flip(0).clamp_min(0), axes.flip(1)
-
-
-def latents_in_colour(z, stride=1):
-    """The first three principal components of latents [B, C, h, w] as uint8 RGB [B, 3, h * stride, w * stride]."""
-    x, _, axes = principal_components(z)
-    x = x @ axes[:, :3]
+    axes = torch.linalg.eigh(x.T @ x / len(x))[1].flip(1)[:, :3]               # largest variance first
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()    # its largest loading positive
+    x = x @ axes
     x = x / (2.5 * x.std(0, correction=0) + 1e-6)                              # +-2.5 sigma fills the range
     colour = to_uint8(x.unflatten(0, (z.shape[0], *z.shape[2:])).permute(0, 3, 1, 2))
     return colour.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
 
 
-# ---- The command -------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 
-def export_command(args):
+def main():
+    parser = Parser(description="Write a training checkpoint's VAE as a diffusers AutoencoderKL directory.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("vae", metavar="CKPT", help="a training checkpoint, ours or the release's")
+    parser.add_argument("out", metavar="DIR", help="a new folder")
+    parser.add_argument("--resolution", type=positive_int, default=256, help="pixels (256)")
+    args = parser.parse_args()
     vae, stats = load_vae(args.vae)
     if stats is None:
         raise UserError(f"{args.vae}: no latent statistics in it nor in NAME-latents-stats.pt beside it; "
                         "give a training checkpoint")
     export_vae(vae, stats, args.resolution, args.out)
-    print(f"{args.out}: diffusers AutoencoderKL of {args.vae}, stride {vae.stride}, {vae.latent_channels} channels")
-
-
-@torch.no_grad()
-def reconstruct_command(args):
-    vae, _ = load_vae(args.vae)
-    vae.latent_size(args.resolution)
-    device = pick_device(args.device)
-    vae.to(device, memory_format=torch.channels_last).eval()
-    files = [Path(args.images)] if os.path.isfile(args.images) else list_images(args.images)
-    lpips, shown, scores = None, [], []
-    try:
-        lpips = LPIPS(args.lpips_ckpt, args.vgg_ckpt).to(device)
-    except UserError as e:
-        print(f"no LPIPS: {e}")
-    for file in tqdm(files, unit="img"):
-        image = read_image(file, args.resolution)
-        x = to_float(image[None]).to(device)
-        y = to_uint8(vae.decode(vae.encode(x).mean))
-        pair = x.cpu(), to_float(y).cpu()
-        distance = [] if lpips is None else [lpips(to_float(y), x).item()]
-        scores.append([psnr(*pair).item(), ssim(*pair).item(), *distance])
-        if len(shown) < 48:
-            shown += [image, y[0].cpu()]
-    save_png(image_grid(torch.stack(shown), 8, max(1, 64 // args.resolution)), args.out)
-    for name, value in zip(("PSNR (dB)", "SSIM", "LPIPS"), np.mean(scores, 0)):
-        print(f"  {name:<12}{value:.4f}")
-    print(f"{len(files)} images; originals beside reconstructions in {args.out}")
-
-
-def main():
-    parser = Parser(description="Export a VAE, or look at what it makes of images.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="export|reconstruct")
-    export = commands.add_parser("export", help="write a diffusers AutoencoderKL directory")
-    export.add_argument("vae", metavar="CKPT", help="a training checkpoint, ours or the release's")
-    export.add_argument("out", metavar="DIR", help="a new folder")
-    show = commands.add_parser("reconstruct", help="pictures, PSNR, SSIM, LPIPS of reconstructions")
-    show.add_argument("vae", metavar="VAE", help="checkpoint, weights, diffusers folder or hub id")
-    show.add_argument("images", metavar="IMAGES", type=existing_path, help="a folder of images, or one")
-    show.add_argument("--out", default="reconstructions.png")
-    show.add_argument("--lpips-ckpt", help="LPIPS' linear heads, in place of the lpips package's")
-    show.add_argument("--vgg-ckpt", help="torchvision's VGG16 weights, in place of the hub's")
-    show.add_argument("--device", default="auto")
-    for command in (export, show):
-        command.add_argument("--resolution", type=positive_int, default=256, help="pixels (256)")
-    args = parser.parse_args()
-    if args.command == "export":
-        export_command(args)
-    else:
-        reconstruct_command(args)
+    print(f"{args.out}: diffusers AutoencoderKL, stride {vae.stride}, {vae.latent_channels} channels")
 
 
 if __name__ == "__main__":

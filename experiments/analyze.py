@@ -2,9 +2,11 @@
 
     python experiments/analyze.py evaluate CKPT [CKPT ...]           CKNNA by block, denoising loss by t
     python experiments/analyze.py latents IMAGES VAE [VAE ...] --resolution 32 --out latents.png
+    python experiments/analyze.py reconstruct VAE IMAGES             pictures, PSNR, SSIM, LPIPS
 
 `evaluate` writes evaluation-STEP.json and .png into the run's folder. `latents` draws images and their
-latents in colour side by side, and the spectra of these latents.
+latents in colour side by side, and the spectra of these latents. `reconstruct` draws originals beside their
+reconstructions.
 """
 import json
 import math
@@ -22,15 +24,14 @@ from repa import FrozenEncoder
 from sample import load_checkpoint, read_checkpoint
 from sit import interpolate
 from train import list_classes
-from vae import (Parser, UserError, image_grid, latents_in_colour, list_images, load_vae, pick_device,
-                 positive_int, principal_components, read_image, run_command, to_float, write_atomic)
+from vae import (LPIPS, Parser, UserError, existing_path, image_grid, latents_in_colour, list_images,
+                 load_vae, pick_device, positive_int, psnr, read_image, run_command, save_png, ssim, to_float,
+                 to_uint8, write_atomic)
 
 NEIGHBOURS = 10                                                        # k of CKNNA, as in REPA
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Alignment and denoising
-# ------------------------------------------------------------------------------------------------------------
+# --- Alignment and denoising --------------------------------------------------------------------------------
 
 def cknna(a, b, k=NEIGHBOURS):
     """Centred kernel nearest-neighbour alignment of features [N, D], [N, E] of the same N inputs (arXiv
@@ -157,9 +158,7 @@ def evaluate_command(args):
         print("  denoising loss by t  " + "  ".join(f"{t}: {value:.3f}" for t, value in losses.items()))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Latents
-# ------------------------------------------------------------------------------------------------------------
+# --- Latents ------------------------------------------------------------------------------------------------
 
 def vae_title(path, taken):
     """A short name for a VAE's row: 'RUN STEP' of a checkpoint, else the file's name; the whole path where
@@ -210,7 +209,8 @@ def latents_command(args):
         vae.to(device, memory_format=torch.channels_last).eval()
         batches = tqdm(to_float(images).split(16), desc=path)
         z = torch.cat([vae.encode(x.to(device)).mean.cpu() for x in batches])
-        _, variances, _ = principal_components(z)
+        covariance = torch.cov(z.transpose(0, 1).flatten(1), correction=0)     # [C, C]
+        variances = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)     # largest first
         name = vae_title(path, rows)
         rows[name] = latents_in_colour(z, vae.stride)[shown]
         spectra[name] = variances
@@ -221,9 +221,40 @@ def latents_command(args):
     print(f"{count} images -> {args.out}")
 
 
+# --- Reconstructions ----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def reconstruct_command(args):
+    """PSNR, SSIM and, where its weights are to be had, LPIPS of a VAE's reconstructions (of the posterior's
+    mean); a picture of the first 24 images beside their reconstructions."""
+    vae, _ = load_vae(args.vae)
+    vae.latent_size(args.resolution)                                           # raises where it does not fit
+    device = pick_device(args.device)
+    vae.to(device, memory_format=torch.channels_last).eval()
+    files = [Path(args.images)] if Path(args.images).is_file() else list_images(args.images)
+    lpips, shown, scores = None, [], []
+    try:
+        lpips = LPIPS(args.lpips_ckpt, args.vgg_ckpt).to(device)
+    except UserError as e:
+        print(f"no LPIPS: {e}")
+    for file in tqdm(files, unit="img"):
+        image = read_image(file, args.resolution)
+        x = to_float(image[None]).to(device)
+        y = to_uint8(vae.decode(vae.encode(x).mean))
+        pair = x.cpu(), to_float(y).cpu()
+        distance = [] if lpips is None else [lpips(to_float(y), x).item()]
+        scores.append([psnr(*pair).item(), ssim(*pair).item(), *distance])
+        if len(shown) < 48:
+            shown += [image, y[0].cpu()]
+    save_png(image_grid(torch.stack(shown), 8, max(1, 64 // args.resolution)), args.out)
+    for name, value in zip(("PSNR (dB)", "SSIM", "LPIPS"), np.mean(scores, 0)):
+        print(f"  {name:<12}{value:.4f}")
+    print(f"{len(files)} images; originals beside reconstructions in {args.out}")
+
+
 def main():
     parser = Parser(description="What a checkpoint has learnt.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="evaluate|latents")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="evaluate|latents|reconstruct")
     evaluate = commands.add_parser("evaluate", help="CKNNA by block, denoising loss by t, on held-out images")
     evaluate.add_argument("ckpts", metavar="CKPT", nargs="+", help="training checkpoints")
     evaluate.add_argument("--val-dir", metavar="DIR", help="images as DIR/CLASS/*.jpg (the run's own)")
@@ -235,14 +266,23 @@ def main():
     latents.add_argument("images", metavar="IMAGES", help="a folder of images")
     latents.add_argument("vaes", metavar="VAE", nargs="+", help="checkpoints, weights, diffusers folders")
     latents.add_argument("--out", type=picture_file, default="latents.png", help="the picture (latents.png)")
-    latents.add_argument("--resolution", type=positive_int, default=256, help="pixels (256)")
-    for command in (evaluate, latents):
+    reconstruct = commands.add_parser("reconstruct", help="pictures, PSNR, SSIM, LPIPS of reconstructions")
+    reconstruct.add_argument("vae", metavar="VAE", help="checkpoint, weights, diffusers folder or hub id")
+    reconstruct.add_argument("images", metavar="IMAGES", type=existing_path, help="a folder or an image")
+    reconstruct.add_argument("--out", default="reconstructions.png", help="the picture (reconstructions.png)")
+    reconstruct.add_argument("--lpips-ckpt", help="LPIPS' linear heads, in place of the lpips package's")
+    reconstruct.add_argument("--vgg-ckpt", help="torchvision's VGG16 weights, in place of the hub's")
+    for command in (latents, reconstruct):
+        command.add_argument("--resolution", type=positive_int, default=256, help="pixels (256)")
+    for command in (evaluate, latents, reconstruct):
         command.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.command == "evaluate":
         evaluate_command(args)
-    else:
+    elif args.command == "latents":
         latents_command(args)
+    else:
+        reconstruct_command(args)
 
 
 if __name__ == "__main__":

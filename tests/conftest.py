@@ -1,6 +1,7 @@
 """What the tests share: running commands, small pictures, a short run, the tiny preset's networks."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,17 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import fid
+import sample
 import train
+import vae
 
-torch.set_num_threads(2)
+CPU = torch.device("cpu")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes long: SLOW=1 runs it")
-SHORT = ["--num-classes", "2", "--batch-size", "4", "--log-steps", "1", "--sampling-steps", "100", "--num-workers", "0",
-         "--max-train-steps", "4", "--mixed-precision", "no", "--device", "cpu"]
+SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--log-steps", "1", "--max-train-steps", "4",
+         "--sampling-steps", "100", "--lr-warmup-steps", "20", "--lr-decay-steps", "0", "--num-workers", "0",
+         "--mixed-precision", "no", "--device", "cpu"]
 
 
 def torchrun(processes):
@@ -27,28 +33,59 @@ def torchrun(processes):
 
 def run(*command, cwd, env=None, code=0, timeout=600):
     """Run a command in a folder; check its exit code; return its output."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **(env or {})}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command(script, *flags): train, sample, fid or vae run in this process, in tmp_path; returns what it printed."""
+    mains = dict(train=train.main, sample=sample.main, fid=fid.main, vae=vae.main)
+
+    def call(script, *flags, cwd=tmp_path, code=0):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        capsys.readouterr()
+        ended = 0
+        try:
+            vae.run_command(mains[script])
+        except SystemExit as e:
+            ended = e.code
+        out, err = capsys.readouterr()
+        assert ended == code, out[-3000:] + err[-3000:]
+        return out + err
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    switches = {module: module.allow_tf32 for module in (torch.backends.cuda.matmul, torch.backends.cudnn)}
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for module, value in switches.items():
+        module.allow_tf32 = value
+
+
 def one_line(output, *words):
-    """A command's output ends in one error line that holds these words, and in no traceback."""
+    """A command's output has one error line that holds these words, and no traceback."""
     lines = [line for line in output.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "Traceback" not in output and all(w in lines[0] for w in words), output
 
 
+def metrics_of(folder):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder):
     """The losses in a run's metrics.jsonl, a row a step."""
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "loss" in k or k == "step"} for row in rows]
+    return [{k: v for k, v in row.items() if "loss" in k or k == "step"} for row in metrics_of(folder)]
 
 
 def close(a, b, rtol):
     """|a - b| <= rtol max |b|, for arrays or tensors."""
-    scale = np.abs(np.asarray(b)).max()
-    assert np.abs(np.asarray(a) - np.asarray(b)).max() <= rtol * scale
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.abs(a - b).max() <= rtol * np.abs(b).max()
 
 
 def statistics(channels):
@@ -63,9 +100,18 @@ def flatten(tree, prefix=""):
     return [(prefix, tree)] if isinstance(tree, torch.Tensor) else []
 
 
+def noise_pictures(folder, n, size=40, seed=0):
+    """n little PNGs 000.png, ... of noise in a folder; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
 def tiny_config(*flags):
-    return train.parse_config(["--batch-size", "4", "--mixed-precision", "no", "--seed", "1", "--num-classes", "10",
-                               "--disc-weight", "0.1", "--disc-start", "1000", *flags])
+    return train.parse_config([*SHORT, "--seed", "1", "--num-classes", "10", "--disc-weight", "0.1", "--disc-start",
+                               "1000", *flags])
 
 
 @pytest.fixture
@@ -78,8 +124,8 @@ def tiny():
         g = torch.Generator().manual_seed(0)
         for net in (m.sit, m.ema):                                # adaLN-Zero starts as the identity: open it
             for name, p in net.named_parameters():
-                if "adaLN" in name or "final_layer.linear" in name:
-                    p.data.copy_(torch.empty(p.shape).normal_(0, 0.05, generator=g))
+                if "adaLN" in name or "final_layer.linear" in name or "embedding_table" in name:
+                    p.data.copy_(torch.empty(p.shape).normal_(0, 0.05 if "adaLN" in name else 0.3, generator=g))
         x = (torch.rand(4, 3, 32, 32, generator=g) * 2 - 1).to(device)
         y = torch.tensor([0, 1, 2, 3], device=device)
         return m, cfg, (x, y, None, *train.draw_noise(cfg, 0, (8, 8, 8), 0, 1, device))       # z: the VAE trains
@@ -89,13 +135,21 @@ def tiny():
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of 2 classes x 12 little pictures."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name in ("one", "two words"):
-        (folder / name).mkdir()
-        for i in range(12):
-            image = Image.fromarray(rng.integers(0, 255, (40, 36, 3), np.uint8))
-            image.resize((50, 44)).save(folder / name / f"{i}.png")
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed, name in enumerate(("one", "two words")):
+        noise_pictures(folder / name, 12, seed=seed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def frozen_vae(tmp_path_factory):
+    """Random weights of the tiny preset's VAE in a file, its latent statistics beside it."""
+    torch.manual_seed(0)
+    file, (mean, std) = tmp_path_factory.mktemp("vae") / "f4d8.pt", statistics(8)
+    torch.save(vae.AutoencoderKL("f4d8").state_dict(), file)
+    torch.save(dict(latents_scale=1 / std.view(1, 8, 1, 1), latents_bias=mean.view(1, 8, 1, 1)),
+               file.with_name("f4d8-latents-stats.pt"))
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -105,8 +159,3 @@ def short_run(pictures, tmp_path_factory):
     run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--exp-name", "a", "--disc-weight", "0",
         "--checkpointing-steps", "2", *SHORT, cwd=folder)
     return folder
-
-
-@pytest.fixture(name="run")
-def run_fixture():
-    return run

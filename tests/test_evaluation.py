@@ -1,7 +1,6 @@
 """fid.py against torch-fidelity, scipy and counting."""
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import fid
-from conftest import close
-from vae import UserError
+import repa
+import vae
+from conftest import close, one_line
 
 
 @pytest.fixture(scope="session")
@@ -101,12 +101,13 @@ def test_metrics_match_torch_fidelity():
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     a, b = rows(1000, 128, 1), rows(1000, 128, 2, 0.1)
-    moments = [fid.Moments(128), fid.Moments(128)]
-    for m, f in zip(moments, (a, b)):
-        for i in range(0, 1000, 70):
-            m.add(f[i:i + 70], i)
+    moments = []
+    for f in (a, b):
+        x = F.pad(f.double(), (1, 0), value=1)
+        moments.append(fid.mean_and_covariance(x.T @ x))
+        assert np.allclose(moments[-1][0], f.numpy().mean(0)) and np.allclose(moments[-1][1], np.cov(f.numpy().T))
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(f) for f in (a, b)), False)
-    ours = fid.frechet_distance(*moments[0].result(), *moments[1].result())
+    ours = fid.frechet_distance(*moments[0], *moments[1])
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
 
     for n, m, size in ((1000, 1000, 1000), (900, 700, 300)):
@@ -115,21 +116,15 @@ def test_metrics_match_torch_fidelity():
         assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
 
     logits = 3 * torch.randn(1000, 1008, generator=torch.Generator().manual_seed(0))
-    score = fid.InceptionScore(1000)
-    for i in range(0, 1000, 64):
-        score.add(logits[i:i + 64], i)
     theirs = isc_features_to_metric(logits, splits=1, shuffle=False)
-    assert score.result() == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert fid.inception_score(logits) == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
 
 
 def test_inception_score_in_splits_of_5000():
     logits = 2 * torch.randn(7000, 1008, generator=torch.Generator().manual_seed(1))
-    score = fid.InceptionScore(7000)
-    for i in range(0, 7000, 999):                                  # a batch lies across the split
-        score.add(logits[i:i + 999], i)
     p = logits.double().softmax(1)
     by_hand = [(q * (q.log() - q.mean(0).log())).sum(1).mean().exp() for q in (p[:5000], p[5000:])]
-    assert score.result() == pytest.approx(sum(by_hand).item() / 2, rel=1e-9)
+    assert fid.inception_score(logits) == pytest.approx(sum(by_hand).item() / 2, rel=1e-9)
 
 
 def test_frechet_distance_against_scipy_and_closed_form():
@@ -176,19 +171,22 @@ def test_ssim_against_gaussian_filter():
             ma, mb = blur(a), blur(b)
             va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
             values.append(((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))).mean())
-        ours = fid.ssim(*(torch.from_numpy(z[n:n + 1] * 2 - 1).permute(0, 3, 1, 2) for z in (x, y)))
+        ours = vae.ssim(*(torch.from_numpy(z[n:n + 1] * 2 - 1).permute(0, 3, 1, 2) for z in (x, y)))
         assert ours.item() == pytest.approx(np.mean(values), abs=1e-9)
 
 
 def test_resizes_are_those_of_the_authors():
+    """Any timm encoder's is Pillow's; the Inception's is TensorFlow 1's."""
     images = nchw(smooth_pictures(1, 300, 5, blur=40))
-    net = fid.TimmFeatures.__new__(fid.TimmFeatures)               # the resize of any timm encoder is Pillow's
-    nn.Module.__init__(net)
-    net.size, net.mode, net.mean, net.std = 64, "bicubic", torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
-    net.net = SimpleNamespace(forward_features=lambda x: x, forward_head=lambda x, pre_logits: x)
-    pillow = nchw(np.array(Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((64, 64), Image.BICUBIC))[None])
-    difference = (net(images)["pool"] - pillow.float()).abs()
-    assert difference.max() <= 1 and difference.mean() < 0.01
+    encoder = repa.FrozenEncoder("resnet18", random=True)
+    seen = []
+    encoder.net.forward_features = lambda x: seen.append(x) or torch.zeros(1, 512, 7, 7)
+    encoder.pooled(images)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pillow = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.BILINEAR
+                                                                         if encoder.mode == "bilinear" else Image.BICUBIC)
+    difference = ((seen[0] * std + mean) * 255 - nchw(np.array(pillow)[None]).float()).abs()
+    assert encoder.size == 224 and difference.max() <= 1.01 and difference.mean() < 0.01
     ramp = torch.arange(4, dtype=torch.uint8).mul(10).view(1, 1, 1, 4).expand(1, 3, 2, 4)
     assert fid.resize_tf1(ramp, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]      # corners not centred
 
@@ -200,128 +198,108 @@ def save_folder(folder, images):
     return folder
 
 
-def run_fid(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, flags), "--device", "cpu", "--num-workers", "0"])
-    fid.main()
+FLAGS = ("--device", "cpu", "--num-workers", "0")
 
 
-def test_command_line_on_folders_npz_and_statistics(tmp_path, monkeypatch, inception_file, capsys):
+@pytest.fixture(scope="session")
+def resnet_file(tmp_path_factory):
+    torch.manual_seed(1)
+    file = tmp_path_factory.mktemp("resnet") / "resnet18.pth"
+    torch.save(timm.create_model("resnet18").state_dict(), file)
+    return file
+
+
+def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception_file, resnet_file):
+    """The same numbers whatever form the images come in and however they are batched."""
     a, b = smooth_pictures(12, 32, 1), smooth_pictures(10, 32, 2, blur=6)
     save_folder(tmp_path / "a", a)
     np.savez(tmp_path / "a.npz", arr_0=a)
     np.savez_compressed(tmp_path / "b.npz", arr_0=b)
-    with_inception = ("--inception-weights", inception_file)
-    results, metrics = [], (",".join(fid.METRICS), "fid,is,kid,precision,recall", "fid,sfid,is")
-    run_fid(monkeypatch, tmp_path / "a", "--save-stats", tmp_path / "stats.npz", *with_inception)
+    with_inception = ("--inception-weights", inception_file, *FLAGS)
+
+    def numbers(ref, samples, *flags):
+        command("fid", ref, samples, "--json", "out.json", *flags)
+        return json.loads((tmp_path / "out.json").read_text())
+
+    results, metrics = [], (",".join(fid.METRICS), "is,kid,precision,recall", "fid")
+    command("fid", "a", "--save-stats", "stats.npz", *with_inception)
     for i, ref in enumerate(("a", "a.npz", "stats.npz")):
-        run_fid(monkeypatch, tmp_path / ref, tmp_path / "b.npz", "--json", tmp_path / "out.json", "--batch-size", 3 + 4 * i,
-                "--metrics", metrics[i], *with_inception)
-        results.append(json.loads((tmp_path / "out.json").read_text()))
-    for i, run in enumerate(results):
-        assert set(run) & set(fid.METRICS) == set(metrics[i].split(","))
-        assert all(run[name] == pytest.approx(results[0][name], rel=1e-4) for name in metrics[i].split(","))
+        results.append(numbers(ref, "b.npz", "--batch-size", 3 + 4 * i, "--metrics", metrics[i], *with_inception))
+    for i, result in enumerate(results):
+        assert set(result) & set(fid.METRICS) == set(metrics[i].split(","))
+        assert all(result[name] == pytest.approx(results[0][name], rel=1e-4) for name in metrics[i].split(","))
     assert results[0]["n_samples"] == 10 and results[0]["n_reference"] == 12 and results[0]["resolution"] == [32, 32]
-    assert "images of 32x32 pixels, resized to 299x299" in capsys.readouterr().out
+    net = fid.Inception(inception_file)                            # against one pass over all, and numpy's covariance
+    with torch.no_grad():
+        found = [net(nchw(images)) for images in (a, b)]
+    stats = np.load(tmp_path / "stats.npz")
+    for mu, sigma, key in (("mu", "sigma", "pool"), ("mu_s", "sigma_s", "spatial")):
+        close(stats[mu], found[0][key].numpy().mean(0), 1e-4)
+        close(stats[sigma], np.cov(found[0][key].double().numpy().T), 1e-3)
+    assert results[0]["is"] == pytest.approx(fid.inception_score(found[1]["logits"]), rel=1e-3)
+    assert results[0]["precision"] == fid.precision_recall(found[0]["pool"], found[1]["pool"])[0]
 
-    stats = np.load(tmp_path / "stats.npz")                        # statistics in an ADM batch are used as given
     np.savez(tmp_path / "adm.npz", arr_0=a, mu=stats["mu"] + 1, sigma=stats["sigma"], mu_s=stats["mu_s"],
-             sigma_s=stats["sigma_s"])
-    run_fid(monkeypatch, tmp_path / "adm.npz", tmp_path / "a", "--json", tmp_path / "out.json", "--metrics",
-            "fid,precision,recall", *with_inception)
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert result["fid"] == pytest.approx(2048, rel=1e-4)
-    assert result["precision"] == result["recall"] == 1
+             sigma_s=stats["sigma_s"])                             # statistics in an ADM batch are used as given
+    result = numbers("adm.npz", "a", "--metrics", "fid,precision,recall", *with_inception)
+    assert result["fid"] == pytest.approx(2048, rel=1e-4) and result["precision"] == result["recall"] == 1
 
-    with pytest.raises(UserError, match="other weights|statistics of inception"):
-        run_fid(monkeypatch, tmp_path / "stats.npz", tmp_path / "b.npz", "--features", "resnet18",
-                "--features-weights", resnet_file(tmp_path))
-    run_fid(monkeypatch, tmp_path / "adm.npz", tmp_path / "b.npz", "--features", "resnet18", "--features-weights",
-            resnet_file(tmp_path), "--json", tmp_path / "out.json")
-    assert "fd_resnet18" in json.loads((tmp_path / "out.json").read_text())
+    with_resnet = ("--features", "resnet18", "--features-weights", resnet_file, *FLAGS)
+    one_line(command("fid", "stats.npz", "b.npz", *with_resnet, code=2), "statistics of inception")
+    assert "fd_resnet18" in numbers("adm.npz", "b.npz", *with_resnet)
 
 
-def resnet_file(folder):
-    torch.manual_seed(1)
-    torch.save(timm.create_model("resnet18").state_dict(), folder / "resnet18.pth")
-    return folder / "resnet18.pth"
-
-
-def test_dinov2_features_are_the_class_token_at_224(tmp_path):
+def test_dinov2_features_are_the_class_token_at_224(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    net = timm.create_model("vit_small_patch14_dinov2.lvd142m", img_size=224, depth=2)
+    name, create = "vit_small_patch14_dinov2.lvd142m", timm.create_model
+    net = create(name, img_size=224, depth=2)
     torch.save(net.state_dict(), tmp_path / "dino.pth")
-    create = timm.create_model
-    small = fid.timm.create_model
-    try:
-        fid.timm.create_model = lambda name, **kw: small(name, depth=2, **kw)
-        ours = fid.TimmFeatures("vit_small_patch14_dinov2.lvd142m", str(tmp_path / "dino.pth"))
-    finally:
-        fid.timm.create_model = create
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, depth=2, **kwargs))
+    ours = repa.FrozenEncoder(name, ckpt=tmp_path / "dino.pth")
     images = nchw(smooth_pictures(2, 224))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         token = net.eval().forward_features((images / 255 - mean) / std)[:, 0]
-        close(ours(images)["pool"], token, 1e-4)
-    assert ours.size == 224 and ours.width == 384
+        close(ours.pooled(images), token, 1e-4)
+    assert ours.size == 224 and ours.channels == 384
 
 
-def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys):
-    good = save_folder(tmp_path / "good", smooth_pictures(4, 32))
-    weights = ("--features", "resnet18", "--features-weights", resnet_file(tmp_path), "--metrics", "fid")
+def test_bad_input_is_one_clear_line(tmp_path, command, monkeypatch, resnet_file):
+    save_folder(tmp_path / "good", smooth_pictures(4, 32))
+    weights = ("--features", "resnet18", "--features-weights", resnet_file, "--metrics", "fid", *FLAGS)
 
-    def fails(match, *flags):
-        with pytest.raises(UserError, match=match) as e:
-            run_fid(monkeypatch, *flags)
-        assert "\n" not in str(e.value)
+    def fails(words, *flags):
+        one_line(command("fid", *flags, code=2), *words.split("|"))
 
     mixed = save_folder(tmp_path / "mixed", smooth_pictures(3, 32))
     Image.new("RGB", (40, 32)).save(mixed / "x.png")
-    fails("x.png: 40x32 pixels, but .*000.png has 32x32", good, mixed, *weights)
-    run_fid(monkeypatch, good, mixed, *weights, "--resolution", 32)
+    fails("x.png: [32, 40] pixels|not [32, 32] as mixed/000.png", "good", "mixed", *weights)
+    command("fid", "good", "mixed", *weights, "--resolution", 32)
     corrupt = save_folder(tmp_path / "corrupt", smooth_pictures(5, 32))
     (corrupt / "003.png").write_bytes((corrupt / "003.png").read_bytes()[:200])
-    fails("003.png: cannot be read", good, corrupt, *weights)
-    fails("1 image.*at least two", save_folder(tmp_path / "one", smooth_pictures(1, 32)), good, *weights)
+    fails("003.png: cannot be read", "good", "corrupt", *weights)
     np.savez(tmp_path / "other.npz", images=smooth_pictures(3, 32))
-    fails("neither arr_0", tmp_path / "other.npz", good, *weights)
+    fails("neither arr_0", "other.npz", "good", *weights)
     np.savez(tmp_path / "float.npz", arr_0=smooth_pictures(3, 32) / 255)
-    fails("arr_0 is float64", tmp_path / "float.npz", good, *weights)
+    fails("arr_0 is float64", "float.npz", "good", *weights)
     np.savez(tmp_path / "wide.npz", mu=np.zeros(64), sigma=np.eye(64))
-    fails("statistics of 64 features, resnet18 has 512", tmp_path / "wide.npz", good, *weights)
+    fails("64 features|not of resnet18's 512", "wide.npz", "good", *weights)
     np.savez(tmp_path / "nan.npz", mu=np.full(512, np.nan), sigma=np.eye(512))
-    fails("not finite", tmp_path / "nan.npz", good, *weights)
-    (tmp_path / "junk.npz").write_bytes(b"PK junk")
-    fails("not a readable .npz", tmp_path / "junk.npz", good, *weights)
-    fails("no such", tmp_path / "nowhere", good, *weights)
-    fails("--metrics is is defined on Inception", good, good, *weights[:4], "--metrics", "is")
-    fails("--metrics fdi: unknown", good, good, "--metrics", "fdi")
-    fails("SAMPLES is missing", good)
+    fails("not finite", "nan.npz", "good", *weights)
+    fails("--metrics is: sfid and is are defined on", "good", "good", *weights[:4], "--metrics", "is", *FLAGS)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    fails("bring|give .*pt_inception-2015-12-05-6726825d.pth", good, good, "--features", "inception")
+    fails("pt_inception-2015-12-05-6726825d.pth|--download", "good", "good", "--features", "inception")
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    fails("--download: cannot fetch .*--inception-weights FILE", good, good, "--download")
+    fails("--download: cannot fetch|--inception-weights FILE", "good", "good", "--download")
 
-    state = torch.load(tmp_path / "resnet18.pth")
+    state = torch.load(resnet_file)
     state["conv1.weight"][0, 0, 0, 0] = math.nan
-    torch.save(state, tmp_path / "resnet18.pth")
-    fails("features of image 0 are not finite", good, good, "--features", "resnet18", "--features-weights",
-          tmp_path / "resnet18.pth")
+    torch.save(state, tmp_path / "nan.pth")
+    fails("features not finite", "good", "good", "--features", "resnet18", "--features-weights", "nan.pth", *FLAGS)
 
 
 def no_network(*args, **kwargs):
     raise OSError("no network")
-
-
-def test_grey_palette_and_alpha_are_read_as_rgb(tmp_path):
-    folder = save_folder(tmp_path / "f", smooth_pictures(1, 8))
-    Image.new("L", (8, 8), 100).save(folder / "grey.png")
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(folder / "transparent.png")
-    Image.new("RGB", (8, 8), (10, 20, 30)).quantize().save(folder / "palette.png")
-    source = fid.ImageSet(folder)
-    images = torch.cat(list(source.batches(range(4), 3, 1)))
-    assert source.tallies[0] == 3                                  # sorted: 000, grey, palette, transparent
-    assert images[1].unique().tolist() == [100] and images[3].unique().tolist() == [255]
-    assert images[2, :, 0, 0].tolist() == [10, 20, 30]
 
 
 def test_npz_is_read_in_pieces(tmp_path):

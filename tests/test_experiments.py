@@ -34,6 +34,7 @@ def call(main, monkeypatch, *argv):
 @pytest.mark.parametrize("command, words", [
     ("data/openmoji.py --size 0", "--size"),
     ("experiments/analyze.py evaluate nowhere.pt", "nowhere.pt: no such file"),
+    ("experiments/analyze.py reconstruct nowhere.pt .", "nowhere.pt: no such file"),
     ("experiments/compare.py nowhere", "nowhere: no results"),
     ("experiments/curves.py nowhere", "nowhere: no such file"),
 ])
@@ -234,7 +235,6 @@ def test_evaluate_matches_classes_by_name(checkpoint, pictures, tmp_path, monkey
             (dict(classes=None, data_dir=None, val_dir=None), [], "--data-dir is not given"),
             (dict(vae_only=True), [], "no SiT to evaluate"),
             ({}, ["--val-dir", tmp_path / "none"], "none: no such folder"),
-            ({}, ["--val-dir", pictures / "one"], "no class folders"),
             ({}, ["--enc-type", "no-such-net"], "no-such-net")):
         file = changed(checkpoint, tmp_path / "b.pt", **args)
         with pytest.raises(UserError, match=words):
@@ -250,15 +250,18 @@ def test_evaluate_matches_classes_by_name(checkpoint, pictures, tmp_path, monkey
 
 # --- latents -----------------------------------------------------------------------------------------------------
 
-def test_principal_components():
+def test_latents_in_colour_are_their_principal_components():
     rng = np.random.default_rng(0)
     z = torch.tensor(rng.normal(size=(3, 5, 4, 4)) * np.array([1, 2, 3, 4, 5]).reshape(1, 5, 1, 1))
-    x, variances, axes = vae.principal_components(z)
     flat = z.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
-    expected = np.linalg.eigvalsh(np.cov(flat.T, bias=True))[::-1]
-    assert np.allclose(variances, expected, rtol=1e-4) and np.allclose((x @ axes).numpy().var(0), expected, rtol=1e-4)
+    flat = flat - flat.mean(0)
+    axes = np.linalg.svd(flat, full_matrices=False)[2][:3]
+    axes *= np.sign([axis[np.abs(axis).argmax()] for axis in axes])[:, None]
+    values = flat @ axes.T
+    expected = np.clip(127.5 * (1 + values / (2.5 * values.std(0))), 0, 255).reshape(3, 4, 4, 3)
     colour = vae.latents_in_colour(z, 2)
     assert colour.shape == (3, 3, 8, 8) and torch.equal(colour[:, :, ::2, ::2], colour[:, :, 1::2, 1::2])
+    assert np.abs(colour[:, :, ::2, ::2].permute(0, 2, 3, 1).numpy() - expected).max() < 0.6
 
 
 @torch.no_grad()
@@ -288,6 +291,32 @@ def test_latents_command_prints_the_spectrum(checkpoint, pictures, tmp_path, mon
     share = eigenvalues / eigenvalues.sum()
     assert f"variance {flat.var(0).mean():.4g}, {1 / np.square(share).sum():.2f} effective dimensions of 8" in text
     assert "24 images" in text and Image.open(out).width > 1000
+
+
+# --- reconstructions ---------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_reconstruct_command_prints_psnr_and_ssim(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+    call(analyze.main, monkeypatch, "reconstruct", checkpoint, pictures, "--resolution", 32, "--out",
+         tmp_path / "r.png", "--vgg-ckpt", "nowhere", "--device", "cpu")
+    out = capsys.readouterr().out
+    autoencoder, _ = vae.load_vae(checkpoint)
+    x = torch.stack([vae.read_image(file) for file in vae.list_images(pictures)])
+    y = vae.to_uint8(autoencoder.decode(autoencoder.encode(vae.to_float(x)).mean))
+    mse = ((x.double() - y.double()) / 255).square().mean((1, 2, 3))
+    printed = dict(line.rsplit(None, 1) for line in out.splitlines() if line.startswith("  "))
+    assert float(printed["  PSNR (dB)"]) == pytest.approx((-10 * mse.log10()).mean().item(), abs=0.01)
+    assert float(printed["  SSIM"]) == pytest.approx(vae.ssim(vae.to_float(x), vae.to_float(y)).mean().item(), abs=1e-3)
+    assert "no LPIPS: " in out and "LPIPS" not in "".join(printed) and "24 images; originals beside" in out
+    grid = np.asarray(Image.open(tmp_path / "r.png"))[::2, ::2]                # 4 pairs a row, doubled; gap 2
+    assert grid.shape == (6 * 34 - 2, 8 * 34 - 2, 3)
+    assert np.array_equal(grid[34:66, :32], x[4].permute(1, 2, 0))
+    assert np.abs(grid[34:66, 34:66].astype(int) - y[4].permute(1, 2, 0).numpy()).max() <= 1
+    for argv, words in (((checkpoint, tmp_path / "none"), "must be a file or folder that exists"),
+                        ((checkpoint, pictures, "--resolution", 33), "not divisible by the VAE's stride"),
+                        ((tmp_path / "none.pt", pictures), "none.pt: no such file")):
+        with pytest.raises(UserError, match=words):
+            call(analyze.main, monkeypatch, "reconstruct", *argv)
 
 
 # --- curves ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The formats of the field: VAE files, released checkpoints, diffusers, encoders."""
+"""The formats of the field: VAE files, released checkpoints, diffusers, encoders, LPIPS."""
 import argparse
 import hashlib
 import json
@@ -6,13 +6,13 @@ import math
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,7 +21,7 @@ import sample
 import sit
 import train
 import vae
-from conftest import ROOT, SHORT, losses, one_line, run, slow, tiny_config, torchrun
+from conftest import CPU, close, one_line, statistics, tiny_config
 from vae import UserError
 
 
@@ -50,6 +50,32 @@ def test_state_dicts_are_the_released_ones():
                 torch.empty(2, 4, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long))
 
 
+def test_initialisation():
+    torch.manual_seed(0)
+    net = sit.SiT("SiT-T/2", 8, 8, 1000, encoder_depth=2, projectors=[repa.projector("mlp", 256, 112, 64)])
+    assert net.null_class == 1000 and net.y_embedder.embedding_table.weight.shape == (1001, 256)
+    assert sit.SiT("SiT-T/2", 8, 8, 10, cfg_prob=0, encoder_depth=2).y_embedder.embedding_table.weight.shape == (10, 256)
+    assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0         # zero head
+    zeros = [block.adaLN_modulation[1] for block in net.blocks] + [net.final_layer.adaLN_modulation[1], net.final_layer.linear]
+    normals = [net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight]
+    for p in normals:
+        assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean()) < 2e-3
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            assert module.bias.abs().max() == 0
+            if any(module is other for other in zeros):
+                assert module.weight.abs().max() == 0
+            elif not any(module.weight is p for p in normals):
+                limit = math.sqrt(6 / (module.weight.shape[0] + module.weight[0].numel()))              # Xavier
+                assert 0.98 * limit < module.weight.abs().max() <= limit * (1 + 1e-6)
+                assert module.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
+    for module in vae.Discriminator().main:
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        elif isinstance(module, nn.BatchNorm2d):
+            assert abs(module.weight.mean() - 1) < 0.01 and module.weight.std().item() == pytest.approx(0.02, rel=0.3)
+
+
 def test_pickled_code_is_refused_and_namespace_is_not(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -69,7 +95,7 @@ def f8d4():
 
 
 def test_diffusers_names_are_the_published_ones(f8d4):
-    state = {vae.diffusers_name(name, 4): t for name, t in f8d4.state_dict().items()}
+    state = {vae.rename(name, 4): t for name, t in f8d4.state_dict().items()}
     lines = sorted(f"{name} {tuple(t.squeeze().shape) if 'attentions' in name else tuple(t.shape)}"
                    for name, t in state.items())
     assert len(lines) == 248 and hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "600696bc94ffc80f"
@@ -80,15 +106,15 @@ def test_export_reads_back_exactly_and_is_diffusers(name, tmp_path, f8d4):
     torch.manual_seed(1)
     ours = f8d4 if name == "f8d4" else vae.AutoencoderKL(name).eval()
     stats = statistics(ours.latent_channels)
-    vae.export_vae(ours, stats, 64, tmp_path / "out")
+    vae.export_vae(ours, stats, 32, tmp_path / "out")
     again, stats_again = vae.load_vae(tmp_path / "out")
-    assert again.name == name and all(torch.equal(t, again.state_dict()[k]) for k, t in ours.state_dict().items())
+    assert again.config == ours.config and all(torch.equal(t, again.state_dict()[k]) for k, t in ours.state_dict().items())
     assert all(torch.allclose(a, b) for a, b in zip(stats, stats_again))
     with pytest.raises(UserError, match="exists already"):
-        vae.export_vae(ours, stats, 64, tmp_path / "out")
+        vae.export_vae(ours, stats, 32, tmp_path / "out")
 
     theirs = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(tmp_path / "out").eval()
-    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         moments, z = theirs.encode(x).latent_dist, ours.encode(x)
         close(z.mean, moments.mean, 1e-5)
@@ -111,7 +137,7 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
     vae.save_file(state, tmp_path / "bare.safetensors")
     vae.export_vae(net, (mean, std), 32, tmp_path / "folder")
     older = {re.sub(r"to_([qkv])|to_out.0", lambda m: dict(q="query", k="key", v="value").get(m[1], "proj_attn"), name): t
-             for name, t in vae.load_file(tmp_path / f"folder/{vae.DIFFUSERS_FILE}").items()}
+             for name, t in vae.load_file(tmp_path / f"folder/{vae.WEIGHTS[0]}").items()}
     assert sum(".proj_attn." in name for name in older) == 4
     torch.save(older, tmp_path / "older.pt")
     for file, has_stats in (("bare.pt", True), ("bare.safetensors", False), ("folder", True), ("older.pt", False)):
@@ -126,24 +152,24 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
 
     ckpt = short_run / "exps/a/checkpoints/0000004.pt"
     saved = vae.load_tensors(ckpt)
-    m = train.build(tiny_config("--vae-ckpt", str(ckpt), "--num-classes", "2"), torch.device("cpu"))
+    m = train.build(tiny_config("--vae-ckpt", str(ckpt), "--num-classes", "2"), CPU)
     assert torch.allclose(m.sit.bn.running_mean, saved["ema"]["bn.running_mean"])
     assert torch.allclose(m.ema.bn.running_var, saved["ema"]["bn.running_var"], rtol=1e-4) and m.has_statistics
     assert torch.equal(m.vae.encoder.conv_in.weight, saved["vae"]["encoder.conv_in.weight"])
-    m = train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "2", "--projector-dim", "32"),
-                    torch.device("cpu"))
+    m = train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "2", "--projector-dim", "64"),
+                    CPU)
     assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
     assert torch.equal(m.ema.bn.running_var, saved["ema"]["bn.running_var"])
     torch.save(saved["vae"], tmp_path / "other.pt")
     torch.save(dict(latents_bias=torch.ones(8), latents_scale=torch.full((8,), 0.5)), tmp_path / "other-latents-stats.pt")
     m = train.build(tiny_config("--init-from", str(ckpt), "--vae-ckpt", str(tmp_path / "other.pt"), "--num-classes", "2"),
-                    torch.device("cpu"))                              # then the norm is the other VAE's
+                    CPU)                              # then the norm is the other VAE's
     assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
     for net in (m.sit, m.ema):
         assert torch.allclose(net.bn.running_mean, torch.ones(8)) and torch.allclose(net.bn.running_var, torch.tensor(4 - 1e-4))
     torch.save(saved["discriminator"], tmp_path / "disc.pt")
     cfg = train.parse_config(["--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1"])
-    m = train.build(cfg, torch.device("cpu"))
+    m = train.build(cfg, CPU)
     assert cfg.disc_start == 0 and torch.equal(m.disc.main[0].weight, saved["discriminator"]["main.0.weight"])
 
 
@@ -174,7 +200,7 @@ def test_released_checkpoints_draw(short_run, tmp_path):
     assert all((images[0].int() - other.int()).abs().max() <= 1 for other in images[1:])
     assert own.args["resolution"] == second.args["resolution"] == 32 and bare.sit.null_class == 2
 
-    with pytest.raises(UserError, match="no VAE in this checkpoint.*--vae-ckpt"):
+    with pytest.raises(UserError, match="no VAE in this checkpoint, it was frozen"):
         sample.load_checkpoint(tmp_path / "second.pt")
     (tmp_path / "tuned-latents-stats.pt").unlink()
     with pytest.raises(UserError, match="no latent statistics"):
@@ -209,7 +235,7 @@ def test_bad_vae_files(tmp_path, short_run):
                tmp_path / "five-latents-stats.pt")
     shutil.copy(tmp_path / "good.pt", tmp_path / "five.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for file, name, match in (("good.pt", "f8d4", "good.pt: .*another model|expected"), ("short.pt", None, "not a readable"),
+    for file, name, match in (("good.pt", "f8d4", "good.pt: .*of another model"), ("short.pt", None, "not a readable"),
                               ("nan.pt", None, "encoder.conv_in.weight holds values that are not finite"),
                               ("folder", None, "not a diffusers AutoencoderKL"), ("nowhere.pt", None, "no such file"),
                               ("five.pt", None, "not 8 finite numbers"), ("list.pt", None, "no state dict")):
@@ -223,27 +249,45 @@ def test_bad_vae_files(tmp_path, short_run):
         sample.load_checkpoint(tmp_path / "inf.pt")
 
 
-def test_vae_commands(short_run, pictures, tmp_path):
+def test_vae_commands(short_run, pictures, tmp_path, command):
     ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    vae_py = (sys.executable, ROOT / "vae.py")
-    run(*vae_py, "export", ckpt, "e2e-vae", cwd=tmp_path)
+    command("vae", "export", ckpt, "e2e-vae")
     read, stats = vae.load_vae(tmp_path / "e2e-vae")
     saved = vae.load_tensors(ckpt)
     assert torch.allclose(stats[0], saved["ema"]["bn.running_mean"])
     before = sorted(p.name for p in (tmp_path / "e2e-vae").iterdir())
-    one_line(run(*vae_py, "export", ckpt, "e2e-vae", cwd=tmp_path, code=2), "exists already")
-    assert before == sorted(p.name for p in (tmp_path / "e2e-vae").iterdir()) == ["config.json", vae.DIFFUSERS_FILE]
-    out = run(*vae_py, "reconstruct", "e2e-vae", pictures, "--resolution", "32", "--out", "r.png", "--vgg-ckpt",
-              "nowhere", cwd=tmp_path)
+    one_line(command("vae", "export", ckpt, "e2e-vae", code=2), "exists already")
+    assert before == sorted(p.name for p in (tmp_path / "e2e-vae").iterdir()) == ["config.json", vae.WEIGHTS[0]]
+    out = command("vae", "reconstruct", "e2e-vae", pictures, "--resolution", "32", "--out", "r.png", "--vgg-ckpt",
+                  "nowhere", "--device", "cpu")
     x = torch.stack([vae.read_image(p, 32) for p in vae.list_images(pictures)])
-    y = vae.to_uint8(read.decode(read.encode(vae.to_float(x)).mean))
-    expected = vae.psnr(vae.to_float(x), vae.to_float(y)).mean().item()
+    with torch.no_grad():
+        y = vae.to_uint8(read.decode(read.encode(vae.to_float(x)).mean))
+    mse = ((x.double() - y.double()) / 255).square().mean((1, 2, 3))
+    expected = (-10 * mse.log10()).mean().item()
     assert float(re.search(r"PSNR \(dB\) +([\d.]+)", out)[1]) == pytest.approx(expected, abs=0.01) and "no LPIPS" in out
     assert Image.open(tmp_path / "r.png").size[0] > 8 * 64
 
 
+def test_lpips_is_the_package(tmp_path):
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    layers = [layer for i in range(1, 6) for layer in getattr(theirs.net, f"slice{i}")]
+    torch.save({f"features.{i}.{name}": t for i, layer in enumerate(layers) for name, t in layer.state_dict().items()},
+               tmp_path / "vgg.pth")
+    ours = vae.LPIPS(vgg=tmp_path / "vgg.pth")
+    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    x.requires_grad_()
+    distance, expected = ours(x, y), theirs(x, y).mean()
+    assert distance.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours_x, = torch.autograd.grad(distance, x)
+    theirs_x, = torch.autograd.grad(expected, x)
+    assert (ours_x - theirs_x).norm() < 1e-3 * theirs_x.norm()
+
+
 def test_transformer_features_are_the_normalised_patch_tokens():
-    encoder = repa.Encoder("vit_tiny_patch16_224", grid=4, random=True)
+    encoder = repa.FrozenEncoder("vit_tiny_patch16_224", grid=4, random=True)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     tokens = encoder.net.forward_features(encoder.prepare(x, 64))[:, encoder.net.num_prefix_tokens:]
     assert encoder.size == 64 and torch.allclose(encoder(x), tokens, atol=1e-5)
@@ -268,7 +312,7 @@ def test_embedded_encoder_knows_its_classes():
         logits = net((torch.stack(images) - mean) / std)
     ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels.values())]
     assert np.median(ranks) < 150, ranks
-    assert repa.Encoder(repa.EMBEDDED, 8)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 112)
+    assert repa.FrozenEncoder(repa.EMBEDDED, 8)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 112)
 
 
 def test_dinov2_patch_features_are_x_norm_patchtokens(tmp_path):
@@ -280,7 +324,7 @@ def test_dinov2_patch_features_are_x_norm_patchtokens(tmp_path):
     torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timm, "create_model", lambda name, **kwargs: create(name, depth=2, **kwargs))
-        encoder = repa.Encoder("dinov2-vit-s", 4, tmp_path / "dinov2_vits14_pretrain.pth")
+        encoder = repa.FrozenEncoder("dinov2-vit-s", 4, tmp_path / "dinov2_vits14_pretrain.pth")
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     h = F.interpolate((x * 0.5 + 0.5 - mean) / std, (56, 56), mode="bicubic")
@@ -305,10 +349,10 @@ def test_dinov2_patch_features_are_x_norm_patchtokens(tmp_path):
     ("vit_base_patch16_siglip_224", 4, 64, 768), ("vit_base_patch16_224.mae", 4, 64, 768),
     ("convnext_atto.d2_in1k", 4, 64, 160), ("mobilevit_xxs.cvnets_in1k", 4, 64, 64)])
 def test_encoders_by_timm_name(name, grid, size, channels, tmp_path):
-    encoder = repa.Encoder(name, grid, random=True)
+    encoder = repa.FrozenEncoder(name, grid, random=True)
     if not name.startswith("vit"):                                    # a file with the classifier in it
         torch.save(timm.create_model(name.split(".")[0]).state_dict() | encoder.net.state_dict(), tmp_path / "net.pth")
-        encoder = repa.Encoder(name, grid, str(tmp_path / "net.pth"))
+        encoder = repa.FrozenEncoder(name, grid, str(tmp_path / "net.pth"))
     assert (encoder.size, encoder.channels) == (size, channels)
     config = timm.get_pretrained_cfg(name)
     assert np.allclose(encoder.mean.flatten(), config.mean) and np.allclose(encoder.std.flatten(), config.std)

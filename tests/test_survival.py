@@ -18,19 +18,17 @@ import torch
 from PIL import Image
 
 import fid
-import sample
 import train
 import vae
-from conftest import ROOT, SHORT, losses, one_line, run, slow, tiny_config, torchrun
+from conftest import (CPU, ROOT, SHORT, flatten, losses, metrics_of, noise_pictures, one_line, run, slow, tiny_config,
+                      torchrun)
 from vae import UserError
 
 
-@pytest.mark.parametrize("flags", [[], ["--gradient-accumulation-steps", "2", "--gradient-checkpointing"],
-                                   pytest.param(["--compile", "--gradient-checkpointing"], marks=slow)])
+@pytest.mark.parametrize("flags", [["--gradient-checkpointing"], pytest.param(["--compile"], marks=slow)])
 def test_two_processes_give_the_losses_of_one(pictures, short_run, flags):
     run(*torchrun(2), ROOT / "train.py", "--data-dir", pictures, "--exp-name", "two", "--disc-weight", "0",
-        "--overwrite", *flags, *SHORT, cwd=short_run,
-        env={"OMP_NUM_THREADS": "1"})
+        "--overwrite", *flags, *SHORT, cwd=short_run)
     one, two = losses(short_run / "exps/a"), losses(short_run / "exps/two")
     assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4] and len(one[0]) > 5
     for a, b in zip(one, two):                               # AdamW's first steps make much of roundings: they grow
@@ -52,18 +50,15 @@ def test_a_killed_run_resumes_where_it_was(pictures, short_run):
     assert type(a["args"]) is dict and a["steps"] == 4
 
 
-def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    common = ["--data-dir", str(pictures), "--disc-weight", "0", *SHORT, "--max-train-steps", "2"]
-    run(sys.executable, ROOT / "train.py", "--exp-name", "v", "--vae-only", *common, cwd=tmp_path)
+def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, command):
+    common = ["--data-dir", pictures, "--disc-weight", "0", *SHORT, "--max-train-steps", "2"]
+    command("train", "--exp-name", "v", "--vae-only", *common)
     ckpt = tmp_path / "exps/v/checkpoints/0000002.pt"
     assert not list((tmp_path / "exps/v/pictures").glob("samples*"))
-    one_line(run(sys.executable, ROOT / "sample.py", "--ckpt", ckpt, cwd=tmp_path, code=2), "no SiT to draw with")
-    one_line(run(sys.executable, ROOT / "train.py", "--evaluate", ckpt, cwd=tmp_path, code=2), "no SiT to evaluate")
-    frozen = ["--vae-grad", "none", "--vae-ckpt", str(ckpt), *common]
-    run(sys.executable, ROOT / "train.py", "--exp-name", "plain", *frozen, cwd=tmp_path)
-    run(*torchrun(2), ROOT / "train.py", "--exp-name", "cached", "--cache-latents", *frozen, cwd=tmp_path,
-        env={"OMP_NUM_THREADS": "1"})
+    one_line(command("sample", "--ckpt", ckpt, "--device", "cpu", code=2), "no SiT to draw with")
+    frozen = ["--vae-grad", "none", "--vae-ckpt", ckpt, *common]
+    command("train", "--exp-name", "plain", *frozen)
+    run(*torchrun(2), ROOT / "train.py", "--exp-name", "cached", "--cache-latents", *frozen, cwd=tmp_path)
     plain, cached = losses(tmp_path / "exps/plain"), losses(tmp_path / "exps/cached")
     for a, b in zip(plain, cached):                                    # float16 moments, two processes
         assert "vae_loss" not in a and all(b[k] == pytest.approx(v, rel=5e-3, abs=1e-3) for k, v in a.items())
@@ -72,34 +67,39 @@ def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, monkeypatch
     assert all(torch.equal(t, last["vae"][name]) for name, t in first["vae"].items())
     for name in ("bn.running_mean", "bn.running_var"):                 # fixed at what the first run had
         assert torch.allclose(last["ema"][name], first["ema"][name], rtol=1e-5, atol=1e-6)
-    out = run(sys.executable, ROOT / "train.py", "--exp-name", "plain", "--resume", *common, "--max-train-steps", "3",
-              "--vae-ckpt", ckpt, cwd=tmp_path, code=2)
+    out = command("train", "--exp-name", "plain", "--resume", *common, "--max-train-steps", "3", "--vae-ckpt", ckpt, code=2)
     one_line(out, "was trained with --vae-grad none")
 
 
-def test_sampling_files_and_processes(short_run):
-    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    common = [ROOT / "sample.py", "--ckpt", ckpt, "--num-samples", "6", "--num-steps", "2", "--device", "cpu"]
-    run(sys.executable, *common, "--out", "one.npz", cwd=short_run)
-    run(*torchrun(2), *common, "--out", "two.npz", "--batch-size", "2", cwd=short_run, env={"OMP_NUM_THREADS": "1"})
-    run(sys.executable, *common, "--out", "folder", cwd=short_run)
-    one, two = (np.load(short_run / name)["arr_0"] for name in ("one.npz", "two.npz"))
-    assert one.shape == (6, 32, 32, 3) and one.dtype == np.uint8
-    assert np.abs(one.astype(int) - two).max() <= 1
-    folder = np.stack([np.array(Image.open(p)) for p in sorted((short_run / "folder").glob("*.png"))])
-    assert np.abs(one.astype(int) - folder).max() <= 1
-    assert not list(short_run.glob(".*samples.npy"))
+def test_what_is_logged_and_when(pictures, tmp_path, command):
+    """PSNR with every picture, whatever --log-steps; --overwrite leaves nothing of the run before."""
+    flags = ["--data-dir", pictures, *SHORT, "--cfg-scale", "1", "--sampling-steps", "2"]
+    command("train", *flags, "--log-steps", "3")
+    exp = tmp_path / "exps/tiny"
+    rows = {row.pop("step"): row for row in metrics_of(exp)}
+    assert {step: "val_psnr" in row for step, row in rows.items()} == {2: True, 3: False, 4: True}
+    assert all(row["images_per_second"] > 0 and 0 < row["mfu"] < 1 for row in rows.values())
+    assert sorted(p.name for p in (exp / "pictures").iterdir()) == [
+        f"{kind}-000000{step}.png" for kind in ("reconstructions", "samples") for step in (2, 4)]
+    (exp / "evaluation-0000004.json").write_text("{}")
+    out = command("train", *flags, "--log-steps", "2", "--max-train-steps", "2", "--overwrite")
+    assert "step 2: " in out and [row["step"] for row in metrics_of(exp)] == [2]
+    assert sorted(p.name for p in exp.iterdir()) == [".lock", "args.json", "checkpoints", "metrics.jsonl", "pictures"]
+    assert [p.name for p in train.checkpoints(exp)] == ["0000002.pt"]
+    other = noise_pictures(tmp_path / "exps/mine", 2)                   # a folder that no run made is not cleared
+    command("train", *flags, "--exp-name", "mine", "--vae-only", "--overwrite")
+    assert len(list(other.glob("*.png"))) == 2
 
 
 def test_batch_must_divide_over_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="not divisible by 3, the processes"):
-        train.parse_config([])
+        train.parse_config(["--batch-size", "32"])
 
 
-def test_a_run_is_not_overwritten(short_run, pictures):
+def test_a_run_is_not_overwritten(short_run, pictures, command):
     before = {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
-    out = run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--exp-name", "a", cwd=short_run, code=2)
+    out = command("train", "--data-dir", pictures, "--exp-name", "a", "--device", "cpu", cwd=short_run, code=2)
     one_line(out, "already holds checkpoints", "--resume", "--overwrite")
     assert before == {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
 
@@ -108,7 +108,7 @@ def start(*flags, cwd, log, processes=1):
     """A short training run in the background."""
     command = [*([sys.executable] if processes == 1 else torchrun(processes)), ROOT / "train.py"]
     return subprocess.Popen([*map(str, command), *map(str, flags)], cwd=cwd, stdout=open(log, "w"),
-                            stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+                            stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def wait_for_step(folder, step, process):
@@ -137,7 +137,7 @@ def test_sigterm_saves_and_resuming_goes_on(pictures, tmp_path, processes):
 def test_a_crash_ends_its_loader_processes(pictures, tmp_path):
     """They ignore SIGTERM, and multiprocessing waits for its processes at exit."""
     (tmp_path / "crash.py").write_text("import train\ndef crash(*args):\n    raise RuntimeError('crash')\n"
-                                       "train.train_step = crash\ntrain.main()\n")
+                                       "train.run_step = crash\ntrain.main()\n")
     out = run(sys.executable, "crash.py", "--data-dir", pictures, *SHORT, "--num-workers", "2", cwd=tmp_path, code=1,
               timeout=60)
     assert "RuntimeError: crash" in out
@@ -168,12 +168,6 @@ def test_25_kills_change_nothing(pictures, tmp_path):
     assert not list(tmp_path.glob("exps/*/checkpoints/*.damaged"))
 
 
-def flatten(tree, prefix=""):
-    if isinstance(tree, dict):
-        return [pair for k, v in tree.items() for pair in flatten(v, f"{prefix}.{k}")]
-    return [(prefix, tree)] if isinstance(tree, torch.Tensor) else []
-
-
 def test_damaged_checkpoints_are_set_aside(short_run, tmp_path, capsys):
     folder = tmp_path / "run/checkpoints"
     shutil.copytree(short_run / "exps/a/checkpoints", folder)
@@ -187,10 +181,10 @@ def test_damaged_checkpoints_are_set_aside(short_run, tmp_path, capsys):
     assert train.newest_complete(tmp_path / "nothing") is None
 
 
-def test_old_checkpoints_go_but_for_the_last_and_every_nth(tiny, tmp_path, monkeypatch):
-    m, cfg, _ = tiny("--keep-last", "2", "--keep-every", "4")
+def test_old_checkpoints_go_but_for_the_newest_two_and_every_nth(tiny, tmp_path, monkeypatch):
+    m, cfg, _ = tiny("--keep-every", "4")
     for step in range(1, 9):
-        train.save_checkpoint(m, cfg, tmp_path, step)
+        train.save_checkpoint(m, cfg, tmp_path, step, ["a"])
     assert [int(p.stem) for p in train.checkpoints(tmp_path)] == [4, 7, 8]
 
     def full(state, file):
@@ -199,31 +193,38 @@ def test_old_checkpoints_go_but_for_the_last_and_every_nth(tiny, tmp_path, monke
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="cannot write .*0000009.pt: .*No space left"):
-        train.save_checkpoint(m, cfg, tmp_path, 9)
+        train.save_checkpoint(m, cfg, tmp_path, 9, ["a"])
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["0000004.pt", "0000007.pt", "0000008.pt"]
 
 
-def test_a_folder_in_use_is_refused(pictures, tmp_path):
+def test_a_folder_in_use_is_refused(pictures, tmp_path, monkeypatch, capsys):
     held = train.lock(tmp_path / "exps/tiny")
     flags = ("--data-dir", pictures, *SHORT)
     one_line(run(sys.executable, ROOT / "train.py", *flags, cwd=tmp_path, code=2), "another run is writing to it")
     held.close()
     train.lock(tmp_path / "exps/tiny").close()
 
+    def lockf(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(train.fcntl, "lockf", lockf)
+    train.lock(tmp_path / "exps/tiny").close()                         # a file system without locks: told, and on
+    assert "no locks on this file system (No locks available)" in capsys.readouterr().out
+
 
 def test_resuming_with_other_settings(short_run):
-    cfg = tiny_config("--num-classes", "2", "--resume", "--learning-rate", "1e-5")
-    m, said = train.build(cfg, torch.device("cpu")), []
+    cfg = tiny_config("--num-classes", "2", "--resume", "--learning-rate", "1e-5", "--lr-warmup-steps", "50")
+    m, said, classes = train.build(cfg, CPU), [], ["one", "two words"]
     path = short_run / "exps/a/checkpoints/0000004.pt"
-    assert train.load_run(m, cfg, path, said.append) == 4
+    assert train.load_run(m, cfg, path, classes, said.append) == 4
     assert any("learning_rate: 0.002 -> 1e-05" in line for line in said)
-    train.wrap(m, cfg, torch.device("cpu"), 1)
+    train.wrap(m, cfg, CPU, 1)
     batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), [""] * 4
-    metrics = train.run_step(m, cfg, 4, batch, 0, 1, torch.device("cpu"))
+    metrics = train.run_step(m, cfg, 4, batch, 0, 1, CPU)
     assert metrics["loss"].isfinite() and m.opt.param_groups[0]["lr"] == pytest.approx(1e-5 * 5 / 50)
     cfg.projector_dim = 64
-    with pytest.raises(UserError, match="trained with --projector-dim 512; it cannot go on with 64"):
-        train.load_run(m, cfg, path, said.append)
+    with pytest.raises(UserError, match="trained with --projector-dim 32; it cannot go on with 64"):
+        train.load_run(m, cfg, path, classes, said.append)
 
 
 TWO = """
@@ -236,8 +237,9 @@ encode, item = vae.Encoder.forward, train.ImageFolder.__getitem__
 
 def disturbed(self, x):
     global batches
-    batches += self.conv_in.weight.requires_grad and train.torch.is_grad_enabled()
-    if rank == 1 and batches == 2 and train.torch.is_grad_enabled():
+    training = train.torch.is_grad_enabled() and len(x) > 1           # not the one image that FLOPs are counted on
+    batches += training
+    if rank == 1 and batches == 2 and training:
         {inside}
     return encode(self, x)
 
@@ -261,9 +263,9 @@ def start_two(pictures, folder, *flags, inside="pass", between="pass", code=0):
 
 
 def test_a_nan_on_one_process_skips_the_step_of_both(pictures, tmp_path):
-    start_two(pictures, tmp_path, "--disc-weight", "0.1", "--keep-last", "9", "--checkpointing-steps", "1",
+    start_two(pictures, tmp_path, "--disc-weight", "0.1", "--keep-every", "1", "--checkpointing-steps", "1",
               inside="x[0, 0, 0, 0] = float('nan')")
-    rows = [json.loads(line) for line in (tmp_path / "exps/tiny/metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(tmp_path / "exps/tiny")
     assert [row["skipped"] for row in rows] == [0, 1, 1]
     assert not math.isfinite(rows[1]["loss"]) and math.isfinite(rows[2]["loss"])
     a, b, c = (vae.load_tensors(path) for path in train.checkpoints(tmp_path / "exps/tiny"))
@@ -290,81 +292,66 @@ BAD_COMMANDS = [
     ("train", "--enc-type resnet999", "not a timm model"),
     ("train", "--enc-type mocov3-vit-b", "no MoCo-v3 weights"),
     ("train", "--resolution 30", "not divisible by the VAE's stride 4"),
-    ("train", "--resolution zero", "invalid int value"),
+    ("train", "--resolution zero", "must be a whole number above 0"),
     ("train", "--encoder-depth 9", "has blocks 1 to 6"),
-    ("train", "--batch-size 0", "must be above 0"),
-    ("train", "--max-train-steps -5", "must be above 0"),
-    ("train", "--ema-decay 1.5", "must lie in [0, 1]"),
-    ("train", "--cfg-prob nan", "must lie in [0, 1]"),
+    ("train", "--batch-size 0", "must be a whole number above 0"),
+    ("train", "--batch-size 6 --gradient-accumulation-steps 4", "not divisible by 4"),
+    ("train", "--ema-decay 1.5", "must be a number in [0, 1]"),
+    ("train", "--cfg-prob nan", "must be a number in [0, 1]"),
     ("train", "--cfg-prob 0", "needs labels dropped"),
-    ("train", "--seed -1", "must not be negative"),
-    ("train", "--learning-rate nan", "must be above 0"),
-    ("train", "--learning-rate inf", "must be above 0"),
-    ("train", "--kl-weight -1", "must not be negative"),
-    ("train", "--data-dir nowhere", "no such folder"),
-    ("train", "--data-dir empty", "no class folders"),
-    ("train", "--data-dir flat", "no class folders"),
+    ("train", "--seed -1", "must be a whole number, 0 or more"),
+    ("train", "--learning-rate nan", "must be a number above 0"),
+    ("train", "--learning-rate inf", "must be a number above 0"),
+    ("train", "--kl-weight -1", "must be a number, 0 or more"),
+    ("train", "--data-dir nowhere", "must be a folder that exists"),
+    ("train", "--data-dir notes.pt", "must be a folder that exists"),
+    ("train", "--data-dir empty", "no images in it"),
     ("train", "--data-dir hollow", "no images in it"),
-    ("train", "--data-dir many", "12 classes: give --num-classes 12"),
-    ("train", "--val-dir nowhere", "no such folder"),
-    ("train", "--vae-ckpt nowhere.pt", "no such file"),
-    ("train", "--init-from nowhere.pt", "no such file"),
+    ("train", "--data-dir few --num-classes 12", "few has 1"),
+    ("train", "--val-dir nowhere", "must be a folder that exists"),
+    ("train", "--vae-ckpt nowhere.pt --data-dir few", "no such file"),
+    ("train", "--init-from nowhere.pt", "must be a file or folder that exists"),
+    ("train", "--init-from good.pt --data-dir few", "not a training checkpoint"),
     ("train", "--vae-ckpt notes.pt --data-dir few", "not a readable weights file"),
-    ("train", "--vae-ckpt other.pt --data-dir few", "encoder.conv_in"),
+    ("train", "--vae-ckpt other.pt --data-dir few", "no VAEs in it"),
     ("train", "--preset sdvae-xl2", "needs --data-dir"),
     ("train", "--preset sdvae-xl2 --data-dir few", "--vae-ckpt FILE, or --vae-from-scratch"),
     ("train", "--mixed-precision fp16", "invalid choice"),
     ("train", "--no-such-flag", "unrecognized"),
     ("train", "--resume --overwrite", "exclude each other"),
     ("train", "--vae-grad none", "give a trained one by --vae-ckpt"),
-    ("train", "--vae-grad none --vae-ckpt other.pt --data-dir few", "encoder.conv_in"),
+    ("train", "--vae-grad none --vae-ckpt other.pt --data-dir few", "no VAEs in it"),
     ("train", "--proj-coeff 0", "no alignment for --vae-grad repa"),
     ("train", "--vae-only --vae-grad diffusion", "drop it or --vae-grad"),
     ("train", "--cache-latents", "latents that stay"),
     ("train", "--cache-latents --flip --vae-grad none --vae-ckpt good.pt", "no --flip"),
-    ("train", "--spatial-norm -1", "must not be negative"),
-    ("train", "--evaluate nowhere.pt", "no such file"),
-    ("train", "--evaluate other.pt", "not a training checkpoint"),
     ("train", "--device abacus", "no such device"),
     ("sample", "", "no checkpoint under exps"),
-    ("sample", "--ckpt nowhere.pt", "no such file"),
     ("sample", "--ckpt notes.pt", "not a readable weights file"),
     ("sample", "--ckpt other.pt", "not a training checkpoint"),
     ("sample", "--ckpt evil.pt", "refused"),
-    ("sample", "--num-steps 0", "at least 1"),
-    ("sample", "--mode sde --heun", "--heun goes with --mode ode"),
-    ("sample", "--cfg-scale 0.5", "or more"),
-    ("sample", "--guidance-low 0.9 --guidance-high 0.1", "0 <= low <= high <= 1"),
-    ("sample", "--num-samples 0", "at least 1"),
     ("sample", "--mode euler", "invalid choice"),
     ("fid", "few", "SAMPLES is missing"),
-    ("fid", "few nowhere", "no such"),
+    ("fid", "few nowhere", "must be a file or folder that exists"),
     ("fid", "few empty", "no images in it"),
     ("fid", "few junk.npz", "not a readable .npz"),
     ("fid", "few few --metrics fdi", "unknown"),
     ("fid", "few few --features vit_of_no_one", "not a timm model"),
-    ("fid", "few few --batch-size 0", "at least 1"),
+    ("fid", "few few --batch-size 0", "must be a whole number above 0"),
     ("vae", "export notes.pt out", "not a readable weights file"),
     ("vae", "export good.pt out", "no latent statistics"),
-    ("vae", "export good.pt few", "no latent statistics"),
-    ("vae", "reconstruct other.pt few", "fit none of the VAEs"),
-    ("vae", "reconstruct good.pt nowhere", "no such folder"),
+    ("vae", "reconstruct other.pt few", "no VAEs in it"),
+    ("vae", "reconstruct good.pt nowhere", "must be a file or folder that exists"),
     ("vae", "reconstruct good.pt few --resolution 33", "not divisible"),
-    ("vae", "latents few other.pt", "fit none of the VAEs"),
-    ("vae", "latents empty good.pt", "no images in it"),
-    ("vae", "latents few good.pt --resolution 30", "not divisible"),
-    ("vae", "polish good.pt", "invalid choice"),
-]
+    ("vae", "polish good.pt", "invalid choice")]
 
 
 @pytest.fixture(scope="session")
 def bad_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "flat", "few/a", "hollow/a", *(f"many/{i}" for i in range(12))):
+    for name in ("empty", "few/a", "hollow/a"):
         (folder / name).mkdir(parents=True)
-        if name not in ("empty", "hollow/a"):
-            for i in range(2):
-                Image.new("RGB", (32, 32)).save(folder / name / f"{i}.png")
+    noise_pictures(folder / "few/a", 2)
     (folder / "notes.pt").write_text("hello")
     (folder / "junk.npz").write_bytes(b"PK junk")
     torch.save({"weights": torch.zeros(3)}, folder / "other.pt")
@@ -379,18 +366,14 @@ class Evil:
 
 
 @pytest.mark.parametrize("script, flags, message", BAD_COMMANDS)
-def test_bad_commands_end_in_one_line(script, flags, message, bad_folder, monkeypatch, capfd):
-    contents = lambda: sorted((str(p), p.stat().st_size) for p in bad_folder.rglob("*"))
-    monkeypatch.chdir(bad_folder)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+def test_bad_commands_end_in_one_line(script, flags, message, bad_folder, command):
+    def contents():
+        return sorted((str(p), p.stat().st_size) for p in bad_folder.rglob("*"))
+
     before = contents()
-    with pytest.raises(SystemExit) as stop:
-        vae.run_command(dict(train=train, sample=sample, fid=fid, vae=vae)[script].main)
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-    assert stop.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
-    assert not any("Traceback" in line for line in lines)
+    one_line(command(script, *flags.split(), cwd=bad_folder, code=2), message)
     if (bad_folder / "exps").exists():                               # an empty run's folder with its lock at most
-        assert all(p.name.startswith((".lock", ".index-")) for p in (bad_folder / "exps").rglob("*") if p.is_file())
+        assert all(p.name == ".lock" for p in (bad_folder / "exps").rglob("*") if p.is_file())
         shutil.rmtree(bad_folder / "exps")
     assert contents() == before
 
@@ -409,7 +392,7 @@ def test_mutated_files_crash_nothing(tmp_path, short_run):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/config.json").write_text(json.dumps(dict(latent_channels=8, scaling_factor=0.2,
                                                                  latents_mean=[0.0] * 8, latents_std=[1.0] * 8)))
-    vae.save_file({"a": torch.zeros(50)}, tmp_path / "folder" / vae.DIFFUSERS_FILE)
+    vae.save_file({"a": torch.zeros(50)}, tmp_path / "folder" / vae.WEIGHTS[0])
 
     def npz(path):
         source = fid.ImageSet(path)

@@ -185,22 +185,6 @@ def test_links(tmp_path):
     assert [path for path in found if path.startswith("up/")] == ["up/store/1.png"]
 
 
-def test_stamps_notice_what_a_restored_time_hides(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/0.png").touch()
-    before = {}
-    vae.list_images(tmp_path, before)
-    assert set(before) == {str(tmp_path), str(tmp_path / "a")} and before[str(tmp_path / "a")][1] == 1
-    status = os.stat(tmp_path / "a")
-    (tmp_path / "a/1.png").touch()
-    os.utime(tmp_path / "a", ns=(status.st_atime_ns, status.st_mtime_ns))    # as cp -a and rsync -a do
-    after = {}
-    vae.list_images(tmp_path, after)
-    assert os.stat(tmp_path / "a").st_mtime_ns == status.st_mtime_ns
-    assert after[str(tmp_path / "a")][1] == 2 and after[str(tmp_path / "a")][0] > before[str(tmp_path / "a")][0]
-    assert json.loads(json.dumps(after)) == after
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_an_unreadable_folder_is_not_passed_over(tmp_path):
     (tmp_path / "0.png").touch()
@@ -472,6 +456,41 @@ def test_a_config_that_leaves_things_out(small, tmp_path):
     (tmp_path / "out/diffusion_pytorch_model.safetensors").rename(tmp_path / "out/model.safetensors")
     with pytest.raises(UserError, match="no weights in it; looked for diffusion_pytorch_model.safetensors"):
         vae.load_vae(tmp_path / "out")
+
+
+def test_a_checkpoint_with_a_frozen_vae_says_what_to_give(tmp_path):
+    torch.save(dict(ema={}, model={}, args={}, steps=0), tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt: no VAE in this checkpoint, it was frozen; give its file by --vae-ckpt"):
+        vae.load_vae(tmp_path / "a.pt")
+
+
+def test_export_command(small, tmp_path, command, monkeypatch):
+    ema = {"bn.running_mean": torch.arange(4.0), "bn.running_var": torch.ones(4)}
+    torch.save(dict(ema=ema, model={}, args={}, steps=0, vae=small.state_dict()), tmp_path / "a.pt")
+    monkeypatch.setattr(sys, "argv", ["vae.py", "export", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--resolution=64"])
+    vae.main()
+    net, (mean, std) = vae.load_vae(tmp_path / "out")
+    assert same(net, small.state_dict()) and mean.tolist() == [0, 1, 2, 3]
+    assert std.tolist() == pytest.approx([math.sqrt(1 + 1e-4)] * 4)
+    assert json.loads((tmp_path / "out/config.json").read_text())["sample_size"] == 64
+    assert "out: exists already" in command(vae.main)[1]
+    torch.save(small.state_dict(), tmp_path / "a.pt")
+    assert "a.pt: no latent statistics" in command(vae.main)[1]
+    monkeypatch.setattr(sys, "argv", ["vae.py", "import", "x", "y"])
+    assert "invalid choice" in command(vae.main)[1]
+
+
+@pytest.mark.parametrize("n, columns, scale, size", [(5, 3, 1, (28, 18)), (1, 4, 2, (76, 16)), (6, 3, 2, (56, 36))])
+def test_image_grid(n, columns, scale, size):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (n, 3, 8, 8), np.uint8))
+    grid = vae.image_grid(images, columns, scale)
+    assert grid.size == size
+    pixels, white = np.asarray(grid)[::scale, ::scale], np.ones((size[1] // scale, size[0] // scale), bool)
+    for i, image in enumerate(images):
+        top, left = i // columns * 10, i % columns * 10
+        assert np.array_equal(pixels[top:top + 8, left:left + 8], image.permute(1, 2, 0))
+        white[top:top + 8, left:left + 8] = False
+    assert (pixels[white] == 255).all()
 
 
 def test_what_diffusers_cannot_hold_is_not_exported(tmp_path):

@@ -1,0 +1,110 @@
+"""What only a GPU shows; skipped where there is none. Run it before a job: python -m pytest -q tests/test_gpu.py"""
+import itertools
+import json
+import math
+import re
+import sys
+import time
+
+import pytest
+import torch
+
+import sample
+import train
+import vae
+from conftest import ROOT, SHORT, close, metrics_of, run, tiny_config, torchrun
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+GPU = [*SHORT[:SHORT.index("--mixed-precision")], "--device", "cuda", "--compile", "--mixed-precision", "bf16"]
+train_py = (sys.executable, ROOT / "train.py")
+
+
+def test_two_compiled_steps_are_near_those_of_a_cpu(tiny):
+    """bf16 and compiled on the GPU against float32 on the CPU: losses and statistics of the same batch."""
+    found = {}
+    for device, flags in (("cpu", []), ("cuda", ["--compile", "--mixed-precision", "bf16"])):
+        m, cfg, args = tiny("--disc-start", "0", *flags, device=device)
+        _, _, (x, y, z, *noise) = tiny("--disc-start", "0")            # a GPU's generator draws other numbers
+        args = [v if v is None else v.to(device) for v in (x, y, z, *noise)]
+        metrics = [train.train_step(m, cfg, step, *args) for step in range(2)]
+        found[device] = [{name: value.item() for name, value in row.items()} for row in metrics], m.sit.bn.running_var
+    for cpu, gpu in zip(found["cpu"][0], found["cuda"][0]):
+        assert cpu.keys() == gpu.keys()
+        for name in cpu:
+            if "grad_norm" not in name:
+                assert gpu[name] == pytest.approx(cpu[name], rel=0.05, abs=0.02), name
+    close(found["cuda"][1].cpu(), found["cpu"][1], 0.02)
+
+
+def test_a_nan_is_skipped_without_waiting_for_the_device(tiny):
+    m, cfg, (x, y, z, *noise) = tiny("--compile", "--mixed-precision", "bf16", device="cuda")
+    train.train_step(m, cfg, 0, x, y, z, *noise)
+
+    def tensors():
+        nets = [t for net in (m.sit, m.vae, m.disc) for t in net.state_dict().values()]
+        return nets + [t for o in m.trained.values() for s in o.state_dict()["state"].values() for t in s.values()]
+
+    before = [t.clone() for t in tensors()]
+    bad = x.clone()
+    bad[0, 0, 0, 0] = math.nan
+    torch.cuda.set_sync_debug_mode("error")                             # any wait is an error
+    try:
+        metrics = train.train_step(m, cfg, 1, bad, y, z, *noise)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics["skipped"].item() == 1 and all(torch.equal(a, b) for a, b in zip(before, tensors()))
+    assert train.train_step(m, cfg, 2, x, y, z, *noise)["loss"].isfinite()
+
+
+def test_saving_goes_on_beside_the_steps(tiny, tmp_path, monkeypatch):
+    m, cfg, args = tiny("--mixed-precision", "bf16", device="cuda")
+    train.train_step(m, cfg, 0, *args)
+    weight, write = m.vae.encoder.conv_in.weight.detach().clone(), torch.save
+
+    def slowly(*arguments):
+        time.sleep(2)
+        write(*arguments)
+
+    monkeypatch.setattr(torch, "save", slowly)
+    start = time.perf_counter()
+    train.save_checkpoint(m, cfg, tmp_path, 1, ["a"])
+    train.train_step(m, cfg, 1, *args)                                  # changes what is being saved
+    torch.cuda.synchronize()
+    assert time.perf_counter() - start < 2
+    m.saving.result()
+    saved = vae.load_tensors(tmp_path / "checkpoints/0000001.pt")
+    assert torch.equal(saved["vae"]["encoder.conv_in.weight"], weight.cpu())
+    assert not torch.equal(m.vae.encoder.conv_in.weight, weight)
+
+
+def test_train_resume_profile_sample(pictures, tmp_path):
+    flags = ["--data-dir", pictures, *GPU, "--disc-weight", "0.1", "--disc-start", "0", "--checkpointing-steps", "2"]
+    run(*train_py, *flags, "--exp-name", "whole", cwd=tmp_path)
+    run(*train_py, *flags, "--exp-name", "halves", "--max-train-steps", "2", cwd=tmp_path)
+    run(*train_py, *flags, "--exp-name", "halves", "--resume", cwd=tmp_path)
+    whole, halves = (metrics_of(tmp_path / f"exps/{name}") for name in ("whole", "halves"))
+    assert [row["step"] for row in whole] == [row["step"] for row in halves] == [1, 2, 3, 4]
+    for a, b in zip(whole, halves):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05) and a["skipped"] == 0 and math.isfinite(a["vae_loss"])
+    out = run(*train_py, *flags, "--profile", "2", cwd=tmp_path)
+    assert re.search(r"GPU memory [\d.]+ GiB", out) and "# SiT, alignment pass" in out and "TFLOP/s" in out
+    sampler = (sys.executable, ROOT / "sample.py", "--ckpt", tmp_path / "exps/whole/checkpoints/0000004.pt")
+    for extra in ([], ["--mode", "sde"], ["--heun", "--cfg-scale", "2", "--mixed-precision", "bf16", "--compile"]):
+        run(*sampler, "--num-samples", "8", "--num-steps", "4", "--out", "x.npz", *extra, cwd=tmp_path)
+    gpu = sample.load_checkpoint(tmp_path / "exps/whole/checkpoints/0000004.pt", "cuda")
+    cpu = sample.load_checkpoint(tmp_path / "exps/whole/checkpoints/0000004.pt")
+    a, b = (sample.sample_images(model, range(4), num_steps=4).cpu().int() for model in (gpu, cpu))
+    assert (a - b).abs().float().mean() < 1                             # TF32
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_nccl_processes_give_the_losses_of_one(pictures, tmp_path):
+    flags = ["--data-dir", pictures, *GPU, "--no-compile", "--mixed-precision", "no", "--disc-weight", "0"]
+    run(*train_py, *flags, "--exp-name", "one", cwd=tmp_path)
+    run(*torchrun(2), ROOT / "train.py", *flags, "--exp-name", "two", cwd=tmp_path)
+    for a, b in zip(*(metrics_of(tmp_path / f"exps/{name}") for name in ("one", "two"))):
+        assert {k: b[k] for k in a if "loss" in k} == pytest.approx({k: a[k] for k in a if "loss" in k}, rel=0.02, abs=3e-3)
+    ckpt = tmp_path / "exps/two/checkpoints/0000004.pt"
+    sampler = [ROOT / "sample.py", "--ckpt", ckpt, "--num-samples", "5", "--num-steps", "3"]
+    run(sys.executable, *sampler, "--out", "one.npz", cwd=tmp_path)
+    run(*torchrun(2), *sampler, "--out", "two.npz", cwd=tmp_path)
