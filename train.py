@@ -704,8 +704,7 @@ def profile(m, cfg, batches, rank, world, device, flops, peak):
     """cfg.profile steps after three of warm-up: torch.profiler's table, with a row for each section of the
     forward pass (its backward stands in autograd's own rows), and the rate of the whole step."""
     sections = [("VAE encoder", m.vae, "encode"), ("VAE decoder", m.vae, "decode"), ("D", m.disc, "forward"),
-                ("SiT, alignment pass", m.sit, "align"), ("SiT", m.sit, "forward"), ("AdamW", m.opt, "step"),
-                ("AdamW", m.opt_vae, "step"), ("AdamW", m.opt_disc, "step"),
+                ("SiT, alignment pass", m.sit, "align"), ("SiT", m.sit, "forward"),
                 *(("encoder features", encoder, "forward") for encoder in m.encoders)]
     if m.perceptual:
         sections.append(("perceptual distance", m.perceptual, "forward"))
@@ -725,7 +724,9 @@ def profile(m, cfg, batches, rank, world, device, flops, peak):
     with torch.profiler.profile() as profiler:
         seconds_a_step(cfg.profile)
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=50)
+    rows = profiler.key_averages()                       # sections (and AdamW, which PyTorch marks) first
+    rows.sort(key=lambda row: ("#" not in row.key, -getattr(row, order)))
+    table = rows.table(row_limit=40, max_name_column_width=50)
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else math.nan
     rate = cfg.batch_size / seconds
     return (f"{table}\nstep {seconds * 1e3:.1f} ms, {rate:.1f} images/s, GPU memory {memory:.2f} GiB\n"
