@@ -356,7 +356,7 @@ def list_classes(folder):
             raise UserError(f"{table}: not [file, number] of every image in labels: {one_line(e)}") from None
         return {str(label): classes[label] for label in sorted(classes)}
     for path in files:
-        inside = path.relative_to(root).parts
+        inside = path.parts[len(root.parts):]
         classes[inside[0] if len(inside) > 1 else ""].append(path)
     beside = classes.pop("", [])
     if not classes:
