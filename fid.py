@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from repa import EMBEDDED, FrozenEncoder, fold_batch_norms
-from sample import (add_sampler_flags, load_checkpoint, newest_checkpoint, sample_images, sampler_settings,
-                    save_npz, start_processes)
+from sample import (add_sampler_flags, label_of, load_checkpoint, newest_checkpoint, sample_images,
+                    sampler_settings, save_npz, start_processes)
 from vae import (READ_ERRORS, Parser, UserError, count, existing_path, hash_tensors, list_images, load_into,
                  load_tensors, one_line, pick_device, positive_int, psnr, read_image, run_command, ssim,
                  to_float, to_uint8, write_atomic)
@@ -92,7 +92,7 @@ class Inception(nn.Module):
 
 def load_features(args):
     """The network the flags name; by default Inception if its weights are here, else the embedded one."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    instead = f"give {URL} by --inception-weights FILE; --features {EMBEDDED} works meanwhile"
     if args.download:
         try:
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -100,15 +100,13 @@ def load_features(args):
             if dist.is_initialized():
                 dist.barrier()
         except (OSError, RuntimeError) as e:
-            raise UserError(f"--download: cannot fetch {URL} ({one_line(e)}); bring that file by "
-                            f"--inception-weights FILE; --features {EMBEDDED} works meanwhile") from None
-    found = [cache / name for name in WEIGHTS if (cache / name).is_file()]
-    file = args.inception_weights or (found[0] if found else None)
+            raise UserError(f"--download: cannot fetch them ({one_line(e)}); {instead}") from None
+    cached = [Path(torch.hub.get_dir()) / "checkpoints" / name for name in WEIGHTS]
+    file = args.inception_weights or next(filter(Path.is_file, cached), None)
     if file and args.features in (None, "inception"):
         return Inception(file)
     if args.features == "inception":
-        raise UserError(f"--features inception: its weights are not here; give {URL} by --inception-weights "
-                        f"FILE, or --download; --features {EMBEDDED} works meanwhile")
+        raise UserError(f"--features inception: no weights here; --download fetches them, or {instead}")
     name = args.features or EMBEDDED
     net = FrozenEncoder("dinov2-vit-l" if name == "dinov2" else name, ckpt=args.features_weights)
     net.name, net.sha256 = name, hash_tensors(net).hexdigest()                       # the hub gives no file
@@ -118,8 +116,8 @@ def load_features(args):
 # --- Pictures: n, shape (H, W), batches(indices, ...) -> uint8 [B, 3, H, W]; given: their statistics -------
 
 class ImageSet:
-    """REF or SAMPLES: a folder of images (any nesting, sorted) or an .npz with arr_0 uint8 [N, H, W, 3] and,
-    or only, statistics: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}; marks: what --save-stats
+    """REF or SAMPLES: a folder of images (any nesting, sorted) or an .npz with arr_0 uint8 [N, H, W, 3],
+    statistics or both: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}; marks: what --save-stats
     wrote beside them. resolution: ADM's centre crop for the files of a folder. Raises UserError."""
 
     def __init__(self, path, resolution=None):
@@ -189,17 +187,17 @@ class ImageSet:
 
 
 class Samples:
-    """Images drawn from a checkpoint; labels i mod classes, or evenly spread if there are more classes."""
+    """Images drawn from a checkpoint, each class as often."""
 
     def __init__(self, path, model, n, settings):
         self.path, self.model, self.n, self.settings = path, model, n, settings
         self.given, self.shape = {}, (model.args["resolution"],) * 2
 
     def batches(self, indices, batch_size, num_workers=0):
-        classes = self.model.sit.num_classes
+        classes = range(self.model.sit.num_classes)
         for start in range(0, len(indices), batch_size):
             part = indices[start:start + batch_size]
-            labels = [i * classes // self.n if self.n < classes else i % classes for i in part]
+            labels = [label_of(i, 0, classes, n=self.n) for i in part]
             yield sample_images(self.model, part, labels, **self.settings)
 
 
@@ -409,7 +407,7 @@ def check(sources, net):
     """Refuse what would give a wrong number, and return lines on what could be misread. Statistics in a file
     must be of this network; beside images, those of another are not used. Raises UserError."""
     lines, shapes = [], {tuple(source.shape) for source in sources if source.shape}
-    for source in (source for source in sources if isinstance(source, ImageSet)):
+    for source in [source for source in sources if isinstance(source, ImageSet)]:
         if source.others:
             lines.append(f"{source.path}: {source.n} images; not read, other files: {dict(source.others)}")
         width = len(source.given["pool"][0]) if source.given else net.channels
@@ -425,7 +423,7 @@ def check(sources, net):
             lines.append(f"{source.path}: unmarked statistics, taken for {meant}; those of tools that resize "
                          "otherwise, as pytorch-fid's own files, do not fit")
     for source in sources:
-        n = source.n if source.n or not source.given else source.marks.get("n", 0)
+        n = source.n or (source.marks.get("n", 0) if source.given else 0)
         if source.n < 4 and not source.given:
             raise UserError(f"{source.path}: {n} image(s); a distribution needs at least four")
         if 0 < n <= net.channels:

@@ -9,7 +9,6 @@ import argparse
 import atexit
 import copy
 import dataclasses
-import importlib.util
 import itertools
 import json
 import logging
@@ -20,13 +19,17 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 import warnings
 import zipfile
 import zlib
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
-from sample import checkpoints, read_checkpoint, sample_images, start_processes
+from sample import Model, checkpoints, read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
 from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock,
                  UserError, can_compile, count, existing_folder, existing_path, fraction, hash_tensors,
@@ -71,7 +74,7 @@ class Config:
     exp_name: str = flag("", "default: the preset's name")
     seed: int = flag(0, "with the step it fixes all randomness", count)
     max_train_steps: int = flag(400_000, "the paper's 80 epochs", positive_int)
-    checkpointing_steps: int = flag(5_000, "steps between checkpoints; the last is always saved", positive_int)
+    checkpointing_steps: int = flag(5_000, "between checkpoints; the last is always saved", positive_int)
     keep_every: int = flag(50_000, "checkpoints at its multiples stay, and the newest two", positive_int)
     sampling_steps: int = flag(10_000, "steps between pictures", positive_int)
     log_steps: int = flag(100, "steps between lines of metrics.jsonl", positive_int)
@@ -83,8 +86,7 @@ class Config:
     mixed_precision: str = flag("bf16", "autocast; losses and norms stay float32", choices=["no", "bf16"])
     compile: bool = flag(True, "torch.compile the networks")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass, compute it again instead")
-    gradient_accumulation_steps: int = flag(1, "parts of a process's batch, one after the other, each "
-                                            "normalised by its own batch statistics", positive_int)
+    gradient_accumulation_steps: int = flag(1, "parts of a batch, each with its own statistics", positive_int)
     num_workers: int = flag(8, "loader processes per GPU", count)
     # the data
     data_dir: str = flag("", "DIR/CLASS/*.jpg, DIR with dataset.json, or a folder of images (one class); "
@@ -217,19 +219,17 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
 
 @contextmanager
 def frozen(params):
-    """No gradient for these parameters inside (pos_embed is in no list, so it never gets one)."""
+    """No gradient for these parameters inside (pos_embed is in no such list: it never gets one)."""
     for p in params:
         p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in params:
-            p.requires_grad_(True)
+    yield                                                                 # an error in there ends the run
+    for p in params:
+        p.requires_grad_(True)
 
 
 def update(m, cfg):
-    """Clip each network's gradient, step its optimizer, move the EMA; returns {name: norm before clipping} and
-    m.health. Where a gradient is not finite, no network steps and the statistics go back: decided on the
+    """Clip each network's gradient, step its optimizer, move the EMA; returns {name: norm before clipping}
+    and m.health. Where a gradient is not finite, no network steps and the statistics go back: decided on the
     device, and alike on all processes, since averaging brings a bad gradient of one to all."""
     norms = {}
     for name, optimizer in m.trained.items():
@@ -243,12 +243,12 @@ def update(m, cfg):
             optimizer.found_inf = bad                                     # the fused kernels skip by it
         if m.fused or not bad:                                            # MPS reads it: its kernel would not
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     for buffer, kept in zip(m.statistics, m.kept_statistics):
         buffer.copy_(torch.where(bad > 0, kept, buffer))
         kept.copy_(buffer)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)        # and the latent statistics
-    still = list(norms.values())[-1] == 0                                 # SiT's, or of a VAE alone its own
+    still = norms.get("grad_norm", norms.get("vae_grad_norm")) == 0       # SiT's, or of a VAE alone its own
     m.health = dict(skipped=m.health["skipped"] + bad,
                     skipped_in_a_row=(m.health["skipped_in_a_row"] + bad) * bad,
                     zero_gradients_in_a_row=(m.health["zero_gradients_in_a_row"] + 1) * still)
@@ -260,28 +260,29 @@ def run_step(m, cfg, step, batch, rank, world, device):
     x, y, _, *moments = batch
     x, y, *moments = (tensor.to(device, non_blocking=True) for tensor in (x, y, *moments))
     x = to_float(x).contiguous(memory_format=torch.channels_last)
-    scale = min(1.0, (step + 1) / max(cfg.lr_warmup_steps, 1),
-                (cfg.max_train_steps - step) / max(cfg.lr_decay_steps, 1))
+    left = cfg.max_train_steps - step
+    scale = min(1.0, (step + 1) / max(cfg.lr_warmup_steps, 1), left / max(cfg.lr_decay_steps, 1))
     for optimizer, rate in ((m.opt, cfg.learning_rate), (m.opt_vae, cfg.vae_learning_rate),
                             (m.opt_disc, cfg.disc_learning_rate)):
         optimizer.param_groups[0]["lr"] = rate * scale
     noise = draw_noise(cfg, step, (m.vae.latent_channels, m.size, m.size), rank, world, device)
     parts, logs = cfg.gradient_accumulation_steps, []
     for k in range(parts):
-        part_x, part_y, *part_noise = (values.chunk(parts)[k] for values in (x, y, *noise))
+        x_k, y_k, *noise_k = (values.chunk(parts)[k] for values in (x, y, *noise))
         z = None
         if cfg.vae_grad == "none":
             with torch.no_grad(), m.autocast():
-                posterior = DiagonalGaussian(moments[0].chunk(parts)[k]) if moments else m.vae.encode(part_x)
-            z = posterior.sample(part_noise[0])
-        logs.append(train_step(m, cfg, step, part_x, part_y, z, *part_noise, last=k == parts - 1))
-    return {name: torch.stack([log[name].detach() for log in logs if name in log]).mean() for name in logs[-1]}
+                posterior = DiagonalGaussian(moments[0].chunk(parts)[k]) if moments else m.vae.encode(x_k)
+            z = posterior.sample(noise_k[0])
+        logs.append(train_step(m, cfg, step, x_k, y_k, z, *noise_k, last=k == parts - 1))
+    return {name: torch.stack([log[name].detach() for log in logs if name in log]).mean()
+            for name in logs[-1]}
 
 
 def draw_noise(cfg, step, latent_shape, rank, world, device):
     """(posterior_noise, eps, t, drop) of a step: drawn for the global batch from (seed, step), then this
     process's slice, so that neither resuming nor the number of processes changes them."""
-    seed = np.random.SeedSequence((cfg.seed, step)).generate_state(1, np.uint64)       # no two pairs share one
+    seed = np.random.SeedSequence((cfg.seed, step)).generate_state(1, np.uint64)      # each pair has its own
     g = torch.Generator(device).manual_seed(int(seed[0]))
     posterior_noise = torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device)
     eps = torch.randn(cfg.batch_size, *latent_shape, generator=g, device=device)
@@ -313,23 +314,20 @@ def parse_config(argv=None):
     parts = int(os.environ.get("WORLD_SIZE", 1)) * cfg.gradient_accumulation_steps
     trained, vae_frozen = cfg.vae_ckpt or cfg.init_from, cfg.vae_grad == "none"
     for wrong, line in (
-            (cfg.batch_size % parts, f"--batch-size {cfg.batch_size}: not divisible by {parts}, the processes "
-             "times --gradient-accumulation-steps"),
+            (cfg.batch_size % parts, f"--batch-size {cfg.batch_size}: not divisible by {parts}, the processes"
+             " times --gradient-accumulation-steps"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite exclude each other"),
             (cfg.cfg_scale > 1 and cfg.cfg_prob == 0,
-             "--cfg-scale above 1 needs labels dropped in training (--cfg-prob above 0)"),
-            (not cfg.data_dir and preset != "tiny",
-             f"--preset {preset} needs --data-dir DIR with images as DIR/CLASS/*.jpg"),
+             "--cfg-scale above 1 needs labels dropped in training: --cfg-prob above 0"),
+            (not cfg.data_dir and preset != "tiny", f"--preset {preset} needs --data-dir DIR, see --help"),
             (cfg.vae_only and cfg.vae_grad != "repa", "--vae-only trains no SiT: drop it or --vae-grad"),
             (cfg.vae_grad == "repa" and cfg.proj_coeff == 0 and not cfg.vae_only,
              "--proj-coeff 0 leaves no alignment for --vae-grad repa; take --vae-grad none or diffusion"),
             (cfg.cache_latents and (cfg.flip or not vae_frozen),
              "--cache-latents needs latents that stay: --vae-grad none and no --flip"),
             (vae_frozen and not trained, "--vae-grad none freezes the VAE: give a trained one by --vae-ckpt"),
-            (not (trained or cfg.vae_from_scratch),
-             "the VAE needs --vae-ckpt FILE, or --vae-from-scratch to start from random weights"),
-            (cfg.report_to and not importlib.util.find_spec(cfg.report_to),
-             f"--report-to {cfg.report_to}: not installed here; pip install {cfg.report_to}")):
+            (not (trained or cfg.vae_from_scratch), "the VAE needs --vae-ckpt FILE, or --vae-from-scratch"),
+            (cfg.report_to and not find_spec(cfg.report_to), f"--report-to: pip install {cfg.report_to}")):
         if wrong:
             raise UserError(line)
     for name in cfg.enc_type.split(","):
@@ -344,23 +342,22 @@ def parse_config(argv=None):
 # --- Data ---------------------------------------------------------------------------------------------------
 
 def list_classes(folder):
-    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name; where
-    DIR holds dataset.json, its "labels", [file, number] pairs, count (EDM's and StyleGAN's tools write it); a
+    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name;
+    where DIR holds dataset.json (of EDM's and StyleGAN's tools), its "labels", [file, number] pairs, count; a
     folder of images alone is one class. Raises UserError."""
-    root, table, classes = Path(folder), Path(folder) / "dataset.json", {}
+    root, table, classes = Path(folder), Path(folder) / "dataset.json", defaultdict(list)
     files = list_images(root)
     if table.is_file():
         try:
             labels = dict(json.loads(table.read_text())["labels"] or {})
             for path in files:
-                label = labels[path.relative_to(root).as_posix()] if labels else 0
-                classes.setdefault(int(label), []).append(path)
+                classes[int(labels[path.relative_to(root).as_posix()]) if labels else 0].append(path)
         except (OSError, ValueError, TypeError, KeyError) as e:
             raise UserError(f"{table}: not [file, number] of every image in labels: {one_line(e)}") from None
         return {str(label): classes[label] for label in sorted(classes)}
     for path in files:
         inside = path.parts[len(root.parts):]
-        classes.setdefault(inside[0] if len(inside) > 1 else "", []).append(path)
+        classes[inside[0] if len(inside) > 1 else ""].append(path)
     beside = classes.pop("", [])
     if not classes:
         return {root.resolve().name: beside}
@@ -375,9 +372,9 @@ def list_classes(folder):
 
 
 class ImageFolder(Dataset):
-    """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, path
-    of an unreadable file or ''): such a file is replaced by the next readable one. Once `cached` is the folder
-    of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty."""
+    """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, ''
+    or the path of an unreadable file, in whose place the next readable one comes). Once `cached` is the
+    folder of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty."""
     cached, with_images = None, True
 
     def __init__(self, folder, resolution):
@@ -433,9 +430,9 @@ def chunk_file(folder, k):
 @torch.no_grad()
 def cache_latents(m, cfg, dataset, device, rank, world, host):
     """Write the posterior's moments of all images once, float16 [1024, 2C, h, w] a file (NaN: an unreadable
-    image); returns the folder. Its name is a hash of the VAE, the resolution, and the images' names, sizes and
-    times of change: other ones never meet it. A file is written whole by one process, so that a killed run goes
-    on. Machines without a common disk make in a second round what is missing on theirs."""
+    image); returns the folder. Its name is a hash of the VAE, the resolution, and the images' names, sizes
+    and times of change. A file is written whole by one process, so that a killed run goes on. Machines
+    without a common disk make in a second round what is missing on theirs."""
     folder = [None]
     if rank == 0:
         digest = hash_tensors(m.vae)
@@ -447,19 +444,17 @@ def cache_latents(m, cfg, dataset, device, rank, world, host):
     if world > 1:
         dist.broadcast_object_list(folder, group=host)
     here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for first, every in ((rank, world), here):
-        files = [chunk_file(folder[0], k) for k in range(math.ceil(len(dataset) / CHUNK))]
-        missing = [(k, file) for k, file in enumerate(files) if not file.is_file()]
-        for k, file in tqdm(missing[first::every], "caching latents", disable=rank > 0 or not missing):
-            items, moments = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))], []
+    for first, every in ((rank, world), here):             # by number: others may write while this one looks
+        mine = range(first, math.ceil(len(dataset) / CHUNK), every)
+        missing = [k for k in mine if not chunk_file(folder[0], k).is_file()]
+        for k in tqdm(missing, "caching latents", disable=rank > 0 or not missing):
+            items, rows = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))], []
             for x, _, bad in DataLoader(dataset, 32, sampler=items, num_workers=cfg.num_workers,
                                         worker_init_fn=ignore_signals):
-                x = to_float(x.to(device)).contiguous(memory_format=torch.channels_last)
-                posterior = m.vae.encode(x)                           # once, so in float32
-                moments.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
-                moments[-1][torch.tensor([name != "" for name in bad])] = math.nan
-            rows = torch.cat(moments)
-            write_atomic(file, lambda tmp: torch.save(rows, tmp))
+                posterior = m.vae.encode(to_float(x.to(device, memory_format=torch.channels_last)))  # float32
+                rows.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
+                rows[-1][torch.tensor([name != "" for name in bad])] = math.nan
+            write_atomic(chunk_file(folder[0], k), lambda tmp: torch.save(torch.cat(rows), tmp))
         if world > 1:
             dist.barrier(host)
     return folder[0]
@@ -472,7 +467,7 @@ def build(cfg, device):
     torch.manual_seed(cfg.seed)
     source = cfg.vae_ckpt or cfg.init_from
     vae, stats = load_vae(source) if source else (AutoencoderKL(cfg.vae), None)
-    cfg.vae = f"f{vae.stride}d{vae.latent_channels}"                  # a file brings its own
+    cfg.vae = f"f{vae.stride}d{vae.latent_channels}"                  # that of a file
     disc = Discriminator()
     if cfg.disc_pretrained_ckpt:
         load_into(disc, load_tensors(cfg.disc_pretrained_ckpt), cfg.disc_pretrained_ckpt)
@@ -484,13 +479,11 @@ def build(cfg, device):
     projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders if aligned]
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes or 1, cfg.cfg_prob, cfg.qk_norm,
               cfg.encoder_depth, projectors, cfg.bn_momentum)
+    perceptual = EncoderDistance(encoders[0]) if compared else None
     if cfg.vae_grad == "none":
-        perceptual = None                                             # no reconstruction to compare
         sit.bn.eval()                                                 # fixed latents, so fixed statistics
     elif cfg.perceptual == "lpips":
         perceptual = LPIPS(cfg.lpips_ckpt or None, cfg.vgg_ckpt or None, cfg.allow_random_weights)
-    else:
-        perceptual = EncoderDistance(encoders[0])
     if stats:
         sit.bn.start(*stats)
     ema = copy.deepcopy(sit).eval().requires_grad_(False)
@@ -498,11 +491,9 @@ def build(cfg, device):
         init_from(cfg.init_from, sit, ema, with_norm=not cfg.vae_ckpt)
     for module in filter(None, (vae, disc, perceptual, *encoders)):
         module.to(device, memory_format=torch.channels_last)
-    sit.place(device)
-    ema.place(device)
-    m = SimpleNamespace(vae=vae, sit=sit, ema=ema, disc=disc, encoders=encoders if aligned else [],
-                        perceptual=perceptual, ddp_vae=vae, ddp_sit=sit, ddp_disc=disc, size=size,
-                        has_statistics=bool(stats))
+    m = SimpleNamespace(vae=vae, sit=sit.place(device), ema=ema.place(device), disc=disc, ddp_vae=vae,
+                        ddp_sit=sit, ddp_disc=disc, encoders=encoders if aligned else [],
+                        perceptual=perceptual, size=size, has_statistics=bool(stats))
     m.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
     m.vae_params, m.disc_params = list(vae.parameters()), list(disc.parameters())
     m.sit_params = [p for p in sit.parameters() if p.requires_grad]                # all but pos_embed
@@ -511,7 +502,7 @@ def build(cfg, device):
     m.opt = torch.optim.AdamW(m.sit_params, lr=cfg.learning_rate, **adamw)
     m.opt_vae = torch.optim.AdamW(m.vae_params, lr=cfg.vae_learning_rate, **adamw)
     m.opt_disc = torch.optim.AdamW(m.disc_params, lr=cfg.disc_learning_rate, **adamw)
-    m.trained = {}
+    m.trained = {}                                          # {its gradient norm's name in the log: optimizer}
     if cfg.vae_grad != "none":
         m.trained["vae_grad_norm"] = m.opt_vae
         if cfg.disc_weight > 0:
@@ -530,29 +521,19 @@ def build(cfg, device):
 
 def init_from(path, sit, ema, with_norm):
     """SiT and its average from a training checkpoint, the latent norm only if its VAE is taken as well. What
-    does not fit starts anew: projectors, labels of other classes, positions of another resolution."""
-    ckpt, anew = read_checkpoint(path), set()
+    does not fit starts anew as a whole: projectors, labels of other classes, positions of another size."""
+    ckpt, may_differ = read_checkpoint(path), {"projectors", "y_embedder", "pos_embed", "bn"}
     for net, key in ((sit, "model"), (ema, "ema")):
         own = net.state_dict()
         state = {name: tensor for name, tensor in ckpt[key].items()
                  if name in own or not name.startswith("projectors.")}
-        for name, tensor in own.items():
-            part = name.split(".")[0]
-            fits = name in state and state[name].shape == tensor.shape
-            if part in ("projectors", "y_embedder", "pos_embed") and not fits:
-                anew.add(part)
-            if part in anew or part == "bn" and not (fits and with_norm):
-                state[name] = tensor
+        anew = may_differ & {name.split(".")[0] for name, tensor in own.items()
+                             if name not in state or state[name].shape != tensor.shape}
+        anew |= set() if with_norm else {"bn"}
+        state |= {name: tensor for name, tensor in own.items() if name.split(".")[0] in anew}
         load_into(net, state, f"{path}: {key}")
-    if anew and int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"{path}: its {', '.join(sorted(anew))} do not fit here and start anew")
-
-
-def recomputed(function):
-    """The same function, of which only the inputs are kept for the backward pass, which runs it again."""
-    def run(*args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)   # no dropout in it
-    return run
+    if anew - {"bn"} and int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"{path}: its {', '.join(sorted(anew - {'bn'}))} do not fit here and start anew")
 
 
 def wrap(m, cfg, device, world):
@@ -569,11 +550,12 @@ def wrap(m, cfg, device, world):
         if isinstance(m.perceptual, LPIPS):                   # EncoderDistance takes longer compiled, on a CPU
             m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
+        again = dict(use_reentrant=False, preserve_rng_state=False)                      # no dropout in them
         for module in (*m.sit.modules(), *m.vae.modules()):
             if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
-                module.forward = recomputed(module.forward)
+                module.forward = partial(checkpoint, module.forward, **again)
         if m.perceptual:
-            m.perceptual.features = recomputed(m.perceptual.features)
+            m.perceptual.features = partial(checkpoint, m.perceptual.features, **again)
     if world > 1:
         warnings.filterwarnings("ignore", message=".*broadcast_buffers")     # older PyTorch has no other name
         kwargs = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
@@ -607,13 +589,13 @@ STATE = dict(model="sit", ema="ema", vae="vae", discriminator="disc", opt="opt",
 
 
 def save_checkpoint(m, cfg, folder, step, classes):
-    """The released keys; args as a plain dict, with the names of the classes; the VAE inside, so that this one
-    file samples. On GPUs only the copy to the host is waited for. Older checkpoints go, but for the newest two
-    and every --keep-every-th step."""
+    """The released keys; args as a plain dict, with the names of the classes; the VAE inside, so that this
+    one file samples. On GPUs only the copy to the host is waited for. Older checkpoints go, but for the
+    newest two and the multiples of --keep-every."""
     ckpt = {key: getattr(m, name).state_dict() for key, name in STATE.items()}
     more = dict(classes=classes, vae_groups=m.vae.config["groups"])   # no tensor's shape shows the groups
-    ckpt |= dict(args=dataclasses.asdict(cfg) | more, steps=step)
-    path = folder / "checkpoints" / f"{step:07d}.pt"
+    ckpt |= dict(args=vars(cfg) | more, steps=step)
+    path = folder / f"checkpoints/{step:07d}.pt"
 
     def write():
         write_atomic(path, lambda tmp: torch.save(ckpt, tmp))
@@ -651,16 +633,17 @@ def load_run(m, cfg, path, classes, say):
     """Everything of a checkpoint back into the networks and optimizers; returns its step. Settings that
     differ from the run's are told, those that cannot change refused, as are other classes."""
     ckpt = read_checkpoint(path)
-    for label, (old, new) in enumerate(itertools.zip_longest(ckpt["args"].get("classes", classes), classes)):
+    args = ckpt["args"]
+    for label, (old, new) in enumerate(itertools.zip_longest(args.get("classes", classes), classes)):
         if old != new:
-            raise UserError(f"{path} was trained with {old} as class {label}; in {cfg.data_dir} that is {new}")
-    for name, value in dataclasses.asdict(cfg).items():
-        old = ckpt["args"].get(name, value)
-        if old != value and name not in ("resume", "overwrite", "output_dir", "exp_name"):
-            if name in FIXED:
-                option = name.replace("_", "-")
-                raise UserError(f"{path} was trained with --{option} {old}; it cannot go on with {value}")
-            say(f"going on with another {name}: {old} -> {value}")
+            raise UserError(f"{path} was trained with {old} as class {label}; in {cfg.data_dir} that is "
+                            f"{new}")
+    for name, new in vars(cfg).items():
+        old, option = args.get(name, new), name.replace("_", "-")
+        if old != new and name in FIXED:
+            raise UserError(f"{path} was trained with --{option} {old}; it cannot go on with {new}")
+        if old != new and name not in ("resume", "overwrite", "output_dir", "exp_name"):
+            say(f"going on with another {name}: {old} -> {new}")
     try:
         for key, name in STATE.items():
             if key.startswith("opt"):
@@ -675,17 +658,17 @@ def load_run(m, cfg, path, classes, say):
 # --- Pictures, and where the time goes ----------------------------------------------------------------------
 
 @torch.no_grad()
-def draw_pictures(m, cfg, folder, step, classes, held_out, device):
+def draw_pictures(m, cfg, folder, step, held_out, device):
     """Sample grid of the EMA (a column per class), reconstructions beside originals, latents in colour;
     returns the mean PSNR in dB of reconstructing `held_out`, uint8 [N, 3, R, R] (the posterior's mean)."""
-    ema = SimpleNamespace(sit=m.ema, vae=m.vae, args=dataclasses.asdict(cfg), device=device)
-    columns, scale = min(classes, 10), max(1, 64 // cfg.resolution)
-    rows = 8 if cfg.resolution <= 64 else 4
+    columns, rows = min(cfg.num_classes, 10), 8 if cfg.resolution <= 64 else 4
+    scale = max(1, 64 // cfg.resolution)
     if not cfg.vae_only:
-        samples = torch.cat([sample_images(ema, range(i, i + columns), range(columns), num_steps=25,
-                                           cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision)
-                             for i in range(0, columns * rows, columns)])
-        save_png(image_grid(samples, columns, scale), folder / f"pictures/samples-{step:07d}.png")
+        ema = Model(m.ema, m.vae, vars(cfg), step, device)
+        samples = [sample_images(ema, range(i, i + columns), range(columns), num_steps=25,
+                                 cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision)
+                   for i in range(0, columns * rows, columns)]
+        save_png(image_grid(torch.cat(samples), columns, scale), folder / f"pictures/samples-{step:07d}.png")
     with m.autocast():
         batches = to_float(held_out).to(device, memory_format=torch.channels_last).split(32)
         latents = [m.vae.encode(x).mean for x in batches]
@@ -698,7 +681,7 @@ def draw_pictures(m, cfg, folder, step, classes, held_out, device):
 
 
 def measure_speed(m, cfg, device):
-    """(FLOPs of a step per image, forward and backward, counted in an eager step of one image that is not
+    """(FLOPs of a step an image, forward and backward, counted in an eager step of one image that is not
     applied; FLOP/s of a large matrix product in the run's precision, of which the log's "mfu" is a share)."""
     x = torch.zeros(1, 3, cfg.resolution, cfg.resolution, device=device)
     eps = torch.zeros(1, m.vae.latent_channels, m.size, m.size, device=device)
@@ -709,16 +692,12 @@ def measure_speed(m, cfg, device):
                 m.vae.encode(x)
         train_step(m, cfg, 0, x, y, eps if cfg.vae_grad == "none" else None, eps, eps, t, y > 0, last=False)
     for optimizer in m.trained.values():
-        optimizer.zero_grad(set_to_none=True)
-    for buffer, kept in zip(m.statistics, m.kept_statistics):
-        buffer.copy_(kept)
-    n, seconds = 8192 if device.type == "cuda" else 2048, []
+        optimizer.zero_grad()
+    torch._foreach_copy_(m.statistics, m.kept_statistics)
+    n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" else None)
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()                                          # waits for it
-        seconds.append(time.perf_counter() - start)
-    return counter.get_total_flops(), 2 * n ** 3 / min(seconds)
+    seconds = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), repeat=4, number=1))       # item() waits for it
+    return counter.get_total_flops(), 2 * n ** 3 / seconds
 
 
 def profile(m, cfg, batches, rank, world, device, flops, peak):
@@ -763,20 +742,20 @@ def start_metrics(folder, step, cfg):
     lines = path.read_text().splitlines() if path.exists() else []
     lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_atomic(path, lambda tmp: tmp.write_text("".join(lines)))
-    file, writer, wandb = open(path, "a", buffering=1), None, None
+    file = open(path, "a", buffering=1)
     if cfg.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(folder)
     elif cfg.report_to == "wandb":
         import wandb
-        wandb.init(project="repa-e", name=cfg.exp_name, config=dataclasses.asdict(cfg), dir=folder)
+        wandb.init(project="repa-e", name=cfg.exp_name, config=vars(cfg), dir=folder)
 
     def log(step, row):
         file.write(json.dumps(dict(step=step) | row) + "\n")
-        if writer:
+        if cfg.report_to == "tensorboard":
             for name, value in row.items():
                 writer.add_scalar(name, value, step)
-        if wandb:
+        elif cfg.report_to == "wandb":
             wandb.log(row, step=step)
     return log
 
@@ -788,11 +767,11 @@ def lock(folder):
     file = open(folder / ".lock", "w")
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)          # flock's would go on in loader processes
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)          # flock's would live on in the loaders
     except (BlockingIOError, PermissionError):
         raise UserError(f"{folder}: another run is writing to it; --exp-name NAME names another") from None
     except OSError as e:
-        tqdm.write(f"{folder}: no locks on this file system ({e.strerror}); see that no other run writes to it")
+        tqdm.write(f"{folder}: no locks on this file system ({e.strerror}); let no other run write to it")
     for half_written in folder.rglob(".*.tmp"):
         if half_written.is_file():
             half_written.unlink()
@@ -830,14 +809,14 @@ def main():
         raise UserError(f"{folder} holds checkpoints already: --resume goes on from the newest, --overwrite "
                         "starts afresh, --exp-name NAME keeps both")
     rank, world = start_processes(device)
-    main_process = rank == 0
+    main_process, writes = rank == 0, rank == 0 and not cfg.profile
     host = dist.new_group(backend="gloo") if world > 1 else None      # to agree on stopping
 
     def say(line):
         if main_process:
             tqdm.write(line)
 
-    if main_process and not cfg.profile:
+    if writes:
         held = lock(folder)                                           # while this name lives
     if cfg.compile and not can_compile(device):
         say("no C++ compiler here: running eagerly (--no-compile says so in advance)")
@@ -858,12 +837,12 @@ def main():
     if world > 1:
         dist.broadcast_object_list(shared, group=host)
     dataset, resume_from = shared
-    if agree(resume_from is not None and not resume_from.is_file(), host):       # every machine has its data by now
+    if agree(resume_from is not None and not resume_from.is_file(), host):      # all have their data by now
         raise UserError(f"{resume_from}: not on every machine; copy it to the same path on each")
     classes = dataset.classes
-    cfg.num_classes = cfg.num_classes or len(classes)
-    if cfg.num_classes != len(classes):
-        raise UserError(f"--num-classes {cfg.num_classes}, but {cfg.data_dir} has {len(classes)}; leave it out")
+    if cfg.num_classes not in (0, len(classes)):
+        raise UserError(f"--num-classes {cfg.num_classes}: {cfg.data_dir} has {len(classes)}; leave it out")
+    cfg.num_classes = len(classes)
     if 2 * len(classes) > len(dataset):
         say(f"warning: {len(classes)} classes for {len(dataset)} images; is every folder in it a class?")
     if cfg.num_classes == 1:                                          # nothing to guide by
@@ -877,9 +856,9 @@ def main():
     flops, peak = measure_speed(m, cfg, device)
     if cfg.profile:
         cfg.max_train_steps = 2 * cfg.profile + 3
-    if main_process and not cfg.profile:
+    if writes:
         if cfg.overwrite and (folder / "args.json").is_file():
-            for stale in set(folder.iterdir()) - {folder / ".lock"}:  # evaluations too: they are of the old run
+            for stale in set(folder.iterdir()) - {folder / ".lock"}:  # also its evaluations
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         settings = json.dumps(vars(cfg) | dict(classes=classes), indent=2)
         write_atomic(folder / "args.json", lambda tmp: tmp.write_text(settings))
@@ -901,7 +880,7 @@ def main():
         say(profile(m, cfg, iter(loader), rank, world, device, flops, peak))
         sys.stdout.flush()
         os._exit(0)                                                   # at once, loader processes and all
-    signals = []
+    signals, bad_files = [], set()
 
     def on_signal(number, frame):
         if signals:                                                   # the second one: at once
@@ -910,7 +889,6 @@ def main():
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    bad_files = set()
     bar = tqdm(total=cfg.max_train_steps, initial=step, unit="step", disable=not main_process, smoothing=0.05)
     since, images_done = time.time(), 0
     for batch in loader:
@@ -936,7 +914,7 @@ def main():
             row["images_per_second"] = images_done / (time.time() - since)
             row["mfu"] = flops * row["images_per_second"] / world / peak
             if main_process and pictures:
-                row["val_psnr"] = draw_pictures(m, cfg, folder, step, cfg.num_classes, shown, device)
+                row["val_psnr"] = draw_pictures(m, cfg, folder, step, shown, device)
             if main_process:
                 log(step, row)
                 say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))

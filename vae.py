@@ -646,13 +646,13 @@ def list_images(folder, others=None):
             if entry.is_dir():
                 folders.append((entry.path, (*above, here)))
             elif suffix in suffixes and entry.is_file():
-                found.append(Path(entry.path))
+                found.append(entry.path)
             else:
                 others[suffix or "no suffix"] += 1
     if not found:
         kinds = ", ".join(f"{n} of {suffix}" for suffix, n in others.most_common(5))
         raise UserError(f"{folder}: no images in it, {kinds or 'it is empty'}")
-    return sorted(found)
+    return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
 
 
 def center_crop(image, size):
