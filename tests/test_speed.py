@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import shlex
-import shutil
 import sys
 
 import pytest
@@ -89,6 +88,7 @@ def test_a_step_never_waits_for_the_device(tiny):
     assert called & waits
 
 
+@slow
 @compiled
 def test_compiled_blocks_and_bf16_agree_with_eager(tiny):
     m, _, (_, y, _, noise, _, t, _) = tiny()
@@ -148,11 +148,12 @@ def test_the_flops_of_a_step(tiny):
     assert least < flops < 3 * least                                  # the encoder's features come on top
 
 
-@pytest.mark.parametrize("flags", [[], ["--vae-grad", "none", "--cache-latents", "--vae-ckpt", "VAE"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--vae-grad", "none", "--cache-latents", "--vae-ckpt", "VAE"],
+                                                    marks=slow)])
 def test_profile_prints_its_table_and_touches_no_run(pictures, frozen_vae, tmp_path, flags):
     flags = [frozen_vae if flag == "VAE" else flag for flag in flags]
     out = run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--profile", "1", *SHORT, *flags, cwd=tmp_path)
-    names = ["# SiT", "# encoder features"]
+    names = ["# SiT", "# encoder features", "Optimizer.step#AdamW.step"]
     if not flags:
         names += ["# VAE encoder", "# VAE decoder", "# SiT, alignment pass", "# perceptual distance"]
     assert all(re.search(rf"^ *{name}  ", out, re.M) for name in names), out
@@ -191,34 +192,36 @@ def test_readme_commands_on_what_is_drawn(tmp_path):
     assert json.loads((exp / "args.json").read_text())["model"] == "SiT-T/1"
     out = run(sys.executable, ROOT / "sample.py", "--num-samples", "10", "--num-steps", "2", cwd=tmp_path)
     assert "samples-0000002.png" in out and Image.open(exp / "samples-0000002.png").size[0] > 600
-    numbers = fid_numbers([sys.executable], "--num-samples", "20", "--num-steps", "2", "--metrics", "fid", cwd=tmp_path)
+    run(sys.executable, ROOT / "fid.py", "--num-samples", "20", "--num-steps", "2", "--metrics", "fid", "--json", "out.json",
+        cwd=tmp_path)
+    numbers = json.loads((tmp_path / "out.json").read_text())
     assert numbers["n_samples"] == 20 and numbers["n_reference"] > 4000
 
 
-def test_evaluating_a_run_in_one_process_and_two(pictures, short_run):
-    """The newest run against its own data: drawn in memory, by two processes, or from files, the numbers are the same."""
-    shutil.copytree(short_run / "exps/a", short_run / "exps/evaluated")
-    short = ["--num-samples", "20", "--num-steps", "2", "--features", repa.EMBEDDED, "--metrics", "fid,kid,recall",
-             "--device", "cpu"]
-    ckpt = short_run / "exps/evaluated/checkpoints/0000004.pt"
-    run(sys.executable, ROOT / "sample.py", "--ckpt", ckpt, *short[:4], "--out", "samples.npz", cwd=short_run)
-    drawn = fid_numbers([sys.executable], *short, cwd=short_run)
-    both = fid_numbers(torchrun(2), *short, "--batch-size", "3", cwd=short_run)
-    stored = fid_numbers([sys.executable], pictures, "samples.npz", "--resolution", "32", *short[4:], cwd=short_run)
-    for other in (both, stored):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
+def test_evaluating_a_run(pictures, short_run, command, processes):
+    """Against its own data: drawn in memory, in whatever batches and processes, or from files: the same numbers."""
+    def numbers(processes, *flags):
+        flags = [*flags, "--features", repa.EMBEDDED, "--device", "cpu", "--num-workers", "0", "--json", "out.json"]
+        if processes == 1:
+            command("fid", *flags, cwd=short_run)
+        else:
+            run(*torchrun(processes), ROOT / "fid.py", *flags, cwd=short_run)
+        return json.loads((short_run / "out.json").read_text())
+
+    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
+    draw, metrics = ["--ckpt", ckpt, "--num-samples", "20", "--num-steps", "2"], ["--metrics", "fid,kid,recall"]
+    command("sample", *draw, "--out", "samples.npz", "--device", "cpu", cwd=short_run)
+    drawn = numbers(1, *draw, *metrics)
+    again = numbers(processes, *draw, *metrics, "--batch-size", "3")
+    stored = numbers(1, pictures, "samples.npz", "--resolution", "32", *metrics)
+    for other in (again, stored):
         assert (other["n_samples"], other["n_reference"]) == (20, 24)
         assert all(other[key] == pytest.approx(drawn[key], rel=1e-3) for key in ("fd_efficientnet-lite0", "kid", "recall"))
-    rec = fid_numbers(torchrun(2), "--reconstruct", "--features", repa.EMBEDDED, "--ckpt", ckpt, "--device", "cpu",
-                      cwd=short_run)
+    rec = numbers(processes, "--reconstruct", "--ckpt", ckpt)
     model = sample.load_checkpoint(ckpt)
     x = vae.to_float(torch.stack([vae.read_image(p, 32) for p in vae.list_images(pictures)]))
     with torch.no_grad():
         y = vae.to_float(vae.to_uint8(model.vae.decode(model.vae.encode(x).mean)))
     assert rec["psnr"] == pytest.approx(vae.psnr(x, y).mean().item(), abs=0.01)
     assert rec["ssim"] == pytest.approx(vae.ssim(x, y).mean().item(), abs=1e-4)
-
-
-def fid_numbers(before, *flags, cwd):
-    """What fid.py writes with these flags; before: [python] or torchrun's command line."""
-    run(*before, ROOT / "fid.py", *flags, "--num-workers", "0", "--json", "out.json", cwd=cwd)
-    return json.loads((cwd / "out.json").read_text())

@@ -25,7 +25,8 @@ from conftest import (CPU, ROOT, SHORT, flatten, losses, metrics_of, noise_pictu
 from vae import UserError
 
 
-@pytest.mark.parametrize("flags", [["--gradient-checkpointing"], pytest.param(["--compile"], marks=slow)])
+@slow                                                                   # as it stands: test_machines.py
+@pytest.mark.parametrize("flags", [["--gradient-checkpointing"], ["--compile"]])
 def test_two_processes_give_the_losses_of_one(pictures, short_run, flags):
     run(*torchrun(2), ROOT / "train.py", "--data-dir", pictures, "--exp-name", "two", "--disc-weight", "0",
         "--overwrite", *flags, *SHORT, cwd=short_run)
@@ -36,12 +37,12 @@ def test_two_processes_give_the_losses_of_one(pictures, short_run, flags):
         assert "disc_loss" not in a and {k: b[k] for k in a} == pytest.approx(a, **near)
 
 
-def test_a_killed_run_resumes_where_it_was(pictures, short_run):
+def test_a_killed_run_resumes_where_it_was(pictures, short_run, command):
     whole = losses(short_run / "exps/a")
     shutil.copytree(short_run / "exps/a", short_run / "exps/b")
     (short_run / "exps/b/checkpoints/0000004.pt").unlink()               # killed after step 3: its line stays behind
-    run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--exp-name", "b", "--disc-weight", "0", "--resume",
-        "--checkpointing-steps", "2", *SHORT, cwd=short_run)
+    command("train", "--data-dir", pictures, "--exp-name", "b", "--disc-weight", "0", "--resume", "--checkpointing-steps",
+            "2", *SHORT, cwd=short_run)
     assert losses(short_run / "exps/b") == whole
     a, b = (vae.load_tensors(short_run / f"exps/{x}/checkpoints/0000004.pt") for x in "ab")
     for key in ("model", "ema", "vae", "discriminator"):
@@ -58,9 +59,9 @@ def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, command):
     one_line(command("sample", "--ckpt", ckpt, "--device", "cpu", code=2), "no SiT to draw with")
     frozen = ["--vae-grad", "none", "--vae-ckpt", ckpt, *common]
     command("train", "--exp-name", "plain", *frozen)
-    run(*torchrun(2), ROOT / "train.py", "--exp-name", "cached", "--cache-latents", *frozen, cwd=tmp_path)
+    command("train", "--exp-name", "cached", "--cache-latents", *frozen)
     plain, cached = losses(tmp_path / "exps/plain"), losses(tmp_path / "exps/cached")
-    for a, b in zip(plain, cached):                                    # float16 moments, two processes
+    for a, b in zip(plain, cached):                                    # float16 moments
         assert "vae_loss" not in a and all(b[k] == pytest.approx(v, rel=5e-3, abs=1e-3) for k, v in a.items())
     first = vae.load_tensors(ckpt)
     last = vae.load_tensors(tmp_path / "exps/cached/checkpoints/0000002.pt")
@@ -100,7 +101,7 @@ def test_batch_must_divide_over_processes(monkeypatch):
 def test_a_run_is_not_overwritten(short_run, pictures, command):
     before = {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
     out = command("train", "--data-dir", pictures, "--exp-name", "a", "--device", "cpu", cwd=short_run, code=2)
-    one_line(out, "already holds checkpoints", "--resume", "--overwrite")
+    one_line(out, "holds checkpoints already", "--resume", "--overwrite")
     assert before == {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
 
 
@@ -119,8 +120,8 @@ def wait_for_step(folder, step, process):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
-def test_sigterm_saves_and_resuming_goes_on(pictures, tmp_path, processes):
-    flags = ["--data-dir", pictures, *SHORT, "--max-train-steps", "100000", "--num-workers", "1"]
+def test_sigterm_saves_and_resuming_goes_on(pictures, tmp_path, processes, command):
+    flags = ["--data-dir", pictures, *SHORT, "--vae-only", "--max-train-steps", "2000", "--num-workers", "1"]
     process = start(*flags, cwd=tmp_path, log=tmp_path / "log", processes=processes)
     wait_for_step(tmp_path / "exps/tiny", 3, process)
     os.killpg(process.pid, signal.SIGTERM)                          # to the loader's workers too
@@ -129,8 +130,8 @@ def test_sigterm_saves_and_resuming_goes_on(pictures, tmp_path, processes):
     found = train.checkpoints(tmp_path / "exps/tiny")
     assert len(found) == 1 and "--resume goes on" in (tmp_path / "log").read_text()
     step = vae.load_tensors(found[0])["steps"]
-    flags[flags.index("100000")] = str(step + 1)
-    run(sys.executable, ROOT / "train.py", *flags, "--resume", cwd=tmp_path)
+    flags[flags.index("2000")] = str(step + 1)
+    command("train", *flags, "--resume")
     assert [row["step"] for row in losses(tmp_path / "exps/tiny")] == list(range(1, step + 2))
 
 
@@ -197,11 +198,14 @@ def test_old_checkpoints_go_but_for_the_newest_two_and_every_nth(tiny, tmp_path,
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["0000004.pt", "0000007.pt", "0000008.pt"]
 
 
-def test_a_folder_in_use_is_refused(pictures, tmp_path, monkeypatch, capsys):
-    held = train.lock(tmp_path / "exps/tiny")
-    flags = ("--data-dir", pictures, *SHORT)
-    one_line(run(sys.executable, ROOT / "train.py", *flags, cwd=tmp_path, code=2), "another run is writing to it")
-    held.close()
+def test_a_folder_in_use_is_refused(pictures, tmp_path, command, monkeypatch, capsys):
+    (tmp_path / "exps/tiny").mkdir(parents=True)
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", lock, str(tmp_path / "exps/tiny/.lock")], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    one_line(command("train", "--data-dir", pictures, *SHORT, code=2), "another run is writing to it")
+    other.communicate("\n")
     train.lock(tmp_path / "exps/tiny").close()
 
     def lockf(*args):
