@@ -268,7 +268,7 @@ def precision_recall(reference, samples, k=3, block=1000):
         radius = [torch.cdist(rows, manifold).topk(k + 1, largest=False) for rows in manifold.split(block)]
         radius = torch.cat([nearest.values[:, k] for nearest in radius])
         within = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in x.split(block)]
-        return torch.cat(within).double().mean().item()
+        return torch.cat(within).cpu().double().mean().item()
 
     return share_within(samples, reference), share_within(reference, samples)
 
