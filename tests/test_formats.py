@@ -249,26 +249,6 @@ def test_bad_vae_files(tmp_path, short_run):
         sample.load_checkpoint(tmp_path / "inf.pt")
 
 
-def test_vae_commands(short_run, pictures, tmp_path, command):
-    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    command("vae", "export", ckpt, "e2e-vae")
-    read, stats = vae.load_vae(tmp_path / "e2e-vae")
-    saved = vae.load_tensors(ckpt)
-    assert torch.allclose(stats[0], saved["ema"]["bn.running_mean"])
-    before = sorted(p.name for p in (tmp_path / "e2e-vae").iterdir())
-    one_line(command("vae", "export", ckpt, "e2e-vae", code=2), "exists already")
-    assert before == sorted(p.name for p in (tmp_path / "e2e-vae").iterdir()) == ["config.json", vae.WEIGHTS[0]]
-    out = command("vae", "reconstruct", "e2e-vae", pictures, "--resolution", "32", "--out", "r.png", "--vgg-ckpt",
-                  "nowhere", "--device", "cpu")
-    x = torch.stack([vae.read_image(p, 32) for p in vae.list_images(pictures)])
-    with torch.no_grad():
-        y = vae.to_uint8(read.decode(read.encode(vae.to_float(x)).mean))
-    mse = ((x.double() - y.double()) / 255).square().mean((1, 2, 3))
-    expected = (-10 * mse.log10()).mean().item()
-    assert float(re.search(r"PSNR \(dB\) +([\d.]+)", out)[1]) == pytest.approx(expected, abs=0.01) and "no LPIPS" in out
-    assert Image.open(tmp_path / "r.png").size[0] > 8 * 64
-
-
 def test_lpips_is_the_package(tmp_path):
     lpips = pytest.importorskip("lpips")
     torch.manual_seed(0)

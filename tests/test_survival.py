@@ -213,7 +213,8 @@ def test_a_folder_in_use_is_refused(pictures, tmp_path, monkeypatch, capsys):
 
 
 def test_resuming_with_other_settings(short_run):
-    cfg = tiny_config("--num-classes", "2", "--resume", "--learning-rate", "1e-5", "--lr-warmup-steps", "50")
+    cfg = tiny_config("--num-classes", "2", "--resume", "--learning-rate", "1e-5", "--lr-warmup-steps", "50",
+                      "--max-train-steps", "9")
     m, said, classes = train.build(cfg, CPU), [], ["one", "two words"]
     path = short_run / "exps/a/checkpoints/0000004.pt"
     assert train.load_run(m, cfg, path, classes, said.append) == 4
@@ -340,9 +341,7 @@ BAD_COMMANDS = [
     ("fid", "few few --batch-size 0", "must be a whole number above 0"),
     ("vae", "export notes.pt out", "not a readable weights file"),
     ("vae", "export good.pt out", "no latent statistics"),
-    ("vae", "reconstruct other.pt few", "no VAEs in it"),
-    ("vae", "reconstruct good.pt nowhere", "must be a file or folder that exists"),
-    ("vae", "reconstruct good.pt few --resolution 33", "not divisible"),
+    ("vae", "export other.pt out", "no VAEs in it"),
     ("vae", "polish good.pt", "invalid choice")]
 
 
