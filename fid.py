@@ -475,7 +475,8 @@ def main():
         names = [f"{source.path} ({source.n or 'statistics'})" for source in reversed(sources)]
         print(f"{net.name} {net.sha256[:8]}: " + " against ".join(names))
         for name, value in results.items():
-            print(f"  {'r' if args.reconstruct and name[0] == 'f' else ''}{name:<28}{value:.6g}")
+            label = f"r{name}" if args.reconstruct and name.startswith("f") else name
+            print(f"  {label:<28}{value:.6g}")
     if rank == 0 and args.json:
         record = results | dict(n_samples=sum(source.n for source in sources[1:]), features=net.name,
                                 n_reference=ref.n or ref.marks.get("n"), weights_sha256=net.sha256,

@@ -157,10 +157,13 @@ class FrozenEncoder(nn.Module):
 
 class EncoderDistance(nn.Module):
     """LPIPS over a frozen encoder's own maps, for where VGG's weights are not to be had: squared differences
-    of unit-length features, averaged over positions and maps. scale: enlarges the images first."""
+    of unit-length features, averaged over positions and maps. encoder: a convolutional one, else UserError;
+    scale: enlarges the images first."""
 
     def __init__(self, encoder, scale=2):
         super().__init__()
+        if encoder.is_vit:
+            raise UserError("--perceptual encoder takes a convolutional --enc-type; --perceptual lpips any")
         self.encoder, self.scale = encoder, scale
 
     def features(self, x):
@@ -195,6 +198,6 @@ def projector(kind, width, channels, hidden=2048):
 
 def alignment_loss(projected, features):
     """- mean of cos(projected, feature) over tokens and images, averaged over encoders (paper, eq. 3): in
-    [-1, 1]. projected, features: lists of [B, N, C_i]; 0 where they are empty."""
+    [-1, 1]. projected, features: lists of [B, N, C_i]."""
     losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
-    return sum(losses) / len(losses) if losses else 0.0
+    return sum(losses) / len(losses)
