@@ -456,7 +456,7 @@ def cache_latents(m, cfg, dataset, device, rank, world, host):
             for x, _, bad in DataLoader(dataset, 32, sampler=items, num_workers=cfg.num_workers,
                                         worker_init_fn=ignore_signals):
                 posterior = m.vae.encode(to_float(x.to(device, memory_format=torch.channels_last)))  # float32
-                rows.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
+                rows.append(posterior.moments.half().cpu())
                 rows[-1][torch.tensor([name != "" for name in bad])] = math.nan
             write_atomic(chunk_file(folder[0], k), lambda tmp: torch.save(torch.cat(rows), tmp))
         if world > 1:
