@@ -478,9 +478,10 @@ def main():
             label = f"r{name}" if args.reconstruct and name.startswith("f") else name
             print(f"  {label:<28}{value:.6g}")
     if rank == 0 and args.json:
-        record = results | dict(n_samples=sum(source.n for source in sources[1:]), features=net.name,
-                                n_reference=ref.n or ref.marks.get("n"), weights_sha256=net.sha256,
-                                resolution=list(samples.shape or ()), seconds=round(time.time() - start, 2))
+        n = [source.n or source.marks.get("n", 0) for source in sources]
+        record = results | dict(n_reference=n[0], n_samples=sum(n[1:]), features=net.name,
+                                weights_sha256=net.sha256, resolution=list(samples.shape or ()),
+                                seconds=round(time.time() - start, 2))
         write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
     if world > 1:
         dist.destroy_process_group()

@@ -870,7 +870,7 @@ def main():
     if writes:
         if cfg.overwrite and (folder / "args.json").is_file():
             for stale in set(folder.iterdir()) - {folder / ".lock"}:  # also its evaluations
-                if stale.is_dir():
+                if stale.is_dir() and not stale.is_symlink():
                     shutil.rmtree(stale)
                 else:
                     stale.unlink()
