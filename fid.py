@@ -268,7 +268,7 @@ def precision_recall(reference, samples, k=3, block=1000):
         radius = [torch.cdist(rows, manifold).topk(k + 1, largest=False) for rows in manifold.split(block)]
         radius = torch.cat([nearest.values[:, k] for nearest in radius])
         within = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in x.split(block)]
-        return torch.cat(within).double().mean().item()
+        return torch.cat(within).cpu().double().mean().item()
 
     return share_within(samples, reference), share_within(reference, samples)
 
@@ -475,11 +475,13 @@ def main():
         names = [f"{source.path} ({source.n or 'statistics'})" for source in reversed(sources)]
         print(f"{net.name} {net.sha256[:8]}: " + " against ".join(names))
         for name, value in results.items():
-            print(f"  {'r' if args.reconstruct and name[0] == 'f' else ''}{name:<28}{value:.6g}")
+            label = f"r{name}" if args.reconstruct and name.startswith("f") else name
+            print(f"  {label:<28}{value:.6g}")
     if rank == 0 and args.json:
-        record = results | dict(n_samples=sum(source.n for source in sources[1:]), features=net.name,
-                                n_reference=ref.n or ref.marks.get("n"), weights_sha256=net.sha256,
-                                resolution=list(samples.shape or ()), seconds=round(time.time() - start, 2))
+        n = [source.n or source.marks.get("n", 0) for source in sources]
+        record = results | dict(n_reference=n[0], n_samples=sum(n[1:]), features=net.name,
+                                weights_sha256=net.sha256, resolution=list(samples.shape or ()),
+                                seconds=round(time.time() - start, 2))
         write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
     if world > 1:
         dist.destroy_process_group()

@@ -113,12 +113,12 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.is_vit, stride = hasattr(net, "patch_embed") and hasattr(net, "blocks"), 16
         if self.is_vit:
-            self.level, stride = len(net.blocks) - 1, net.patch_embed.patch_size[0]
+            self.stage, stride = len(net.blocks) - 1, net.patch_embed.patch_size[0]
         elif grid:
             strides = [info["reduction"] for info in net.feature_info]
             if 16 not in strides:
                 raise UserError(f"encoder {name}: no feature map of stride 16 (it has {strides})")
-            self.level = len(strides) - 1 - strides[::-1].index(16)
+            self.stage = len(strides) - 1 - strides[::-1].index(16)
         self.size = side * stride if side else config["input_size"][-1]
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         try:
@@ -140,7 +140,7 @@ class FrozenEncoder(nn.Module):
         """Images [B, 3, H, W] in [-1, 1] -> patch features [B, N, C]: a transformer's normalised last tokens
         without prefix (x_norm_patchtokens of DINOv2), a convolutional network's last map of stride 16."""
         f, = self.net.forward_intermediates(
-            self.prepare(x, self.size), indices=[self.level], norm=self.is_vit, stop_early=True,
+            self.prepare(x, self.size), indices=[self.stage], norm=self.is_vit, stop_early=True,
             output_fmt="NCHW", intermediates_only=True)
         f = f.flatten(2).mT.float()                                                          # [B, N, C]
         return spatial_norm(f, self.gamma) if self.gamma else f
@@ -157,18 +157,21 @@ class FrozenEncoder(nn.Module):
 
 class EncoderDistance(nn.Module):
     """LPIPS over a frozen encoder's own maps, for where VGG's weights are not to be had: squared differences
-    of unit-length features, averaged over positions and maps. scale: enlarges the images first."""
+    of unit-length features, averaged over positions and maps. encoder: a convolutional one, else UserError;
+    scale: enlarges the images first."""
 
     def __init__(self, encoder, scale=2):
         super().__init__()
+        if encoder.is_vit:
+            raise UserError("--perceptual encoder takes a convolutional --enc-type; --perceptual lpips any")
         self.encoder, self.scale = encoder, scale
 
     def features(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
         x = self.encoder.prepare(x, x.shape[-1] * self.scale)
-        net, levels = self.encoder.net, list(range(self.encoder.level + 1))
+        net, stages = self.encoder.net, list(range(self.encoder.stage + 1))
         return [unit_length(f) for f in net.forward_intermediates(
-            x, levels, stop_early=True, output_fmt="NCHW", intermediates_only=True)]
+            x, stages, stop_early=True, output_fmt="NCHW", intermediates_only=True)]
 
     def forward(self, x, target):
         """Distance [] of images x from images `target`, mean over the batch; no gradient into the target."""
@@ -195,6 +198,6 @@ def projector(kind, width, channels, hidden=2048):
 
 def alignment_loss(projected, features):
     """- mean of cos(projected, feature) over tokens and images, averaged over encoders (paper, eq. 3): in
-    [-1, 1]. projected, features: lists of [B, N, C_i]; 0 where they are empty."""
+    [-1, 1]. projected, features: lists of [B, N, C_i]."""
     losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
-    return sum(losses) / len(losses) if losses else 0.0
+    return sum(losses) / len(losses)

@@ -3,7 +3,6 @@ code. `python -m pytest -q` runs this file and tests/ (data, formats, evaluation
 import copy
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,9 +136,9 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
         kl = (mu ** 2 / 2 + (torch.exp(logvar) - 1 - logvar) / 2).sum() / len(x)
         l1, perceptual = torch.abs(x - rec).mean(), m.perceptual(rec, x)
         loss = l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
-        if cfg.disc_weight > 0:
+        if cfg.disc_weight > 0 and step >= cfg.disc_start:
             losses["gan_loss"] = -d(rec).mean()
-            loss = loss + cfg.disc_weight * losses["gan_loss"] if step >= cfg.disc_start else loss
+            loss = loss + cfg.disc_weight * losses["gan_loss"]
         if not cfg.vae_only:
             denoising, align = diffuse(normalise(z, mean, var), y)              # running statistics, no dropout
             if cfg.vae_grad == "repa":

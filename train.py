@@ -68,7 +68,7 @@ def flag(default, help, type=str, choices=None):
 
 @dataclass
 class Config:
-    preset: str = flag("sdvae-xl2", "a row of PRESETS; without it, tiny")
+    preset: str = flag("sdvae-xl2", "a row of PRESETS; tiny where none is named")
     # the run
     output_dir: str = flag("exps", "runs go to OUTPUT_DIR/EXP_NAME")
     exp_name: str = flag("", "default: the preset's name")
@@ -180,7 +180,7 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
                 l1, kl = (x - x_rec).abs().mean(), posterior.kl().mean()
                 perceptual, gan, align, diffusion = m.perceptual(x_rec, x), zero, zero, zero
                 x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)   # running stats
-                if cfg.disc_weight > 0:
+                if cfg.disc_weight > 0 and step >= cfg.disc_start:
                     gan = -m.disc(x_rec).mean()
                 if cfg.vae_grad == "diffusion":               # naive end to end: z reaches both x_t and v*
                     diffusion = (m.sit(x_t, t, y)[0] - velocity).square().mean()
@@ -189,7 +189,7 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
                 vae_loss = (l1                                                        # encoder, decoder
                             + cfg.perceptual_weight * perceptual                      # encoder, decoder
                             + cfg.kl_weight * kl                                      # encoder
-                            + cfg.disc_weight * (step >= cfg.disc_start) * gan        # encoder, decoder
+                            + cfg.disc_weight * gan                                   # encoder, decoder
                             + cfg.vae_align_proj_coeff * align                        # encoder
                             + diffusion)                                              # encoder: naive alone
             vae_loss.backward()
@@ -209,8 +209,8 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
             v, projected = m.ddp_sit(x_t, t, y.masked_fill(drop, m.sit.num_classes))
             denoising = (v - velocity).square().mean()
             align = alignment_loss(projected, f) if f else zero
-            loss = (denoising                                                         # all of SiT
-                    + cfg.proj_coeff * align)                                         # blocks 1..depth, projectors
+            loss = (denoising                                          # all blocks and the head
+                    + cfg.proj_coeff * align)                          # blocks 1..depth, projectors
         loss.backward()
         log |= dict(loss=loss, denoising_loss=denoising, proj_loss=align)
     log = {name: value for name, value in log.items() if value is not zero}
@@ -225,6 +225,9 @@ def frozen(params):
     yield                                                                 # an error in there ends the run
     for p in params:
         p.requires_grad_(True)
+
+
+SKIPPED, ZEROS = 20, 100                                      # so many bad steps in a row end a run
 
 
 def update(m, cfg):
@@ -249,9 +252,10 @@ def update(m, cfg):
         kept.copy_(buffer)
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)        # and the latent statistics
     still = norms.get("grad_norm", norms.get("vae_grad_norm")) == 0       # SiT's, or of a VAE alone its own
-    m.health = dict(skipped=m.health["skipped"] + bad,
-                    skipped_in_a_row=(m.health["skipped_in_a_row"] + bad) * bad,
-                    zero_gradients_in_a_row=(m.health["zero_gradients_in_a_row"] + 1) * still)
+    skipped, zeros = m.health["skipped_in_a_row"], m.health["zero_gradients_in_a_row"]
+    m.health = dict(skipped=m.health["skipped"] + bad,                    # alarms stay until the log sees them
+                    skipped_in_a_row=torch.where(skipped < SKIPPED, (skipped + bad) * bad, skipped),
+                    zero_gradients_in_a_row=torch.where(zeros < ZEROS, (zeros + 1) * still, zeros))
     return norms | m.health
 
 
@@ -295,14 +299,14 @@ def draw_noise(cfg, step, latent_shape, rank, world, device):
 
 def parse_config(argv=None):
     """Flags -> Config. Raises UserError for what would otherwise fail late or train something else."""
-    parser = Parser(description="Train REPA-E.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Train REPA-E. In brackets: the paper's values; a preset changes some.")
     for f in dataclasses.fields(Config):
-        name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        kind = dict(type=f.metadata["type"], choices=f.metadata["choices"])
         if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction, help=help)
-        else:
-            kind = dict(type=f.metadata["type"], choices=f.metadata["choices"], help=f"{help} ({f.default})")
-        parser.add_argument(name, default=argparse.SUPPRESS, **kind)
+            kind = dict(action=argparse.BooleanOptionalAction)
+        default = "" if f.default == "" else f" ({f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f.metadata["help"] + default, **kind)
     given = vars(parser.parse_args(argv))
     preset = given.setdefault("preset", "tiny")
     if preset not in PRESETS:
@@ -360,7 +364,7 @@ def list_classes(folder):
         classes[inside[0] if len(inside) > 1 else ""].append(path)
     beside = classes.pop("", [])
     if not classes:
-        return {root.resolve().name: beside}
+        return {"all": beside}
     empty = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(classes)
     if empty:
         raise UserError(f"{root / min(empty)}: no images in this class folder; take it away")
@@ -452,7 +456,7 @@ def cache_latents(m, cfg, dataset, device, rank, world, host):
             for x, _, bad in DataLoader(dataset, 32, sampler=items, num_workers=cfg.num_workers,
                                         worker_init_fn=ignore_signals):
                 posterior = m.vae.encode(to_float(x.to(device, memory_format=torch.channels_last)))  # float32
-                rows.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
+                rows.append(posterior.moments.half().cpu())
                 rows[-1][torch.tensor([name != "" for name in bad])] = math.nan
             write_atomic(chunk_file(folder[0], k), lambda tmp: torch.save(torch.cat(rows), tmp))
         if world > 1:
@@ -560,7 +564,9 @@ def wrap(m, cfg, device, world):
         warnings.filterwarnings("ignore", message=".*broadcast_buffers")     # older PyTorch has no other name
         kwargs = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
                       gradient_as_bucket_view=True)
-        m.ddp_vae, m.ddp_sit, m.ddp_disc = (DDP(net, **kwargs) for net in (m.vae, m.sit, m.disc))
+        for norm, name in (("vae_grad_norm", "vae"), ("grad_norm", "sit"), ("disc_grad_norm", "disc")):
+            if norm in m.trained:
+                setattr(m, f"ddp_{name}", DDP(getattr(m, name), **kwargs))
     m.kept_statistics = [buffer.clone() for buffer in m.statistics]        # for a step that is to be skipped
 
 
@@ -647,6 +653,8 @@ def load_run(m, cfg, path, classes, say):
     try:
         for key, name in STATE.items():
             if key.startswith("opt"):
+                for group in ckpt[key]["param_groups"]:
+                    group["fused"] = m.fused                         # it may come from another kind of device
                 getattr(m, name).load_state_dict(ckpt[key])
             else:
                 load_into(getattr(m, name), ckpt[key], f"{path}: {key}")
@@ -681,19 +689,22 @@ def draw_pictures(m, cfg, folder, step, held_out, device):
 
 
 def measure_speed(m, cfg, device):
-    """(FLOPs of a step an image, forward and backward, counted in an eager step of one image that is not
-    applied; FLOP/s of a large matrix product in the run's precision, of which the log's "mfu" is a share)."""
+    """(FLOPs of a step an image, forward and backward, counted in a step of one image that is not applied,
+    before anything is compiled or recomputed; FLOP/s of a large matrix product in the run's precision, of
+    which the log's "mfu" is a share)."""
     x = torch.zeros(1, 3, cfg.resolution, cfg.resolution, device=device)
     eps = torch.zeros(1, m.vae.latent_channels, m.size, m.size, device=device)
     y, t = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), 0.5, device=device)
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    before = [buffer.clone() for buffer in m.statistics]
+    with FlopCounterMode(display=False) as counter:
         if cfg.vae_grad == "none" and not cfg.cache_latents:
             with torch.no_grad(), m.autocast():
                 m.vae.encode(x)
-        train_step(m, cfg, 0, x, y, eps if cfg.vae_grad == "none" else None, eps, eps, t, y > 0, last=False)
+        z = eps if cfg.vae_grad == "none" else None
+        train_step(m, cfg, cfg.disc_start, x, y, z, eps, eps, t, y > 0, last=False)
     for optimizer in m.trained.values():
         optimizer.zero_grad()
-    torch._foreach_copy_(m.statistics, m.kept_statistics)
+    torch._foreach_copy_(m.statistics, before)
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" else None)
     seconds = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), repeat=4, number=1))       # item() waits for it
@@ -852,20 +863,23 @@ def main():
     step = load_run(m, cfg, resume_from, classes, say) if resume_from else 0
     if not (resume_from or m.has_statistics or cfg.profile):
         say(f"latent statistics: measured over {measure_latents(m, dataset, device)} images")
-    wrap(m, cfg, device, world)
     flops, peak = measure_speed(m, cfg, device)
+    wrap(m, cfg, device, world)
     if cfg.profile:
         cfg.max_train_steps = 2 * cfg.profile + 3
     if writes:
         if cfg.overwrite and (folder / "args.json").is_file():
             for stale in set(folder.iterdir()) - {folder / ".lock"}:  # also its evaluations
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+                if stale.is_dir() and not stale.is_symlink():
+                    shutil.rmtree(stale)
+                else:
+                    stale.unlink()
         settings = json.dumps(vars(cfg) | dict(classes=classes), indent=2)
         write_atomic(folder / "args.json", lambda tmp: tmp.write_text(settings))
         log = start_metrics(folder, step, cfg)
         shown = ImageFolder(cfg.val_dir, cfg.resolution) if cfg.val_dir else dataset
         chosen = np.random.default_rng(0).permutation(len(shown))[:256]
-        shown = torch.stack([shown[int(i), False][0] for i in chosen])
+        shown = torch.stack([shown[index, False][0] for index in chosen.tolist()])
         sizes = [sum(p.numel() for p in params) / 1e6 for params in (m.sit_params, m.vae_params)]
         say(f"{folder}: {len(dataset)} images in {len(classes)} classes, {cfg.model} {sizes[0]:.1f} M, "
             f"VAE {cfg.vae} {sizes[1]:.1f} M, {world} x {device.type}, step {step}")
@@ -918,10 +932,14 @@ def main():
             if main_process:
                 log(step, row)
                 say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            if row["skipped_in_a_row"] >= 20 or row["zero_gradients_in_a_row"] >= 100:
-                what = "not finite for 20" if row["skipped_in_a_row"] >= 20 else "exactly zero for 100"
+            if row["skipped_in_a_row"] >= SKIPPED or row["zero_gradients_in_a_row"] >= ZEROS:
+                what = f"not finite for {SKIPPED}"
+                if row["skipped_in_a_row"] < SKIPPED:
+                    what = f"exactly zero for {ZEROS}"
                 good = checkpoints(folder)[-1].name if checkpoints(folder) else "none yet"
                 raise UserError(f"step {step}: gradients {what} steps in a row; last good checkpoint: {good}")
+            if m.saving.done():
+                m.saving.result()                                    # raises what a save in its thread raised
             since, images_done = time.time(), 0
         if (step % cfg.checkpointing_steps == 0 or last or stopping) and main_process:
             save_checkpoint(m, cfg, folder, step, classes)

@@ -89,7 +89,7 @@ export -f fail checkpoint train distance one logged
 
 all() {                                                                            # REGIME...: every seed of each
     for seed in $SEEDS; do for regime in "$@"; do echo $regime $seed; done; done |
-        xargs -P $PROCESSES -L 1 bash -c 'logged $0 $1'
+        xargs -r -P $PROCESSES -L 1 bash -c 'logged $0 $1'
 }
 
 main() {                                       # read whole before it starts, so that this file may change meanwhile

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                    
 from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
 from vae import Parser, UserError, run_command
 
-NO_LOSSES = ("skipped", "skipped_in_a_row", "zero_gradients_in_a_row", "images_per_second")  # where asked for
+NO_LOSSES = ("skipped", "skipped_in_a_row", "zero_gradients_in_a_row", "images_per_second", "mfu")  # if asked
 
 
 def read_metrics(run):
