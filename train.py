@@ -705,7 +705,7 @@ def measure_speed(m, cfg, device):
     for optimizer in m.trained.values():
         optimizer.zero_grad()
     torch._foreach_copy_(m.statistics, before)
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" else None)
     seconds = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), repeat=4, number=1))       # item() waits for it
     return counter.get_total_flops(), 2 * n ** 3 / seconds
