@@ -396,7 +396,7 @@ def test_noise_of_a_step(weighting, path_type):
     quarters = [train.draw_noise(cfg, 7, (1, 2, 2), rank, 4, CPU) for rank in range(4)]
     assert all(torch.equal(a, torch.cat(parts)) for a, *parts in zip((noise, eps, t, drop), *quarters))
     others = [noise]
-    for cfg.seed, step in ((0, 8), (1, 7), (0, 1_000_003 + 7), (1, 0), (0, 1_000_003)):
+    for cfg.seed, step in ((0, 6), (0, 8), (1, 7), (0, 1_000_003 + 7), (1, 0), (0, 1_000_003)):
         others.append(train.draw_noise(cfg, step, (1, 2, 2), 0, 1, CPU)[0])
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(others, 2))
 

@@ -74,7 +74,7 @@ def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, command):
 
 def test_what_is_logged_and_when(pictures, tmp_path, command):
     """PSNR with every picture, whatever --log-steps; --overwrite leaves nothing of the run before."""
-    flags = ["--data-dir", pictures, *SHORT, "--cfg-scale", "1", "--sampling-steps", "2"]
+    flags = ["--data-dir", pictures, *SHORT, "--sampling-steps", "2"]
     command("train", *flags, "--log-steps", "3")
     exp = tmp_path / "exps/tiny"
     rows = {row.pop("step"): row for row in metrics_of(exp)}
