@@ -475,8 +475,10 @@ def test_latent_norm_is_batch_norm_with_its_own_inverse():
     assert torch.allclose(ours(z), theirs(z), atol=1e-3) and torch.equal(ours.running_mean, before)
     assert torch.allclose(ours.denormalize(ours(z)), z, atol=1e-4)
     mean, std = statistics(5)
+    std[0] = 0.02                                                   # so small that eps counts
     ours.start(mean, std)
-    assert torch.allclose(ours(mean.view(1, 5, 1, 1) + 2 * std.view(1, 5, 1, 1)), torch.tensor(2.0), atol=1e-5)
+    z = mean.view(1, 5, 1, 1) + 2 * std.view(1, 5, 1, 1)
+    assert torch.allclose(ours(z), torch.tensor(2.0), atol=1e-4) and torch.allclose(ours.denormalize(ours(z)), z, atol=1e-6)
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
@@ -511,6 +513,24 @@ def test_losses_in_float64():
                for a, b in zip(p, f) for i in range(2) for j in range(5)]
     loss = repa.alignment_loss([torch.tensor(a) for a in p], [torch.tensor(b) for b in f])
     assert loss.item() == pytest.approx(-np.mean(cosines), rel=1e-5)
+
+
+def test_discriminator_written_out():
+    """Batch statistics whatever the mode, float32 whatever autocast says."""
+    torch.manual_seed(0)
+    net, x = vae.Discriminator(), torch.randn(2, 3, 32, 32)
+    h = x
+    for layer in net.main:
+        if isinstance(layer, nn.Conv2d):
+            h = F.conv2d(h, layer.weight, layer.bias, layer.stride, layer.padding)
+        elif isinstance(layer, nn.BatchNorm2d):
+            scale = layer.weight / torch.sqrt(h.var((0, 2, 3), correction=0) + 1e-5)
+            h = (h - h.mean((0, 2, 3)).view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+        else:
+            h = torch.where(h > 0, h, 0.2 * h)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(x)
+    assert logits.shape == (2, 1, 2, 2) and logits.dtype == torch.float32 and torch.allclose(logits, h, atol=1e-5)
 
 
 def test_encoder_distance_and_features_written_out():

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes long: SLOW=1 runs it")
 SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--log-steps", "1", "--max-train-steps", "4",
-         "--sampling-steps", "100", "--cfg-scale", "1", "--lr-warmup-steps", "20", "--lr-decay-steps", "0", "--num-workers", "0",
+         "--sampling-steps", "100", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0", "--num-workers", "0",
          "--mixed-precision", "no", "--device", "cpu"]
 
 

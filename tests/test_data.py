@@ -63,6 +63,7 @@ def test_items_are_images_with_labels_and_flips(pictures):
     image, label, bad = data[13, False]
     assert torch.equal(image, vae.read_image(pictures / "two words/001.png", 32)) and (label, bad) == (1, "")
     assert torch.equal(data[13, True][0], image.flip(2)) and data.classes == ["one", "two words"]
+    assert [data[i, False][1] for i in (0, 11, 12, 23)] == [0, 0, 1, 1]
 
 
 # --- Damaged files and odd names ----------------------------------------------------------------------------

@@ -114,6 +114,19 @@ def test_images_written_out(tiny, path_type):
     got = sample.sample_images(model, [3, 11], **settings)
     assert got.dtype == torch.uint8 and (got - images).abs().max() <= 1 and (got == images).float().mean() > 0.95
     assert images.std() > 5
+    rngs = [np.random.default_rng((5, i)) for i in (3, 11)]             # the SDE: first the state, then each step's noise
+    z = torch.from_numpy(np.stack([rng.standard_normal((8, 8, 8), np.float32) for rng in rngs])).double()
+    with torch.no_grad():
+        for t, s in ((1.0, 0.52), (0.52, 0.04), (0.04, 0.0)):
+            v, (a, b, da, db) = velocity(z, t, False), coefficients(t, path_type)
+            score = (a * v - da * z) / (b * (da * b - db * a))          # eps = (a v - da x) / (a db - da b)
+            z = z - (v - t * score) * (t - s)
+            if s > 0:
+                noise = torch.from_numpy(np.stack([rng.standard_normal((8, 8, 8)) for rng in rngs]))
+                z = z + math.sqrt(2 * t * (t - s)) * noise
+        images = ((m.vae.decode(z.float() * std + mean) + 1) * 127.5).round().clamp(0, 255)
+    got = sample.sample_images(model, [3, 11], num_steps=3, mode="sde", seed=5)
+    assert (got - images).abs().max() <= 1 and (got == images).float().mean() > 0.95
     for mode in ("ode", "sde"):                                         # an image depends on seed and index alone
         settings |= dict(mode=mode, heun=False)
         together = sample.sample_images(model, [0, 1, 7, 12], **settings)

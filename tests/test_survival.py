@@ -187,6 +187,9 @@ def test_old_checkpoints_go_but_for_the_newest_two_and_every_nth(tiny, tmp_path,
     for step in range(1, 9):
         train.save_checkpoint(m, cfg, tmp_path, step, ["a"])
     assert [int(p.stem) for p in train.checkpoints(tmp_path)] == [4, 7, 8]
+    saved = vae.load_tensors(tmp_path / "checkpoints/0000008.pt")
+    for key, net in (("model", m.sit), ("ema", m.ema), ("vae", m.vae), ("discriminator", m.disc)):      # all differ
+        assert all(torch.equal(t, saved[key][name]) for name, t in net.state_dict().items())
 
     def full(state, file):
         Path(file).write_bytes(b"half")
