@@ -1,5 +1,5 @@
-"""The method: what must be true of REPA-E, against the paper's formulas written out here, closed forms and independent
-code. `python -m pytest -q` runs this file and tests/ (data, formats, evaluation, survival, speed)."""
+"""The method: what must be true of REPA-E, against the paper's formulas written out here, closed forms and
+independent code. `python -m pytest -q` runs this file and tests/ (data, formats, evaluation, survival ...)."""
 import copy
 import itertools
 import math
@@ -54,7 +54,8 @@ def small(tmp_path, monkeypatch):
         for net in (m.sit, m.ema):
             net.bn.start(*statistics(8))
         n = cfg.batch_size
-        return m, cfg, (torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(n), [""] * n)
+        x = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)
+        return m, cfg, (x, torch.arange(n), [""] * n)
     return make
 
 
@@ -74,7 +75,7 @@ def take_step(m, cfg, step, batch):
     return metrics, {net: grads for net, grads in seen.items() if grads}
 
 
-# --- The step is the paper's --------------------------------------------------------------------------------------
+# --- The step is the paper's --------------------------------------------------------------------------------
 
 def interpolant(t, path_type):
     """alpha, sigma and their derivatives at t [B], as [B, 1, 1, 1]."""
@@ -140,7 +141,7 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
             losses["gan_loss"] = -d(rec).mean()
             loss = loss + cfg.disc_weight * losses["gan_loss"]
         if not cfg.vae_only:
-            denoising, align = diffuse(normalise(z, mean, var), y)              # running statistics, no dropout
+            denoising, align = diffuse(normalise(z, mean, var), y)  # running statistics, no dropout
             if cfg.vae_grad == "repa":
                 loss, losses["vae_align_loss"] = loss + cfg.vae_align_proj_coeff * align, align
             else:
@@ -158,7 +159,8 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
         n, momentum, (old_mean, old_var) = z.numel() // z.shape[1], cfg.bn_momentum, (mean, var)
         mean, var = z.mean((0, 2, 3)), z.transpose(0, 1).flatten(1).var(1, correction=0)
         z = normalise(z, mean, var)
-        mean, var = (1 - momentum) * old_mean + momentum * mean, (1 - momentum) * old_var + momentum * var * n / (n - 1)
+        mean = (1 - momentum) * old_mean + momentum * mean
+        var = (1 - momentum) * old_var + momentum * var * n / (n - 1)
     else:
         z = normalise(z, mean, var).detach()
     if not cfg.vae_only:
@@ -215,8 +217,10 @@ def test_the_step_is_the_paper(small, flags, parts):
         for part in zip(*(values.chunk(parts) for values in (x, y, *noise))):
             found, grads, mean, var = the_papers_step(m, cfg, step, mean, var, *part)
             losses = {name: losses.get(name, 0) + value / parts for name, value in found.items()}
-            expected = {net: {name: expected.get(net, {}).get(name, 0) + g / parts for name, g in values.items()}
-                        for net, values in grads.items()}
+            for net, values in grads.items():
+                sums = expected.setdefault(net, {})
+                for name, g in values.items():
+                    sums[name] = sums.get(name, 0) + g / parts
         average = {name: value.clone() for name, value in m.ema.state_dict().items()}
         metrics, grads = take_step(m, cfg, step, batch)
         assert set(grads) == set(expected) == trained
@@ -225,7 +229,8 @@ def test_the_step_is_the_paper(small, flags, parts):
             if net in trained:
                 grads[net] = {name: g / parts for name, g in grads[net].items()}
                 losses[log] = norm(expected[net])
-                assert grads[net].keys() == expected[net].keys() and losses[log] > 0.1      # so that clipping shows
+                assert grads[net].keys() == expected[net].keys()
+                assert losses[log] > 0.1                            # so that clipping shows
                 for name, g in expected[net].items():
                     assert (grads[net][name] - g).norm() <= 1e-4 * g.norm() + 1e-6 * losses[log], (net, name)
                 optimizers[net].step(grads[net])
@@ -244,7 +249,7 @@ def test_the_step_is_the_paper(small, flags, parts):
                 assert torch.allclose(value, 0.9 * average[name] + 0.1 * now[name], rtol=1e-5, atol=1e-6), name
 
 
-# --- The numbers around it ----------------------------------------------------------------------------------------
+# --- The numbers around it ----------------------------------------------------------------------------------
 
 PAPER = dict(batch_size=256, max_train_steps=400_000, resolution=256, learning_rate=1e-4, vae_learning_rate=1e-4,
              disc_learning_rate=1e-4, lr_warmup_steps=0, lr_decay_steps=0, max_grad_norm=1.0, ema_decay=0.9999,
@@ -322,8 +327,9 @@ def test_routing_table(small):
     plain = gradients()
     for term, columns in ((dict(), {"encoder", "decoder", "early", "later"}),               # L1; diffusion
                           (dict(perceptual_weight=1.0), {"encoder", "decoder"}),
-                          (dict(disc_weight=0.1), {"encoder", "decoder", "D"}), (dict(kl_weight=1e-2), {"encoder"}),
-                          (dict(vae_align_proj_coeff=1.5), {"encoder"}), (dict(proj_coeff=0.5), {"early", "projector"})):
+                          (dict(disc_weight=0.1), {"encoder", "decoder", "D"}),
+                          (dict(kl_weight=1e-2), {"encoder"}), (dict(vae_align_proj_coeff=1.5), {"encoder"}),
+                          (dict(proj_coeff=0.5), {"early", "projector"})):
         size = dict.fromkeys(("encoder", "decoder", "early", "later", "projector", "D"), 0.0)
         for net, grads in (gradients(**term) if term else plain).items():
             for name, g in grads.items():
@@ -358,7 +364,7 @@ def test_a_step_that_is_not_finite_leaves_nothing_behind(small):
             metrics, skipped = take_step(m, cfg, 1, batch)[0], skipped + 1
             assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (skipped, in_a_row)
         hook.remove()
-        assert changed(m, before) <= {"ema"}                        # which moves on, towards unchanged weights
+        assert changed(m, before) <= {"ema"}  # which moves on, towards unchanged weights
         for old, optimizer in zip(moments, optimizers):
             for i, state in optimizer.state_dict()["state"].items():
                 assert all(torch.equal(t, old[i][name]) for name, t in state.items())
@@ -379,7 +385,8 @@ def test_gradients_that_vanish_are_counted(small):
             hook.remove()
 
 
-@pytest.mark.parametrize("weighting, path_type", [("uniform", "linear"), ("lognormal", "linear"), ("lognormal", "cosine")])
+@pytest.mark.parametrize("weighting, path_type", [
+    ("uniform", "linear"), ("lognormal", "linear"), ("lognormal", "cosine")])
 def test_noise_of_a_step(weighting, path_type):
     """Standard normal, independent; times and dropped labels as the paper draws them; the same for any number of
     processes, different at another step or seed."""
@@ -401,7 +408,7 @@ def test_noise_of_a_step(weighting, path_type):
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(others, 2))
 
 
-# --- SiT ----------------------------------------------------------------------------------------------------------
+# --- SiT ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_sit_is_written_out(qk_norm):
@@ -426,7 +433,7 @@ def test_sit_is_written_out(qk_norm):
             return h
         return F.layer_norm(h, (64,), w[f"{name}.weight"], w[f"{name}.bias"], net.blocks[0].attn.q_norm.eps)
 
-    patches = x.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 12)              # (h, w), (C, p, q)
+    patches = x.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 12)  # (h, w), (C, p, q)
     h = patches @ w["x_embedder.proj.weight"].view(width, 12).T + w["x_embedder.proj.bias"] + w["pos_embed"]
     angles = t[:, None] * torch.tensor([10000 ** (-k / 128) for k in range(128)])
     c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
@@ -444,12 +451,12 @@ def test_sit_is_written_out(qk_norm):
         h = h + gate2[:, None] * linear(f"{b}.mlp.fc2", hidden)
         states.append(h)
     shift, scale = linear("final_layer.adaLN_modulation.1", c).split(width, 1)
-    tokens = linear("final_layer.linear", norm(h, shift, scale)).view(2, 4, 4, 2, 2, 3)          # (h, w), (p, q, C)
+    tokens = linear("final_layer.linear", norm(h, shift, scale)).view(2, 4, 4, 2, 2, 3)  # (h, w), (p, q, C)
     expected = torch.einsum("bhwpqc->bchpwq", tokens).reshape(2, 3, 8, 8)
     velocity, projected = net(x, t, y)
     assert (velocity - expected).abs().max() < 1e-4 * expected.abs().max()
     assert len(projected) == 1 and (projected[0] - states[1]).abs().max() < 1e-4 * states[1].abs().max()
-    for module in (*net.blocks[2:], net.final_layer):                   # the alignment's pass runs none of these
+    for module in (*net.blocks[2:], net.final_layer):  # the alignment's pass runs none of these
         module.register_forward_pre_hook(lambda *_: pytest.fail("a block behind encoder_depth or the head ran"))
     assert torch.equal(net.align(x, t, y)[0], projected[0])
 
@@ -478,7 +485,8 @@ def test_latent_norm_is_batch_norm_with_its_own_inverse():
     std[0] = 0.02                                                   # so small that eps counts
     ours.start(mean, std)
     z = mean.view(1, 5, 1, 1) + 2 * std.view(1, 5, 1, 1)
-    assert torch.allclose(ours(z), torch.tensor(2.0), atol=1e-4) and torch.allclose(ours.denormalize(ours(z)), z, atol=1e-6)
+    assert torch.allclose(ours(z), torch.tensor(2.0), atol=1e-4)
+    assert torch.allclose(ours.denormalize(ours(z)), z, atol=1e-6)
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
@@ -494,7 +502,7 @@ def test_interpolant(path_type):
     assert torch.allclose(x_t[1], alpha * z[1] + sigma * eps[1])
 
 
-# --- What it is aligned with, and the VAE's losses ----------------------------------------------------------------
+# --- What it is aligned with, and the VAE's losses ----------------------------------------------------------
 
 def test_losses_in_float64():
     rng = np.random.default_rng(0)
@@ -525,7 +533,8 @@ def test_discriminator_written_out():
             h = F.conv2d(h, layer.weight, layer.bias, layer.stride, layer.padding)
         elif isinstance(layer, nn.BatchNorm2d):
             scale = layer.weight / torch.sqrt(h.var((0, 2, 3), correction=0) + 1e-5)
-            h = (h - h.mean((0, 2, 3)).view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+            shift = layer.bias - h.mean((0, 2, 3)) * scale
+            h = h * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
         else:
             h = torch.where(h > 0, h, 0.2 * h)
     with torch.autocast("cpu", torch.bfloat16):
@@ -534,14 +543,14 @@ def test_discriminator_written_out():
 
 
 def test_encoder_distance_and_features_written_out():
-    """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, bicubic, then every level of stride 2
-    to 16 for the distance; the last of stride 16 at 16 pixels a token for the alignment."""
+    """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, bicubic, then every level of
+    stride 2 to 16 for the distance; the last of stride 16 at 16 pixels a token for the alignment."""
     encoder = repa.FrozenEncoder(repa.EMBEDDED, 4)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def maps(x):
-        return encoder.net.forward_intermediates(F.interpolate((x * 0.5 + 0.5 - mean) / std, (64, 64), mode="bicubic"),
-                                                 output_fmt="NCHW", intermediates_only=True)[:4]
+        x = F.interpolate((x * 0.5 + 0.5 - mean) / std, (64, 64), mode="bicubic")
+        return encoder.net.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)[:4]
 
     torch.manual_seed(0)
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
@@ -552,7 +561,7 @@ def test_encoder_distance_and_features_written_out():
     assert distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and distance(x, x) == 0
     assert torch.allclose(encoder(x), maps(x)[3].flatten(2).mT, atol=1e-5) and encoder.channels == 112
     assert not any(p.requires_grad for p in distance.parameters()) and not encoder.net.training
-    for loss in (distance, vae.LPIPS(random=True)):                     # all-zero features: the gradient stays finite
+    for loss in (distance, vae.LPIPS(random=True)):  # all-zero features: the gradient stays finite
         flat, target = torch.zeros(1, 3, 32, 32, requires_grad=True), x[:1].clone().requires_grad_()
         loss(flat, target).backward()
         assert flat.grad.isfinite().all() and target.grad is None
@@ -565,13 +574,15 @@ def test_irepa_and_projectors():
     assert np.allclose(repa.spatial_norm(torch.tensor(f), 0.6), expected)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     plain = repa.FrozenEncoder(repa.EMBEDDED, 2)(x)
-    assert torch.allclose(repa.FrozenEncoder(repa.EMBEDDED, 2, gamma=0.6)(x), repa.spatial_norm(plain, 0.6), atol=1e-5)
+    normed = repa.FrozenEncoder(repa.EMBEDDED, 2, gamma=0.6)(x)
+    assert torch.allclose(normed, repa.spatial_norm(plain, 0.6), atol=1e-5)
     project = repa.projector("conv", 4, 6)
     h = torch.randn(1, 9, 4)
     padded = np.pad(h.numpy().reshape(3, 3, 4), ((1, 1), (1, 1), (0, 0)))
     weight, bias = project.weight.detach().numpy(), project.bias.detach().numpy()
-    for row, column in itertools.product(range(3), repeat=2):           # token (row, column) sees its neighbours
+    for row, column in itertools.product(range(3), repeat=2):  # token (row, column) sees its neighbours
         expected = bias + np.einsum("hwd,cdhw->c", padded[row:row + 3, column:column + 3], weight)
         assert np.allclose(project(h)[0, 3 * row + column].detach(), expected, atol=1e-5)
     mlp = repa.projector("mlp", 4, 6)
-    assert [tuple(p.shape) for p in mlp.parameters()] == [(2048, 4), (2048,), (2048, 2048), (2048,), (6, 2048), (6,)]
+    sizes = [(2048, 4), (2048,), (2048, 2048), (2048,), (6, 2048), (6,)]
+    assert [tuple(p.shape) for p in mlp.parameters()] == sizes

@@ -21,9 +21,9 @@ import vae
 CPU = torch.device("cpu")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes long: SLOW=1 runs it")
-SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--log-steps", "1", "--max-train-steps", "4",
-         "--sampling-steps", "100", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0", "--num-workers", "0",
-         "--mixed-precision", "no", "--device", "cpu"]
+SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--max-train-steps", "4", "--log-steps",
+         "1", "--sampling-steps", "100", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0",
+         "--num-workers", "0", "--mixed-precision", "no", "--device", "cpu"]
 
 
 def torchrun(processes):
@@ -34,13 +34,14 @@ def torchrun(processes):
 def run(*command, cwd, env=None, code=0, timeout=600):
     """Run a command in a folder; check its exit code; return its output."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    command = [str(word) for word in command]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
 def run_here(script, *flags, cwd):
-    """train, sample, fid or vae in this process, which starts faster; its exit code. Leaves no trace in the process."""
+    """train, sample, fid or vae in this process, which starts faster, and leaves no trace in it; its exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     switches = {module: module.allow_tf32 for module in (torch.backends.cuda.matmul, torch.backends.cudnn)}
     folder, argv, code = os.getcwd(), sys.argv, 0
@@ -116,8 +117,8 @@ def noise_pictures(folder, n, size=40, seed=0):
 
 
 def tiny_config(*flags):
-    return train.parse_config([*SHORT, "--seed", "1", "--num-classes", "10", "--disc-weight", "0.1", "--disc-start",
-                               "1000", *flags])
+    return train.parse_config([*SHORT, "--seed", "1", "--num-classes", "10", "--disc-weight", "0.1",
+                               "--disc-start", "1000", *flags])
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def tiny():
                     p.data.copy_(torch.empty(p.shape).normal_(0, 0.05 if "adaLN" in name else 0.3, generator=g))
         x = (torch.rand(4, 3, 32, 32, generator=g) * 2 - 1).to(device)
         y = torch.tensor([0, 1, 2, 3], device=device)
-        return m, cfg, (x, y, None, *train.draw_noise(cfg, 0, (8, 8, 8), 0, 1, device))       # z: the VAE trains
+        return m, cfg, (x, y, None, *train.draw_noise(cfg, 0, (8, 8, 8), 0, 1, device))  # z: the VAE trains
     return make
 
 
@@ -162,6 +163,6 @@ def frozen_vae(tmp_path_factory):
 def short_run(pictures, tmp_path_factory):
     """A folder in which four steps without GAN were run: exps/a, checkpoints at 2 and 4."""
     folder = tmp_path_factory.mktemp("runs")
-    assert run_here("train", "--data-dir", pictures, "--exp-name", "a", "--disc-weight", "0", "--checkpointing-steps", "2",
-                    *SHORT, cwd=folder) == 0
+    flags = ["--data-dir", pictures, "--exp-name", "a", "--disc-weight", "0", "--checkpointing-steps", "2", *SHORT]
+    assert run_here("train", *flags, cwd=folder) == 0
     return folder

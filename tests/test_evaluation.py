@@ -57,7 +57,8 @@ def inception(inception_file):
 
 def peer(inception_file, features):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    return module.FeatureExtractorInceptionV3("inception", features, feature_extractor_weights_path=str(inception_file))
+    return module.FeatureExtractorInceptionV3("inception", features,
+                                              feature_extractor_weights_path=str(inception_file))
 
 
 @pytest.mark.parametrize("size", [32, 64, 256, 299])
@@ -69,7 +70,7 @@ def test_inception_features_match_torch_fidelity(inception, inception_file, size
         ours = inception(images)
         theirs = peer(inception_file, ["768", "2048", "logits_unbiased", "logits"])(images)
     hook.remove()
-    assert 0.01 < theirs[1].std() < 100                           # the random weights neither vanish nor explode
+    assert 0.01 < theirs[1].std() < 100  # the random weights neither vanish nor explode
     close(caught[0], theirs[0], 1e-4)
     close(ours["pool"], theirs[1], 1e-4)
     close(ours["logits"], theirs[2], 1e-4)
@@ -92,7 +93,8 @@ def test_sfid_features_are_the_first_branch_of_mixed_6(inception, inception_file
 
 def rows(n, d, seed, shift=0.0):
     rng = np.random.default_rng(seed)
-    return torch.from_numpy((rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) / d ** 0.5 + shift) ** 2).float()
+    x = rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) / d ** 0.5
+    return torch.from_numpy((x + shift) ** 2).float()
 
 
 def test_metrics_match_torch_fidelity():
@@ -105,13 +107,15 @@ def test_metrics_match_torch_fidelity():
     for f in (a, b):
         x = F.pad(f.double(), (1, 0), value=1)
         moments.append(fid.mean_and_covariance(x.T @ x))
-        assert np.allclose(moments[-1][0], f.numpy().mean(0)) and np.allclose(moments[-1][1], np.cov(f.numpy().T))
+        assert np.allclose(moments[-1][0], f.numpy().mean(0))
+        assert np.allclose(moments[-1][1], np.cov(f.double().numpy().T), atol=1e-6)
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(f) for f in (a, b)), False)
     ours = fid.frechet_distance(*moments[0], *moments[1])
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
 
     for n, m, size in ((1000, 1000, 1000), (900, 700, 300)):
-        theirs = kid_features_to_metric(a[:n], b[:m], kid_subsets=20, kid_subset_size=size, rng_seed=2020, verbose=False)
+        theirs = kid_features_to_metric(a[:n], b[:m], kid_subsets=20, kid_subset_size=size, rng_seed=2020,
+                                        verbose=False)
         ours = fid.kid(a[:n], b[:m], subsets=20, size=size)
         assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
 
@@ -130,13 +134,14 @@ def test_inception_score_in_splits_of_5000():
 def test_frechet_distance_against_scipy_and_closed_form():
     sqrtm = pytest.importorskip("scipy.linalg").sqrtm
     rng = np.random.default_rng(0)
-    for rank in (64, 20):                                          # 20: singular covariances, as of few images
-        (m1, c1), (m2, c2) = ((rng.standard_normal(64), np.cov(rng.standard_normal((64, rank + 1)) * 3)) for _ in "ab")
+    for rank in (64, 20):  # 20: singular covariances, as of few images
+        m1, m2 = rng.standard_normal((2, 64))
+        c1, c2 = (np.cov(rng.standard_normal((64, rank + 1)) * 3) for _ in "ab")
         ours = fid.frechet_distance(*map(torch.from_numpy, (m1, c1, m2, c2)))
         eps = 1e-9 * np.eye(64)
         root = np.trace(sqrtm((c1 + eps) @ (c2 + eps))).real
         assert ours == pytest.approx(((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * root, rel=1e-5)
-    d1, d2 = rng.random(50), rng.random(50)                        # commuting covariances: sum (sqrt d1 - sqrt d2)^2
+    d1, d2 = rng.random(50), rng.random(50)  # commuting covariances: sum (sqrt d1 - sqrt d2)^2
     q = np.linalg.qr(rng.standard_normal((50, 50)))[0]
     ours = fid.frechet_distance(torch.zeros(50).double(), torch.from_numpy(q * d1 @ q.T),
                                 torch.full((50,), 2.0).double(), torch.from_numpy(q * d2 @ q.T))
@@ -170,9 +175,16 @@ def test_ssim_against_gaussian_filter():
             a, b = x[n, ..., c], y[n, ..., c]
             ma, mb = blur(a), blur(b)
             va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
-            values.append(((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))).mean())
+            top, bottom = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4), (ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)
+            values.append((top / bottom).mean())
         ours = vae.ssim(*(torch.from_numpy(z[n:n + 1] * 2 - 1).permute(0, 3, 1, 2) for z in (x, y)))
         assert ours.item() == pytest.approx(np.mean(values), abs=1e-9)
+
+
+def test_psnr_in_closed_form():
+    """Peak 2; values beyond [-1, 1] count as those ends; one number an image."""
+    x, y = torch.zeros(2, 3, 4, 4), torch.tensor([0.1, 3.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    assert vae.psnr(x, y).tolist() == pytest.approx([20 * math.log10(2 / 0.1), 20 * math.log10(2)], rel=1e-5)
 
 
 def test_resizes_are_those_of_the_authors():
@@ -183,12 +195,12 @@ def test_resizes_are_those_of_the_authors():
     encoder.net.forward_features = lambda x: seen.append(x) or torch.zeros(1, 512, 7, 7)
     encoder.pooled(images)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    pillow = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.BILINEAR
-                                                                         if encoder.mode == "bilinear" else Image.BICUBIC)
+    kernel = Image.BILINEAR if encoder.mode == "bilinear" else Image.BICUBIC
+    pillow = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((224, 224), kernel)
     difference = ((seen[0] * std + mean) * 255 - nchw(np.array(pillow)[None]).float()).abs()
     assert encoder.size == 224 and difference.max() <= 1.01 and difference.mean() < 0.01
     ramp = torch.arange(4, dtype=torch.uint8).mul(10).view(1, 1, 1, 4).expand(1, 3, 2, 4)
-    assert fid.resize_tf1(ramp, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]      # corners not centred
+    assert fid.resize_tf1(ramp, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]  # corners not centred
 
 
 def save_folder(folder, images):
@@ -229,7 +241,7 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
         assert set(result) & set(fid.METRICS) == set(metrics[i].split(","))
         assert all(result[name] == pytest.approx(results[0][name], rel=1e-4) for name in metrics[i].split(","))
     assert results[0]["n_samples"] == 10 and results[0]["n_reference"] == 12 and results[0]["resolution"] == [32, 32]
-    net = fid.Inception(inception_file)                            # against one pass over all, and numpy's covariance
+    net = fid.Inception(inception_file)  # against one pass over all, and numpy's covariance
     with torch.no_grad():
         found = [net(nchw(images)) for images in (a, b)]
     stats = np.load(tmp_path / "stats.npz")
@@ -240,7 +252,7 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
     assert results[0]["precision"] == fid.precision_recall(found[0]["pool"], found[1]["pool"])[0]
 
     np.savez(tmp_path / "adm.npz", arr_0=a, mu=stats["mu"] + 1, sigma=stats["sigma"], mu_s=stats["mu_s"],
-             sigma_s=stats["sigma_s"])                             # statistics in an ADM batch are used as given
+             sigma_s=stats["sigma_s"])  # statistics in an ADM batch are used as given
     result = numbers("adm.npz", "a", "--metrics", "fid,precision,recall", *with_inception)
     assert result["fid"] == pytest.approx(2048, rel=1e-4) and result["precision"] == result["recall"] == 1
 

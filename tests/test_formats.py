@@ -54,9 +54,10 @@ def test_initialisation():
     torch.manual_seed(0)
     net = sit.SiT("SiT-T/2", 8, 8, 1000, encoder_depth=2, projectors=[repa.projector("mlp", 256, 112, 64)])
     assert net.null_class == 1000 and net.y_embedder.embedding_table.weight.shape == (1001, 256)
-    assert sit.SiT("SiT-T/2", 8, 8, 10, cfg_prob=0, encoder_depth=2).y_embedder.embedding_table.weight.shape == (10, 256)
-    assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0         # zero head
-    zeros = [block.adaLN_modulation[1] for block in net.blocks] + [net.final_layer.adaLN_modulation[1], net.final_layer.linear]
+    bare = sit.SiT("SiT-T/2", 8, 8, 10, cfg_prob=0, encoder_depth=2)
+    assert bare.y_embedder.embedding_table.weight.shape == (10, 256)
+    assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0  # zero head
+    zeros = [block.adaLN_modulation[1] for block in (*net.blocks, net.final_layer)] + [net.final_layer.linear]
     normals = [net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight]
     for p in normals:
         assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean()) < 2e-3
@@ -66,7 +67,7 @@ def test_initialisation():
             if any(module is other for other in zeros):
                 assert module.weight.abs().max() == 0
             elif not any(module.weight is p for p in normals):
-                limit = math.sqrt(6 / (module.weight.shape[0] + module.weight[0].numel()))              # Xavier
+                limit = math.sqrt(6 / (module.weight.shape[0] + module.weight[0].numel()))  # Xavier
                 assert 0.98 * limit < module.weight.abs().max() <= limit * (1 + 1e-6)
                 assert module.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
     for module in vae.Discriminator().main:
@@ -108,7 +109,8 @@ def test_export_reads_back_exactly_and_is_diffusers(name, tmp_path, f8d4):
     stats = statistics(ours.latent_channels)
     vae.export_vae(ours, stats, 32, tmp_path / "out")
     again, stats_again = vae.load_vae(tmp_path / "out")
-    assert again.config == ours.config and all(torch.equal(t, again.state_dict()[k]) for k, t in ours.state_dict().items())
+    assert again.config == ours.config
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in ours.state_dict().items())
     assert all(torch.allclose(a, b) for a, b in zip(stats, stats_again))
     with pytest.raises(UserError, match="exists already"):
         vae.export_vae(ours, stats, 32, tmp_path / "out")
@@ -122,7 +124,7 @@ def test_export_reads_back_exactly_and_is_diffusers(name, tmp_path, f8d4):
         close(ours.decode(z.mean), theirs.decode(z.mean).sample, 1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             close(ours.decode(z.mean).float(), theirs.decode(z.mean).sample.float(), 0.05)
-    normalised = (z.mean - stats[0].view(1, -1, 1, 1)) / stats[1].view(1, -1, 1, 1)       # as a pipeline decodes it
+    normalised = (z.mean - stats[0].view(1, -1, 1, 1)) / stats[1].view(1, -1, 1, 1)  # as a pipeline decodes it
     mean, std = (torch.tensor(theirs.config[f"latents_{key}"]).view(1, -1, 1, 1) for key in ("mean", "std"))
     close(normalised * std / theirs.config.scaling_factor + mean, z.mean, 1e-5)
 
@@ -136,7 +138,8 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
                tmp_path / "bare-latents-stats.pt")
     vae.save_file(state, tmp_path / "bare.safetensors")
     vae.export_vae(net, (mean, std), 32, tmp_path / "folder")
-    older = {re.sub(r"to_([qkv])|to_out.0", lambda m: dict(q="query", k="key", v="value").get(m[1], "proj_attn"), name): t
+    words = dict(to_q="query", to_k="key", to_v="value") | {"to_out.0": "proj_attn"}
+    older = {re.sub(r"to_[qkv]|to_out\.0", lambda m: words[m[0]], name): t
              for name, t in vae.load_file(tmp_path / f"folder/{vae.WEIGHTS[0]}").items()}
     assert sum(".proj_attn." in name for name in older) == 4
     torch.save(older, tmp_path / "older.pt")
@@ -161,12 +164,15 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
     assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
     assert torch.equal(m.ema.bn.running_var, saved["ema"]["bn.running_var"])
     torch.save(saved["vae"], tmp_path / "other.pt")
-    torch.save(dict(latents_bias=torch.ones(8), latents_scale=torch.full((8,), 0.5)), tmp_path / "other-latents-stats.pt")
-    m = train.build(tiny_config("--init-from", str(ckpt), "--vae-ckpt", str(tmp_path / "other.pt"), "--num-classes", "2"),
+    other = tmp_path / "other.pt"
+    torch.save(dict(latents_bias=torch.ones(8), latents_scale=torch.full((8,), 0.5)),
+               tmp_path / "other-latents-stats.pt")
+    m = train.build(tiny_config("--init-from", str(ckpt), "--vae-ckpt", str(other), "--num-classes", "2"),
                     CPU)                              # then the norm is the other VAE's
     assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
     for net in (m.sit, m.ema):
-        assert torch.allclose(net.bn.running_mean, torch.ones(8)) and torch.allclose(net.bn.running_var, torch.tensor(4 - 1e-4))
+        assert torch.allclose(net.bn.running_mean, torch.ones(8))
+        assert torch.allclose(net.bn.running_var, torch.tensor(4 - 1e-4))
     torch.save(saved["discriminator"], tmp_path / "disc.pt")
     cfg = train.parse_config(["--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1"])
     m = train.build(cfg, CPU)
@@ -235,7 +241,8 @@ def test_bad_vae_files(tmp_path, short_run):
                tmp_path / "five-latents-stats.pt")
     shutil.copy(tmp_path / "good.pt", tmp_path / "five.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for file, name, match in (("good.pt", "f8d4", "good.pt: .*of another model"), ("short.pt", None, "not a readable"),
+    for file, name, match in (("good.pt", "f8d4", "good.pt: .*of another model"),
+                              ("short.pt", None, "not a readable"),
                               ("nan.pt", None, "encoder.conv_in.weight holds values that are not finite"),
                               ("folder", None, "not a diffusers AutoencoderKL"), ("nowhere.pt", None, "no such file"),
                               ("five.pt", None, "not 8 finite numbers"), ("list.pt", None, "no state dict")):
@@ -254,8 +261,8 @@ def test_lpips_is_the_package(tmp_path):
     torch.manual_seed(0)
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     layers = [layer for i in range(1, 6) for layer in getattr(theirs.net, f"slice{i}")]
-    torch.save({f"features.{i}.{name}": t for i, layer in enumerate(layers) for name, t in layer.state_dict().items()},
-               tmp_path / "vgg.pth")
+    state = nn.ModuleDict({"features": nn.ModuleList(layers)}).state_dict()
+    torch.save(state, tmp_path / "vgg.pth")
     ours = vae.LPIPS(vgg=tmp_path / "vgg.pth")
     x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     x.requires_grad_()
@@ -331,7 +338,8 @@ def test_dinov2_patch_features_are_x_norm_patchtokens(tmp_path):
 def test_encoders_by_timm_name(name, grid, size, channels, tmp_path):
     encoder = repa.FrozenEncoder(name, grid, random=True)
     if not name.startswith("vit"):                                    # a file with the classifier in it
-        torch.save(timm.create_model(name.split(".")[0]).state_dict() | encoder.net.state_dict(), tmp_path / "net.pth")
+        state = timm.create_model(name.split(".")[0]).state_dict() | encoder.net.state_dict()
+        torch.save(state, tmp_path / "net.pth")
         encoder = repa.FrozenEncoder(name, grid, str(tmp_path / "net.pth"))
     assert (encoder.size, encoder.channels) == (size, channels)
     config = timm.get_pretrained_cfg(name)
@@ -339,13 +347,14 @@ def test_encoders_by_timm_name(name, grid, size, channels, tmp_path):
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     assert encoder(x).shape == (1, grid * grid, channels)
     half = x.clone()
-    half[..., 16:, :] = 0                                             # the grid is rows first: its end moves most
+    half[..., 16:, :] = 0  # the grid is rows first: its end moves most
     change = (encoder(x) - encoder(half)).square().sum(2)[0].view(grid, grid)
     assert name.startswith("vit") or change[-1].sum() > change[0].sum()
 
 
 def test_the_releases_encoder_names():
-    for alias, name in (("dinov2-vit-b", "vit_base_patch14_dinov2.lvd142m"), ("clip-vit-L", "vit_large_patch14_clip_224.openai"),
+    for alias, name in (("dinov2-vit-b", "vit_base_patch14_dinov2.lvd142m"),
+                        ("clip-vit-L", "vit_large_patch14_clip_224.openai"),
                         ("mae-vit-l", "vit_large_patch16_224.mae"), ("dinov1-vit-b", "vit_base_patch16_224.dino"),
                         ("jepa-vit-h", "vit_huge_patch14_gap_224.in1k_ijepa"),
                         ("dinov2reg-vit-g", "vit_giant_patch14_reg4_dinov2.lvd142m")):

@@ -33,8 +33,8 @@ def test_ode_solvers_reach_the_closed_form_at_their_order(path_type):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
     exact = MEAN + STD * x                                              # the flow of a Gaussian is affine
     for heun, order in ((False, 1), (True, 2)):
-        errors = [(sample.integrate(gaussian_velocity(path_type), x, "ode", n, heun, path_type) - exact).abs().max().item()
-                  for n in (40, 80, 160)]
+        ends = [sample.integrate(gaussian_velocity(path_type), x, "ode", n, heun, path_type) for n in (40, 80, 160)]
+        errors = [(end - exact).abs().max().item() for end in ends]
         assert errors[-1] < 2e-2
         for coarse, fine in zip(errors, errors[1:]):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
@@ -49,7 +49,7 @@ def test_sde_has_the_right_marginal_and_steps(path_type):
 
     x = sample.integrate(gaussian_velocity(path_type), draw(), "sde", 250, False, path_type, draw)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02) and x.std().item() == pytest.approx(STD, abs=0.02)
-    noises = [draw()[:5] for _ in range(3)]                             # Euler-Maruyama by hand: x, then two with noise
+    noises = [draw()[:5] for _ in range(3)]  # Euler-Maruyama by hand: x, then two with noise
     x, velocity = noises[0], gaussian_velocity(path_type)
     for t, s, noise in ((1.0, 0.52, noises[1]), (0.52, 0.04, noises[2]), (0.04, 0.0, 0.0)):
         v = velocity(x, t, t)
@@ -105,7 +105,7 @@ def test_images_written_out(tiny, path_type):
 
     with torch.no_grad():
         for t, s in zip(times, times[1:]):
-            guided = 0.25 <= t <= 0.8                                   # by the step's start, so 0.25 -> 0 as well
+            guided = 0.25 <= t <= 0.8  # by the step's start, so 0.25 -> 0 as well
             v = velocity(z, t, guided)
             z = z + (s - t) * (v if s == 0 else (v + velocity(z + (s - t) * v, s, guided)) / 2)
         mean, std = (value.view(1, 8, 1, 1) for value in statistics(8))
@@ -114,7 +114,7 @@ def test_images_written_out(tiny, path_type):
     got = sample.sample_images(model, [3, 11], **settings)
     assert got.dtype == torch.uint8 and (got - images).abs().max() <= 1 and (got == images).float().mean() > 0.95
     assert images.std() > 5
-    rngs = [np.random.default_rng((5, i)) for i in (3, 11)]             # the SDE: first the state, then each step's noise
+    rngs = [np.random.default_rng((5, i)) for i in (3, 11)]  # the SDE: first the state, then each step's noise
     z = torch.from_numpy(np.stack([rng.standard_normal((8, 8, 8), np.float32) for rng in rngs])).double()
     with torch.no_grad():
         for t, s in ((1.0, 0.52), (0.52, 0.04), (0.04, 0.0)):
@@ -127,7 +127,7 @@ def test_images_written_out(tiny, path_type):
         images = ((m.vae.decode(z.float() * std + mean) + 1) * 127.5).round().clamp(0, 255)
     got = sample.sample_images(model, [3, 11], num_steps=3, mode="sde", seed=5)
     assert (got - images).abs().max() <= 1 and (got == images).float().mean() > 0.95
-    for mode in ("ode", "sde"):                                         # an image depends on seed and index alone
+    for mode in ("ode", "sde"):  # an image depends on seed and index alone
         settings |= dict(mode=mode, heun=False)
         together = sample.sample_images(model, [0, 1, 7, 12], **settings)
         apart = torch.cat([sample.sample_images(model, [i], **settings) for i in (0, 1, 7, 12)])

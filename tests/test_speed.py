@@ -32,11 +32,12 @@ def most_saved(m, step):
         sizes.append(sum(held.values()))
         return t
 
-    def clear(p):                                                     # the first layer's gradient: the pass is over
+    def clear(p):  # the first layer's gradient: the pass is over
         held.clear()
         held.update(empty)
 
-    hooks = [p.register_post_accumulate_grad_hook(clear) for p in (m.vae.encoder.conv_in.weight, m.sit.x_embedder.proj.weight)]
+    hooks = [layer.weight.register_post_accumulate_grad_hook(clear)
+             for layer in (m.vae.encoder.conv_in, m.sit.x_embedder.proj)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         metrics = step()
     for hook in hooks:
@@ -134,7 +135,7 @@ def test_the_flops_of_a_step(tiny):
     assert all(p.grad is None for net in (m.sit, m.vae) for p in net.parameters())
     depth, width, tokens, convolutions = 6, 256, 16, 0                # multiply-adds x 2
     block = 2 * tokens * 12 * width ** 2 + 2 * 2 * tokens ** 2 * width + 2 * 6 * width ** 2
-    least = (3 * depth + 2 * 2) * block                               # SiT's pass and back; 2 blocks aligned and back
+    least = (3 * depth + 2 * 2) * block  # SiT's pass and back; 2 blocks aligned and back
 
     def count(conv, args, out):
         nonlocal convolutions
@@ -152,7 +153,8 @@ def test_the_flops_of_a_step(tiny):
                                                     marks=slow)])
 def test_profile_prints_its_table_and_touches_no_run(pictures, frozen_vae, tmp_path, flags):
     flags = [frozen_vae if flag == "VAE" else flag for flag in flags]
-    out = run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--profile", "1", *SHORT, *flags, cwd=tmp_path)
+    out = run(sys.executable, ROOT / "train.py", "--data-dir", pictures, "--profile", "1", *SHORT, *flags,
+              cwd=tmp_path)
     names = ["# SiT", "# encoder features", "Optimizer.step#AdamW.step"]
     if not flags:
         names += ["# VAE encoder", "# VAE decoder", "# SiT, alignment pass", "# perceptual distance"]
@@ -186,14 +188,15 @@ def test_readme_flags_exist(command):
 @slow
 def test_readme_commands_on_what_is_drawn(tmp_path):
     """The first commands, their steps cut down: drawing the data, training, sampling, evaluating."""
-    run(sys.executable, ROOT / "train.py", "--max-train-steps", "2", "--log-steps", "1", "--batch-size", "8", cwd=tmp_path)
+    run(sys.executable, ROOT / "train.py", "--max-train-steps", "2", "--log-steps", "1", "--batch-size", "8",
+        cwd=tmp_path)
     exp = tmp_path / "exps/tiny"
     assert {p.name for p in (exp / "pictures").iterdir()} == {"samples-0000002.png", "reconstructions-0000002.png"}
     assert json.loads((exp / "args.json").read_text())["model"] == "SiT-T/1"
     out = run(sys.executable, ROOT / "sample.py", "--num-samples", "10", "--num-steps", "2", cwd=tmp_path)
     assert "samples-0000002.png" in out and Image.open(exp / "samples-0000002.png").size[0] > 600
-    run(sys.executable, ROOT / "fid.py", "--num-samples", "20", "--num-steps", "2", "--metrics", "fid", "--json", "out.json",
-        cwd=tmp_path)
+    run(sys.executable, ROOT / "fid.py", "--num-samples", "20", "--num-steps", "2", "--metrics", "fid", "--json",
+        "out.json", cwd=tmp_path)
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert numbers["n_samples"] == 20 and numbers["n_reference"] > 4000
 
@@ -217,7 +220,8 @@ def test_evaluating_a_run(pictures, short_run, command, processes):
     stored = numbers(1, pictures, "samples.npz", "--resolution", "32", *metrics)
     for other in (again, stored):
         assert (other["n_samples"], other["n_reference"]) == (20, 24)
-        assert all(other[key] == pytest.approx(drawn[key], rel=1e-3) for key in ("fd_efficientnet-lite0", "kid", "recall"))
+        for key in ("fd_efficientnet-lite0", "kid", "recall"):
+            assert other[key] == pytest.approx(drawn[key], rel=1e-3)
     rec = numbers(processes, "--reconstruct", "--ckpt", ckpt)
     model = sample.load_checkpoint(ckpt)
     x = vae.to_float(torch.stack([vae.read_image(p, 32) for p in vae.list_images(pictures)]))

@@ -20,8 +20,8 @@ from PIL import Image
 import fid
 import train
 import vae
-from conftest import (CPU, ROOT, SHORT, flatten, losses, metrics_of, noise_pictures, one_line, run, slow, tiny_config,
-                      torchrun)
+from conftest import (CPU, ROOT, SHORT, flatten, losses, metrics_of, noise_pictures, one_line, run, slow,
+                      tiny_config, torchrun)
 from vae import UserError
 
 
@@ -32,7 +32,7 @@ def test_two_processes_give_the_losses_of_one(pictures, short_run, flags):
         "--overwrite", *flags, *SHORT, cwd=short_run)
     one, two = losses(short_run / "exps/a"), losses(short_run / "exps/two")
     assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4] and len(one[0]) > 5
-    for a, b in zip(one, two):                               # AdamW's first steps make much of roundings: they grow
+    for a, b in zip(one, two):  # AdamW's first steps make much of roundings: they grow
         near = dict(rel=1e-3, abs=1e-4) if a["step"] < 3 else dict(rel=1e-2, abs=3e-3)
         assert "disc_loss" not in a and {k: b[k] for k in a} == pytest.approx(a, **near)
 
@@ -40,9 +40,9 @@ def test_two_processes_give_the_losses_of_one(pictures, short_run, flags):
 def test_a_killed_run_resumes_where_it_was(pictures, short_run, command):
     whole = losses(short_run / "exps/a")
     shutil.copytree(short_run / "exps/a", short_run / "exps/b")
-    (short_run / "exps/b/checkpoints/0000004.pt").unlink()               # killed after step 3: its line stays behind
-    command("train", "--data-dir", pictures, "--exp-name", "b", "--disc-weight", "0", "--resume", "--checkpointing-steps",
-            "2", *SHORT, cwd=short_run)
+    (short_run / "exps/b/checkpoints/0000004.pt").unlink()  # killed after step 3: its line stays behind
+    command("train", "--data-dir", pictures, "--exp-name", "b", "--disc-weight", "0", "--resume",
+            "--checkpointing-steps", "2", *SHORT, cwd=short_run)
     assert losses(short_run / "exps/b") == whole
     a, b = (vae.load_tensors(short_run / f"exps/{x}/checkpoints/0000004.pt") for x in "ab")
     for key in ("model", "ema", "vae", "discriminator"):
@@ -68,7 +68,8 @@ def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, command):
     assert all(torch.equal(t, last["vae"][name]) for name, t in first["vae"].items())
     for name in ("bn.running_mean", "bn.running_var"):                 # fixed at what the first run had
         assert torch.allclose(last["ema"][name], first["ema"][name], rtol=1e-5, atol=1e-6)
-    out = command("train", "--exp-name", "plain", "--resume", *common, "--max-train-steps", "3", "--vae-ckpt", ckpt, code=2)
+    out = command("train", "--exp-name", "plain", "--resume", *common, "--max-train-steps", "3", "--vae-ckpt", ckpt,
+                  code=2)
     one_line(out, "was trained with --vae-grad none")
 
 
@@ -87,7 +88,7 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     assert "step 2: " in out and [row["step"] for row in metrics_of(exp)] == [2]
     assert sorted(p.name for p in exp.iterdir()) == [".lock", "args.json", "checkpoints", "metrics.jsonl", "pictures"]
     assert [p.name for p in train.checkpoints(exp)] == ["0000002.pt"]
-    other = noise_pictures(tmp_path / "exps/mine", 2)                   # a folder that no run made is not cleared
+    other = noise_pictures(tmp_path / "exps/mine", 2)  # a folder that no run made is not cleared
     command("train", *flags, "--exp-name", "mine", "--vae-only", "--overwrite")
     assert len(list(other.glob("*.png"))) == 2
 
@@ -107,9 +108,9 @@ def test_a_run_is_not_overwritten(short_run, pictures, command):
 
 def start(*flags, cwd, log, processes=1):
     """A short training run in the background."""
-    command = [*([sys.executable] if processes == 1 else torchrun(processes)), ROOT / "train.py"]
-    return subprocess.Popen([*map(str, command), *map(str, flags)], cwd=cwd, stdout=open(log, "w"),
-                            stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [*([sys.executable] if processes == 1 else torchrun(processes)), ROOT / "train.py", *flags]
+    return subprocess.Popen([str(word) for word in command], cwd=cwd, stdout=open(log, "w"), stderr=subprocess.STDOUT,
+                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def wait_for_step(folder, step, process):
@@ -150,7 +151,7 @@ def test_25_kills_change_nothing(pictures, tmp_path):
              "--checkpointing-steps", "3", "--resume"]
     run(sys.executable, ROOT / "train.py", *flags, "--exp-name", "whole", cwd=tmp_path)
     rng = np.random.default_rng(0)
-    for _ in range(25):                                              # each within a second after the first step
+    for _ in range(25):  # each within a second after the first step
         if any(int(path.stem) > 140 for path in train.checkpoints(tmp_path / "exps/killed")):
             break
         process = start(*flags, "--exp-name", "killed", cwd=tmp_path, log=tmp_path / "log")
@@ -188,7 +189,7 @@ def test_old_checkpoints_go_but_for_the_newest_two_and_every_nth(tiny, tmp_path,
         train.save_checkpoint(m, cfg, tmp_path, step, ["a"])
     assert [int(p.stem) for p in train.checkpoints(tmp_path)] == [4, 7, 8]
     saved = vae.load_tensors(tmp_path / "checkpoints/0000008.pt")
-    for key, net in (("model", m.sit), ("ema", m.ema), ("vae", m.vae), ("discriminator", m.disc)):      # all differ
+    for key, net in (("model", m.sit), ("ema", m.ema), ("vae", m.vae), ("discriminator", m.disc)):  # all differ
         assert all(torch.equal(t, saved[key][name]) for name, t in net.state_dict().items())
 
     def full(state, file):
@@ -198,14 +199,16 @@ def test_old_checkpoints_go_but_for_the_newest_two_and_every_nth(tiny, tmp_path,
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="cannot write .*0000009.pt: .*No space left"):
         train.save_checkpoint(m, cfg, tmp_path, 9, ["a"])
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["0000004.pt", "0000007.pt", "0000008.pt"]
+    left = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
+    assert left == ["0000004.pt", "0000007.pt", "0000008.pt"]
 
 
 def test_a_folder_in_use_is_refused(pictures, tmp_path, command, monkeypatch, capsys):
     (tmp_path / "exps/tiny").mkdir(parents=True)
-    lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", lock, str(tmp_path / "exps/tiny/.lock")], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)
+    lock = ("import fcntl, sys\nf = open(sys.argv[1], 'w')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
+            "print('held', flush=True)\ninput()")
+    other = subprocess.Popen([sys.executable, "-c", lock, str(tmp_path / "exps/tiny/.lock")],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     one_line(command("train", "--data-dir", pictures, *SHORT, code=2), "another run is writing to it")
     other.communicate("\n")
@@ -215,7 +218,7 @@ def test_a_folder_in_use_is_refused(pictures, tmp_path, command, monkeypatch, ca
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(train.fcntl, "lockf", lockf)
-    train.lock(tmp_path / "exps/tiny").close()                         # a file system without locks: told, and on
+    train.lock(tmp_path / "exps/tiny").close()  # a file system without locks: told, and on
     assert "no locks on this file system (No locks available)" in capsys.readouterr().out
 
 
@@ -245,7 +248,7 @@ encode, item = vae.Encoder.forward, train.ImageFolder.__getitem__
 
 def disturbed(self, x):
     global batches
-    training = train.torch.is_grad_enabled() and len(x) > 1           # not the one image that FLOPs are counted on
+    training = train.torch.is_grad_enabled() and len(x) > 1  # not the one image that FLOPs are counted on
     batches += training
     if rank == 1 and batches == 2 and training:
         {inside}
@@ -279,7 +282,7 @@ def test_a_nan_on_one_process_skips_the_step_of_both(pictures, tmp_path):
     a, b, c = (vae.load_tensors(path) for path in train.checkpoints(tmp_path / "exps/tiny"))
     for key in train.STATE:
         for (name, x), (_, y), (_, z) in zip(*(flatten(ckpt[key]) for ckpt in (a, b, c))):
-            same = torch.equal(x, y) or key == "ema"                 # which moves on, towards unchanged weights
+            same = torch.equal(x, y) or key == "ema"  # which moves on, towards unchanged weights
             assert same and y.isfinite().all() and z.isfinite().all(), (key, name)
     assert not torch.equal(b["vae"]["quant_conv.weight"], c["vae"]["quant_conv.weight"])
 
@@ -378,7 +381,7 @@ def test_bad_commands_end_in_one_line(script, flags, message, bad_folder, comman
 
     before = contents()
     one_line(command(script, *flags.split(), cwd=bad_folder, code=2), message)
-    if (bad_folder / "exps").exists():                               # an empty run's folder with its lock at most
+    if (bad_folder / "exps").exists():  # an empty run's folder with its lock at most
         assert all(p.name == ".lock" for p in (bad_folder / "exps").rglob("*") if p.is_file())
         shutil.rmtree(bad_folder / "exps")
     assert contents() == before
@@ -406,7 +409,8 @@ def test_mutated_files_crash_nothing(tmp_path, short_run):
 
     readers = {path: reader for pattern, reader in (("a.???", vae.read_image), ("a.webp", vae.read_image),
                ("a.npz", npz), ("a.pt", vae.load_tensors), ("a.safetensors", vae.load_tensors))
-               for path in tmp_path.glob(pattern)} | {tmp_path / "folder/config.json": lambda p: vae.load_vae(p.parent)}
+               for path in tmp_path.glob(pattern)}
+    readers[tmp_path / "folder/config.json"] = lambda p: vae.load_vae(p.parent)
     refused, total = 0, 0
     for path, reader in readers.items():
         good = path.read_bytes()
