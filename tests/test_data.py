@@ -50,7 +50,7 @@ def test_center_crop_by_hand():
     for turned in (False, True):
         image = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)
         got = np.array(vae.center_crop(image, 2)).astype(int)
-        assert np.abs((got.transpose(1, 0, 2) if turned else got) - quarter[:, 1:3]).max() <= 1
+        assert np.abs((got.transpose(1, 0, 2) if turned else got) - quarter[:, 1:3]).max() <= 2
 
 
 def test_pixels_round_trip_and_round():
