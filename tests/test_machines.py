@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import repa
 import sample
 import train
-from conftest import ROOT, SHORT, losses, run, slow, tiny_config
+from conftest import ROOT, SHORT, losses, metrics_of, run, slow, tiny_config
 
 TRAIN = ["--data-dir", "pictures", *SHORT, "--max-train-steps", "6", "--checkpointing-steps", "3",
          "--disc-weight", "0"]
@@ -70,6 +70,9 @@ def trained(pictures, tmp_path_factory):
 
 def test_training_on_two_machines_has_the_losses_of_one_process(trained):
     near(losses(trained / "one/exps/a"), losses(trained / "node0/exps/a"))
+    one, two = (metrics_of(trained / name / "exps/a") for name in ("one", "node0"))
+    for name in ("grad_norm", "vae_grad_norm"):                        # of the mean gradient, not of each one's
+        assert [row[name] for row in two[:2]] == pytest.approx([row[name] for row in one[:2]], rel=1e-3)
     assert [p.name for p in (trained / "node1").iterdir()] == ["pictures"]       # the first machine writes
 
 
