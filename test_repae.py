@@ -11,7 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import repa
-import sample
 import sit
 import train
 import vae

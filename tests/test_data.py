@@ -13,9 +13,8 @@ from PIL import Image
 import sample
 import train
 import vae
-from conftest import (CPU, ROOT, SHORT, losses, metrics_of, noise_pictures, one_line, run, slow, statistics,
+from conftest import (CPU, ROOT, SHORT, losses, metrics_of, noise_pictures, one_line, run, slow,
                       tiny_config)
-from vae import UserError
 
 ONE_STEP = [*SHORT, "--max-train-steps", "1"]
 

@@ -21,7 +21,7 @@ import sample
 import sit
 import train
 import vae
-from conftest import CPU, close, one_line, statistics, tiny_config
+from conftest import CPU, close, statistics, tiny_config
 from vae import UserError
 
 

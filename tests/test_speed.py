@@ -1,6 +1,5 @@
 """Memory, waiting, compiling and the profile; the README's commands."""
 import copy
-import itertools
 import json
 import re
 import shlex
