@@ -141,9 +141,9 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
             loss = loss + cfg.disc_weight * losses["gan_loss"]
         if not cfg.vae_only:
             denoising, align = diffuse(normalise(z, mean, var), y)  # running statistics, no dropout
-            if cfg.vae_grad == "repa":
+            if cfg.vae_grad != "diffusion":
                 loss, losses["vae_align_loss"] = loss + cfg.vae_align_proj_coeff * align, align
-            else:
+            if cfg.vae_grad != "repa":
                 loss, losses["vae_denoising_loss"] = loss + denoising, denoising
         losses |= dict(vae_loss=loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl)
         differentiate("vae", v, loss)
@@ -153,15 +153,16 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
             hinge = (torch.clamp(1 - real, min=0).mean() + torch.clamp(1 + fake, min=0).mean()) / 2
             losses["disc_loss"] = hinge
             differentiate("disc", d, hinge)
-        # 3. SiT on sg(z), normalised with the batch's statistics, which the running ones follow
-        z = z.detach()
+    # 3. SiT on sg(z), normalised with the batch's statistics, which the running ones follow
+    z = z.detach()
+    if cfg.vae_grad != "none" and cfg.latent_norm:
         n, momentum, (old_mean, old_var) = z.numel() // z.shape[1], cfg.bn_momentum, (mean, var)
         mean, var = z.mean((0, 2, 3)), z.transpose(0, 1).flatten(1).var(1, correction=0)
         z = normalise(z, mean, var)
         mean = (1 - momentum) * old_mean + momentum * mean
         var = (1 - momentum) * old_var + momentum * var * n / (n - 1)
     else:
-        z = normalise(z, mean, var).detach()
+        z = normalise(z, mean, var)
     if not cfg.vae_only:
         denoising, align = diffuse(z, torch.where(drop, cfg.num_classes, y))
         losses |= dict(denoising_loss=denoising, loss=denoising + cfg.proj_coeff * align)
@@ -198,7 +199,8 @@ def norm(grads):
 @pytest.mark.parametrize("flags, parts", [
     ("", 1), ("", 2), ("--path-type cosine --disc-start 1", 1), ("--projector conv --spatial-norm 0.6", 1),
     ("--vae-grad none", 2), ("--vae-grad none --proj-coeff 0 --path-type cosine", 1), ("--vae-grad diffusion", 1),
-    ("--vae-grad diffusion --path-type cosine --disc-weight 0", 1), ("--vae-only", 1)])
+    ("--vae-grad diffusion --path-type cosine --disc-weight 0", 1), ("--vae-grad both", 1), ("--no-latent-norm", 2),
+    ("--vae-only", 1)])
 def test_the_step_is_the_paper(small, flags, parts):
     """Two steps in a row: every gradient, logged loss, statistic, clipped AdamW update, and the average of SiT. The
     parts of gradient accumulation are normalised one after the other; their mean is the step's gradient."""
@@ -254,9 +256,9 @@ PAPER = dict(batch_size=256, max_train_steps=400_000, resolution=256, learning_r
              disc_learning_rate=1e-4, lr_warmup_steps=0, lr_decay_steps=0, max_grad_norm=1.0, ema_decay=0.9999,
              bn_momentum=0.1, cfg_prob=0.1, path_type="linear", weighting="uniform", flip=False, qk_norm=False,
              enc_type="vit_base_patch14_dinov2.lvd142m", encoder_depth=8, projector="mlp", projector_dim=2048,
-             spatial_norm=0.0, proj_coeff=0.5, vae_align_proj_coeff=1.5, vae_grad="repa", perceptual="lpips",
-             perceptual_weight=1.0, kl_weight=1e-6, disc_weight=0.1, seed=0, mixed_precision="bf16",
-             gradient_accumulation_steps=1, vae_only=False)
+             spatial_norm=0.0, proj_coeff=0.5, vae_align_proj_coeff=1.5, vae_grad="repa", latent_norm=True,
+             perceptual="lpips", perceptual_weight=1.0, kl_weight=1e-6, disc_weight=0.1, seed=0,
+             mixed_precision="bf16", gradient_accumulation_steps=1, vae_only=False)
 SECOND_STAGE = dict(vae_grad="none", max_train_steps=4_000_000, cache_latents=True)
 NUMBERS = {
     "sdvae-xl2": dict(model="SiT-XL/2", vae="f8d4"),

@@ -49,10 +49,10 @@ from repa import DINOV2_B, EMBEDDED, EncoderDistance, FrozenEncoder, alignment_l
 from sample import Model, checkpoints, read_checkpoint, sample_images, start_processes
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
 from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, Parser, ResnetBlock,
-                 UserError, can_compile, count, existing_folder, existing_path, fraction, hash_tensors,
-                 hinge_loss, image_grid, latents_in_colour, list_images, load_into, load_tensors, load_vae,
-                 non_negative, one_line, pick_device, positive, positive_int, psnr, read_image, run_command,
-                 save_png, to_float, to_uint8, write_atomic)
+                 UserError, can_compile, chroma_error, count, existing_folder, existing_path, fraction,
+                 hash_tensors, hinge_loss, image_grid, latents_in_colour, list_images, load_into,
+                 load_tensors, load_vae, non_negative, one_line, pick_device, positive, positive_int, psnr,
+                 read_image, run_command, save_png, to_float, to_uint8, write_atomic)
 
 try:
     import fcntl
@@ -102,14 +102,15 @@ class Config:
     cfg_prob: float = flag(0.1, "share of labels dropped, for guidance", fraction)
     path_type: str = flag("linear", "interpolant", choices=["linear", "cosine"])
     weighting: str = flag("uniform", "of training times", choices=["uniform", "lognormal"])
+    latent_norm: bool = flag(True, "off: the statistics stay as measured at the start (the paper's ablation)")
     bn_momentum: float = flag(0.1, "of the latent norm's running statistics", fraction)
     vae: str = flag("f8d4", "from random weights: f8d4, f16d32 or f4d8; a file brings its own")
     vae_ckpt: str = flag("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id")
     vae_from_scratch: bool = flag(False, "start the VAE from random weights when there is no --vae-ckpt")
     init_from: str = flag("", "the training checkpoint whose SiT and VAE to start from", existing_path)
     # what reaches the VAE besides its own losses; the alignment
-    vae_grad: str = flag("repa", "the alignment's gradient (REPA-E), none (the VAE is frozen), or the "
-                         "diffusion loss's (naive end to end)", choices=["repa", "none", "diffusion"])
+    vae_grad: str = flag("repa", "the alignment's gradient (REPA-E), none (the VAE is frozen), the diffusion "
+                         "loss's (naive end to end), or both", choices=["repa", "none", "diffusion", "both"])
     vae_only: bool = flag(False, "train the VAE by its own losses, without SiT")
     cache_latents: bool = flag(False, "of a frozen VAE: write the latents once, then never run it")
     enc_type: str = flag(DINOV2_B, f"timm encoders with commas, or {EMBEDDED}")
@@ -182,16 +183,16 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
                 x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)   # running stats
                 if cfg.disc_weight > 0 and step >= cfg.disc_start:
                     gan = -m.disc(x_rec).mean()
-                if cfg.vae_grad == "diffusion":               # naive end to end: z reaches both x_t and v*
+                if cfg.vae_grad in ("diffusion", "both"):     # naive end to end: z reaches both x_t and v*
                     diffusion = (m.sit(x_t, t, y)[0] - velocity).square().mean()
-                elif f:                                       # blocks 1..depth, with all labels
+                if cfg.vae_grad in ("repa", "both") and f:    # blocks 1..depth, with all labels
                     align = alignment_loss(m.sit.align(x_t, t, y), f)
                 vae_loss = (l1                                                        # encoder, decoder
                             + cfg.perceptual_weight * perceptual                      # encoder, decoder
                             + cfg.kl_weight * kl                                      # encoder
                             + cfg.disc_weight * gan                                   # encoder, decoder
                             + cfg.vae_align_proj_coeff * align                        # encoder
-                            + diffusion)                                              # encoder: naive alone
+                            + diffusion)                                              # encoder: not in REPA-E
             vae_loss.backward()
         # 2. The discriminator, on sg(x^): it alone.
         disc_loss = zero
@@ -325,8 +326,8 @@ def parse_config(argv=None):
              "--cfg-scale above 1 needs labels dropped in training: --cfg-prob above 0"),
             (not cfg.data_dir and preset != "tiny", f"--preset {preset} needs --data-dir DIR, see --help"),
             (cfg.vae_only and cfg.vae_grad != "repa", "--vae-only trains no SiT: drop it or --vae-grad"),
-            (cfg.vae_grad == "repa" and cfg.proj_coeff == 0 and not cfg.vae_only,
-             "--proj-coeff 0 leaves no alignment for --vae-grad repa; take --vae-grad none or diffusion"),
+            (cfg.vae_grad in ("repa", "both") and cfg.proj_coeff == 0 and not cfg.vae_only,
+             "--proj-coeff 0 leaves no alignment for the VAE; take --vae-grad none or diffusion"),
             (cfg.cache_latents and (cfg.flip or not vae_frozen),
              "--cache-latents needs latents that stay: --vae-grad none and no --flip"),
             (vae_frozen and not trained, "--vae-grad none freezes the VAE: give a trained one by --vae-ckpt"),
@@ -484,9 +485,9 @@ def build(cfg, device):
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes or 1, cfg.cfg_prob, cfg.qk_norm,
               cfg.encoder_depth, projectors, cfg.bn_momentum)
     perceptual = EncoderDistance(encoders[0]) if compared else None
-    if cfg.vae_grad == "none":
-        sit.bn.eval()                                                 # fixed latents, so fixed statistics
-    elif cfg.perceptual == "lpips":
+    if cfg.vae_grad == "none" or not cfg.latent_norm:
+        sit.bn.eval()                                     # fixed statistics: of fixed latents, or the ablation
+    if cfg.vae_grad != "none" and cfg.perceptual == "lpips":
         perceptual = LPIPS(cfg.lpips_ckpt or None, cfg.vgg_ckpt or None, cfg.allow_random_weights)
     if stats:
         sit.bn.start(*stats)
@@ -632,7 +633,7 @@ def newest_complete(folder):
 
 
 FIXED = ("model", "vae", "resolution", "num_classes", "qk_norm", "cfg_prob", "path_type", "enc_type",
-         "projector", "projector_dim", "encoder_depth", "vae_grad", "vae_only")
+         "projector", "projector_dim", "encoder_depth", "vae_grad", "vae_only", "latent_norm")
 
 
 def load_run(m, cfg, path, classes, say):
@@ -667,8 +668,9 @@ def load_run(m, cfg, path, classes, say):
 
 @torch.no_grad()
 def draw_pictures(m, cfg, folder, step, held_out, device):
-    """Sample grid of the EMA (a column per class), reconstructions beside originals, latents in colour;
-    returns the mean PSNR in dB of reconstructing `held_out`, uint8 [N, 3, R, R] (the posterior's mean)."""
+    """Sample grid of the EMA (a column per class), reconstructions beside originals, latents in colour.
+    Returns how well `held_out`, uint8 [N, 3, R, R], is reconstructed (from the posterior's mean) for the log:
+    its mean PSNR in dB, and the mean error of chroma in levels."""
     columns, rows = min(cfg.num_classes, 10), 8 if cfg.resolution <= 64 else 4
     scale = max(1, 64 // cfg.resolution)
     if not cfg.vae_only:
@@ -685,7 +687,9 @@ def draw_pictures(m, cfg, folder, step, held_out, device):
     colour = latents_in_colour(torch.cat(latents).cpu(), m.vae.stride)[:k]
     triples = torch.stack([held_out[:k], to_uint8(recs[:k]), colour], 1).flatten(0, 1)
     save_png(image_grid(triples, 12, scale), folder / f"pictures/reconstructions-{step:07d}.png")
-    return psnr(to_float(held_out), recs).mean().item()
+    held_out = to_float(held_out)
+    return dict(val_psnr=psnr(held_out, recs).mean().item(),
+                val_chroma_error=chroma_error(held_out, recs).mean().item())
 
 
 def measure_speed(m, cfg, device):
@@ -928,7 +932,7 @@ def main():
             row["images_per_second"] = images_done / (time.time() - since)
             row["mfu"] = flops * row["images_per_second"] / world / peak
             if main_process and pictures:
-                row["val_psnr"] = draw_pictures(m, cfg, folder, step, shown, device)
+                row |= draw_pictures(m, cfg, folder, step, shown, device)
             if main_process:
                 log(step, row)
                 say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))

@@ -187,6 +187,20 @@ def test_psnr_in_closed_form():
     assert vae.psnr(x, y).tolist() == pytest.approx([20 * math.log10(2 / 0.1), 20 * math.log10(2)], rel=1e-5)
 
 
+def test_chroma_error_is_that_of_pillows_ycbcr():
+    """Against Pillow's conversion of colours constant over blocks of 4 x 4 pixels (it rounds to levels); what
+    only moves pixels about within a block is no error."""
+    colours = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
+    images = colours.repeat(4, 2).repeat(4, 3)                                          # [2, 3, 32, 32, 3]
+    chroma = [[np.asarray(Image.fromarray(image).convert("YCbCr"), float)[..., 1:] for image in half]
+              for half in images]
+    expected = np.abs(np.subtract(*chroma)).mean((1, 2, 3))
+    x, y = torch.from_numpy(images).permute(0, 1, 4, 2, 3) / 127.5 - 1
+    assert vae.chroma_error(x, y).numpy() == pytest.approx(expected, abs=0.3)
+    noise = 0.5 * torch.rand(1, 3, 4, 4)
+    assert vae.chroma_error(noise, noise.flip(2, 3)).item() < 1e-4 < vae.chroma_error(noise, noise.flip(1)).item()
+
+
 def test_resizes_are_those_of_the_authors():
     """Any timm encoder's is Pillow's; the Inception's is TensorFlow 1's."""
     images = nchw(smooth_pictures(1, 300, 5, blur=40))
