@@ -924,6 +924,7 @@ def main():
         pictures = step % cfg.sampling_steps == 0 or last
 
         if step % cfg.log_steps == 0 or pictures:
+            metrics["latent_variance"] = m.sit.bn.running_var.mean()
             values = torch.stack([v.float() for v in metrics.values()])
             if world > 1:
                 dist.all_reduce(values)

@@ -37,11 +37,13 @@ from tqdm import tqdm
 LATENT_EPS = 1e-4                                          # of the latent norm between VAE and SiT
 
 # ch * ch_mult: channels of the resolution levels, full resolution first. Attention keeps its levels at any
-# input size: f16d32 was built for 256 pixels with attention at 16x16. The last row is the tiny preset's.
+# input size: f16d32 was built for 256 pixels with attention at 16x16. The last two are for 32 pixels: f4d8 is
+# the tiny preset's, f4d32 that of experiments/compare.sh.
 VAES = {
     "f8d4": dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), latent_channels=4),
     "f16d32": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), latent_channels=32),
-    "f4d8": dict(ch=24, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=8, groups=8),
+    "f4d8": dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=8, groups=1),
+    "f4d32": dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=32, groups=1),
 }
 VAE_DEFAULTS = dict(groups=32, mid_attention=True, quant_conv=True, post_quant_conv=True)
 
@@ -185,6 +187,17 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if self.config["quant_conv"] else nn.Identity()
         self.post_quant_conv = nn.Conv2d(c, c, 1) if self.config["post_quant_conv"] else nn.Identity()
+        self.initialize()
+
+    def initialize(self):
+        """Convolutions that keep the variance of what they get, where PyTorch's own take two thirds of it, layer
+        by layer; and a posterior of std exp(-3), so that the decoder sees more than noise from the start."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        moments = self.quant_conv if self.config["quant_conv"] else self.encoder.conv_out
+        nn.init.constant_(moments.bias[self.latent_channels:], -6)
 
     def latent_size(self, resolution):
         """Height = width of the latents of square images. Raises UserError where the stride does not fit."""

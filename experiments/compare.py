@@ -3,8 +3,9 @@
     python experiments/compare.py [exps/compare] [--seeds 1 2 3] [--out exps/compare/comparison.png]
 
 Prints a markdown table, mean (least to greatest of the seeds), and after how many steps REPA-E reaches the
-distance that REPA and SiT end with; draws the Frechet distance by step, the seeds' spread as a band. Runs
-that are missing or not finished are left out and named.
+distance that REPA and SiT end with; draws the Frechet distance by step, the seeds' spread as a band. The
+ablations, below the regimes, are runs of the first seed. Runs that are missing or not finished are left out
+and named.
 """
 import json
 import sys
@@ -18,6 +19,8 @@ from vae import Parser, UserError, run_command
 
 REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive", "repae": "REPA-E",
            "second": "REPA over REPA-E's VAE, frozen", "scratch": "REPA-E from random weights"}
+ABLATIONS = {"both": "diffusion and alignment into the VAE", "nonorm": "REPA-E, latent statistics fixed",
+             "noalign": "REPA-E, no alignment in the VAE's pass", "irepa": "REPA-E with iREPA's alignment"}
 
 
 def read_json(file):
@@ -59,8 +62,8 @@ def read_runs(folder, seeds):
     """({regime: [row of each finished run]}, names of the others). A run is finished once it has all columns
     of the one that has most. Raises UserError where there are none, or where the distances are not alike."""
     rows, names = {}, set()
-    for regime in REGIMES:
-        for seed in seeds:
+    for regime in REGIMES | ABLATIONS:
+        for seed in seeds if regime in REGIMES else seeds[:1]:
             rows[regime, seed] = read_run(folder / f"{regime}-{seed}", names)
     columns = max(rows.values(), key=len).keys()
     if not columns:
@@ -97,7 +100,7 @@ def table(finished):
     lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
     for regime, runs in finished.items():
         cells = [spread([run[column] for run in runs], digits[column]) for column in heads]
-        lines.append(f"| {REGIMES[regime]} (`{regime}`) | " + " | ".join(cells) + " |")
+        lines.append(f"| {(REGIMES | ABLATIONS)[regime]} (`{regime}`) | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -143,9 +146,9 @@ def speed_ups(finished):
 def draw_comparison(finished, path):
     """Frechet distance by step: a line through the seeds' mean, a band from the least to the greatest. The
     naive way is so far off that the others are drawn once more without it."""
-    panels = [list(finished)]
-    if "naive" in finished and len(finished) > 1:
-        panels.append([regime for regime in finished if regime != "naive"])
+    panels = [[regime for regime in finished if regime in REGIMES]]
+    if "naive" in finished and len(panels[0]) > 1:
+        panels.append([regime for regime in panels[0] if regime != "naive"])
     figure = load_matplotlib()(figsize=(1 + 4.5 * len(panels), 4.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     colours = dict(zip(REGIMES, COLOURS))

@@ -7,19 +7,23 @@
 #     sit      VAE frozen, no alignment              naive    diffusion loss into the VAE
 #     repa     VAE frozen, alignment                 scratch  REPA-E from a VAE of random weights
 #     repae    alignment into the VAE (REPA-E)       second   REPA over the frozen VAE of the same seed's repae
+# and, with the first seed, what REPA-E is without one of its parts, or with another:
+#     both     diffusion loss and alignment into the VAE      noalign  no alignment in the VAE's pass
+#     nonorm   latent statistics that stay as at the start    irepa    iREPA's projector and norm of the features
 #
 # Run it again at any time: what is done is not done twice, and a stopped run goes on where it was. Everything goes
 # to OUT, a run's output to OUT/logs. At the end: the table (OUT/table.md) and the pictures beside it.
-# Another length or architecture: VAE=f4d8 MODEL=SiT-T/2 STEPS=1600 OUT=exps/longer bash experiments/compare.sh
+# Another length or architecture: VAE=f4d8 MODEL=SiT-T/1 STEPS=3200 OUT=exps/longer bash experiments/compare.sh
 set -euo pipefail
 
 export OUT=${OUT:-exps/compare}
 export SEEDS=${SEEDS:-1 2 3}
-export REGIMES=${REGIMES:-repae naive sit repa scratch second}                       # some of the six
+export REGIMES=${REGIMES:-repae naive sit repa scratch second}                              # some of the six
+export ABLATIONS=${ABLATIONS-both nonorm noalign irepa}                                     # and of the four
 export MODEL=${MODEL:-SiT-T/2}
-export VAE=${VAE:-f4d8}                                     # the VAE's architecture
+export VAE=${VAE:-f4d32}                                    # the VAE's architecture
 export BASE_STEPS=${BASE_STEPS:-1000}                       # of the VAE that all start from
-export STEPS=${STEPS:-800}                                  # of each regime
+export STEPS=${STEPS:-1600}                                 # of each regime
 export EVERY=${EVERY:-$((STEPS / 4))}                       # a run is judged, and its checkpoint kept, so often
 export SAMPLES=${SAMPLES:-1000}                             # at each of these points
 export LAST_SAMPLES=${LAST_SAMPLES:-4000}                   # and once more at the end
@@ -35,14 +39,14 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 checkpoint() { printf "$OUT/%s/checkpoints/%07d.pt" "$1" "$2"; }                            # RUN STEP
 
-# train RUN STEPS FLAG...: until the checkpoint of step STEPS is there
+# train RUN STEPS SEED FLAG...: until the checkpoint of step STEPS is there
 train() {
-    local run=$1 steps=$2
-    shift 2
+    local run=$1 steps=$2 seed=$3
+    shift 3
     [ -f "$(checkpoint $run $steps)" ] && return
     python train.py --output-dir "$OUT" --exp-name $run --data-dir "$DATA/train" --val-dir "$DATA/val" \
         --resolution $RESOLUTION --vae $VAE --model $MODEL --max-train-steps $steps --checkpointing-steps $EVERY \
-        --keep-every $EVERY --sampling-steps $steps --cfg-scale 1 --resume $FLAGS "$@"
+        --keep-every $EVERY --sampling-steps $steps --cfg-scale 1 --seed $seed --resume $FLAGS "$@"
     [ -f "$(checkpoint $run $steps)" ] || { echo "$run: stopped before step $steps"; return 1; }
 }
 
@@ -54,27 +58,40 @@ distance() {
         --num-samples $3 --features $FEATURES --metrics fid --mixed-precision bf16 --num-workers 0 --json "$json"
 }
 
+# reconstruct RUN [FROM]: what its VAE makes of the training pictures; FROM, another run with the same VAE, knows it
+reconstruct() {
+    local json=$OUT/$1/rfd.json from=${2:-$1}
+    [ -f "$OUT/$from/rfd.json" ] || python fid.py "$DATA/train" --ckpt "$(checkpoint $from $STEPS)" \
+        --reconstruct --features $FEATURES --num-workers 0 --json "$OUT/$from/rfd.json"
+    [ -f "$json" ] || cp "$OUT/$from/rfd.json" "$json"
+}
+
 # one REGIME SEED: train it and judge it
 one() {
     set -euo pipefail
-    local run=$1-$2 last base vae step
-    base=$(checkpoint base $BASE_STEPS) vae=$(checkpoint vae $STEPS) last=$(checkpoint $run $STEPS)
+    local run=$1-$2 base vae tuned step from
+    base=$(checkpoint base $BASE_STEPS) vae=$(checkpoint vae $STEPS) tuned=$(checkpoint repae-$2 $STEPS)
     case $1 in
-        sit)     train $run $STEPS --seed $2 --vae-grad none --vae-ckpt "$vae" --proj-coeff 0 ;;
-        repa)    train $run $STEPS --seed $2 --vae-grad none --vae-ckpt "$vae" ;;
-        naive)   train $run $STEPS --seed $2 --vae-grad diffusion --vae-ckpt "$base" ;;
-        repae)   train $run $STEPS --seed $2 --vae-grad repa --vae-ckpt "$base" ;;
-        scratch) train $run $STEPS --seed $2 --vae-grad repa --vae-from-scratch ;;
-        second)  train $run $STEPS --seed $2 --vae-grad none --vae-ckpt "$(checkpoint repae-$2 $STEPS)" ;;
-        *)       fail "REGIMES: $1 is none of sit repa naive repae scratch second" ;;
+        sit)     train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" --proj-coeff 0 ;;
+        repa)    train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" ;;
+        second)  train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$tuned" ;;
+        naive)   train $run $STEPS $2 --vae-ckpt "$base" --vae-grad diffusion ;;
+        repae)   train $run $STEPS $2 --vae-ckpt "$base" ;;
+        scratch) train $run $STEPS $2 --vae-from-scratch ;;
+        both)    train $run $STEPS $2 --vae-ckpt "$base" --vae-grad both ;;
+        nonorm)  train $run $STEPS $2 --vae-ckpt "$base" --no-latent-norm ;;
+        noalign) train $run $STEPS $2 --vae-ckpt "$base" --vae-align-proj-coeff 0 ;;
+        irepa)   train $run $STEPS $2 --vae-ckpt "$base" --projector conv --spatial-norm 0.6 --proj-coeff 1 ;;
+        *)       fail "$1: no regime; REGIMES and ABLATIONS name those above" ;;
     esac
     for ((step = EVERY; step <= STEPS; step += EVERY)); do
         distance $run $step $SAMPLES
     done
     distance $run $STEPS $LAST_SAMPLES
-    [ -f "$OUT/$run/rfd.json" ] || python fid.py "$DATA/train" --ckpt "$last" --reconstruct \
-        --features $FEATURES --num-workers 0 --json "$OUT/$run/rfd.json"
-    [ -f "$OUT/$run/evaluation-$(printf %07d $STEPS).json" ] || python experiments/analyze.py evaluate "$last"
+    case $1 in sit | repa) from=vae ;; second) from=repae-$2 ;; *) from=$run ;; esac
+    reconstruct $run $from
+    [ -f "$OUT/$run/evaluation-$(printf %07d $STEPS).json" ] ||
+        python experiments/analyze.py evaluate "$(checkpoint $run $STEPS)"
 }
 
 # logged REGIME SEED: the same, its output in a file; a run that fails does not stop the others
@@ -85,10 +102,12 @@ logged() {
         echo "$(date +%H:%M) $1-$2 failed: see $OUT/logs/$1-$2.log; start this script again to go on"
     fi
 }
-export -f fail checkpoint train distance one logged
+export -f fail checkpoint train distance reconstruct one logged
 
-all() {                                                                            # REGIME...: every seed of each
-    for seed in $SEEDS; do for regime in "$@"; do echo $regime $seed; done; done |
+all() {                                                         # "SEED..." REGIME...: every seed of each
+    local seeds=$1
+    shift
+    for seed in $seeds; do for regime in "$@"; do echo $regime $seed; done; done |
         xargs -r -P $PROCESSES -L 1 bash -c 'logged $0 $1'
 }
 
@@ -108,14 +127,17 @@ main() {                                       # read whole before it starts, so
     trap 'exit 130' INT TERM
     [ -d "$DATA" ] || python data/openmoji.py --size $RESOLUTION --out "$DATA"
     base=$(checkpoint base $BASE_STEPS)
-    train base $BASE_STEPS --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
-    train vae $STEPS --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
+    train base $BASE_STEPS 0 --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
+    train vae $STEPS 0 --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
     [ -f "$OUT/ref.npz" ] || python fid.py "$DATA/train" --features $FEATURES --save-stats "$OUT/ref.npz"
-    all ${REGIMES/second/}
-    [[ $REGIMES != *second* ]] || all second                        # it needs the VAE of a finished repae
+    reconstruct vae >> "$OUT/logs/vae.log" 2>&1
+    seed=${SEEDS%% *}
+    all "$SEEDS" ${REGIMES/second/}
+    [[ $REGIMES != *second* ]] || all "$SEEDS" second               # it needs the VAE of a finished repae
+    all $seed $ABLATIONS
 
     python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" | tee "$OUT/table.md"
-    seed=${SEEDS%% *} runs=() vaes=("$base")
+    runs=() vaes=("$base")
     for regime in $REGIMES; do
         [ ! -f "$OUT/$regime-$seed/metrics.jsonl" ] || runs+=("$OUT/$regime-$seed")
     done

@@ -376,6 +376,7 @@ def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "repae-2", [500, 380, 300], 310, 0.4, 26)
     write_run(tmp_path / "sit-2", [700, 600, 500], 480, 0.1, 27)
     write_run(tmp_path / "naive-1", [900, 800], 700, 0.1, 20)                                # still running
+    write_run(tmp_path / "both-1", [800, 700, 600], 650, 0.1, 20)
     call(compare.main, monkeypatch, tmp_path, "--seeds", 1, 2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("| | FD, 100 steps, 1,000 samples | FD, 200 steps, 1,000 samples | "
@@ -387,10 +388,12 @@ def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
         "| REPA (`repa`) | 605 (600 to 610) | 500 | 400 (390 to 410) | 395 (390 to 400) | "
         "0.250 (0.200 to 0.300) | 50.0 | 27.50 (27.00 to 28.00) |",
         "| REPA-E (`repae`) | 500 | 400 (380 to 420) | 320 (300 to 340) | 305 (300 to 310) | 0.400 | 50.0 | 26.00 |"]
-    text = "\n".join(lines[5:])
+    assert lines[5] == ("| diffusion and alignment into the VAE (`both`) | 800 | 700 | 600 | 650 | 0.100 | 50.0 | "
+                        "20.00 |")
+    text = "\n".join(lines[6:])
     assert "REPA ends at 400 after 300 steps. REPA-E reaches it after 200." in text
     assert "SiT ends at 500 after 300 steps. REPA-E reaches it after at most 100." in text
-    assert "left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2." in text
+    assert "left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2, nonorm-1, noalign-1, irepa-1." in text
     assert Image.open(tmp_path / "comparison.png").width > 600
 
     (tmp_path / "repa-1/fd-0000100-1000.json").write_text(json.dumps(dict(fid=600)))
@@ -416,7 +419,8 @@ value() { while [ $# -gt 1 ]; do if [ "$1" = "$flag" ]; then last=$2; fi; shift;
 case $1 in
     train.py)
         flag=--output-dir; out=$(value "$@"); flag=--exp-name; run=$out/$(value "$@")
-        flag=--max-train-steps; steps=$(value "$@")
+        flag=--max-train-steps; steps=$(value "$@"); last=; flag=--vae-ckpt; vae=$(value "$@")
+        [ -z "$vae" ] || [ -f "$vae" ] || exit 2
         case $run in *"$BREAKS") exit 0 ;; esac                          # as on Ctrl-C: stopped, and no error
         mkdir -p "$run/checkpoints"; echo > "$run/metrics.jsonl"
         touch "$run/checkpoints/$(printf %07d $((steps / 2))).pt" "$run/checkpoints/$(printf %07d $steps).pt" ;;
@@ -449,26 +453,35 @@ def test_compare_sh_does_nothing_twice(tmp_path):
 
     printed, first = start(breaks="repae-2")
     trained = {line.split("--exp-name ")[1].split()[0]: line for line in first if line.startswith("train.py")}
-    assert set(trained) == {"base", "vae", *(f"{r}-{s}" for r in compare.REGIMES for s in (1, 2))}
-    assert "repae-2 failed" in printed and "repae-1 done" in printed and "sit-2 done" in printed
+    assert set(trained) == {"base", "vae", *(f"{r}-{s}" for r in compare.REGIMES for s in (1, 2)),
+                            *(f"{ablation}-1" for ablation in compare.ABLATIONS)}
+    assert all(f"{run} done" in printed for run in ("repae-1", "sit-2", "second-1", "both-1"))
+    assert "repae-2 failed" in printed and "second-2 failed" in printed          # the one needs the other's VAE
     out = tmp_path / "out"
     assert not [line for line in first if "repae-2" in line and line.startswith("fid.py")]
     base, tuned = out / "base/checkpoints/0000010.pt", out / "vae/checkpoints/0000040.pt"
-    for run, flags in (("sit-1", f"--seed 1 --vae-grad none --vae-ckpt {tuned} --proj-coeff 0"),
-                       ("repa-2", f"--seed 2 --vae-grad none --vae-ckpt {tuned}"),
-                       ("naive-1", f"--seed 1 --vae-grad diffusion --vae-ckpt {base}"),
-                       ("repae-1", f"--seed 1 --vae-grad repa --vae-ckpt {base}"),
-                       ("scratch-1", "--seed 1 --vae-grad repa --vae-from-scratch"),
-                       ("second-1", f"--seed 1 --vae-grad none --vae-ckpt {out}/repae-1/checkpoints/0000040.pt"),
+    frozen, second = "--vae-grad none --cache-latents --vae-ckpt", out / "repae-1/checkpoints/0000040.pt"
+    for run, flags in (("sit-1", f"{frozen} {tuned} --proj-coeff 0"), ("repa-2", f"{frozen} {tuned}"),
+                       ("second-1", f"{frozen} {second}"), ("scratch-1", "--vae-from-scratch"),
+                       ("naive-1", f"--vae-ckpt {base} --vae-grad diffusion"),
+                       ("both-1", f"--vae-ckpt {base} --vae-grad both"),
+                       ("repae-1", f"--vae-ckpt {base}"), ("nonorm-1", f"--vae-ckpt {base} --no-latent-norm"),
+                       ("noalign-1", f"--vae-ckpt {base} --vae-align-proj-coeff 0"),
+                       ("irepa-1", f"--vae-ckpt {base} --projector conv --spatial-norm 0.6 --proj-coeff 1"),
                        ("vae", f"--vae-only --vae-ckpt {base}")):
+        assert f"--seed {run[-1] if run != 'vae' else 0} " in trained[run]
         assert trained[run].endswith(flags) and "--max-train-steps 40 --checkpointing-steps 20" in trained[run]
     judged = sorted(Path(line.split("--json ")[1].split()[0]).name for line in first if "out/sit-1/" in line
                     and line.startswith("fid.py"))
-    assert judged == ["fd-0000020-1000.json", "fd-0000040-1000.json", "fd-0000040-4000.json", "rfd.json"]
+    assert judged == ["fd-0000020-1000.json", "fd-0000040-1000.json", "fd-0000040-4000.json"]
+    reconstructed = [line.split("--json ")[1] for line in first if "--reconstruct" in line]
+    assert len(reconstructed) == len(set(reconstructed)) == 1 + 2 + 1 + 2 + 4         # each VAE once: not of repae-2
+    assert (out / "sit-1/rfd.json").is_file() and (out / "second-1/rfd.json").is_file()
 
-    _, second = start()                                                    # only what did not get done
-    assert {line.split("--exp-name ")[1].split()[0] for line in second if line.startswith("train")} == {"repae-2"}
-    assert len(second) == 1 + 4 + 1
+    _, again = start()                                                     # only what did not get done
+    assert [line.split("--exp-name ")[1].split()[0] for line in again if line.startswith("train")] == [
+        "repae-2", "second-2"]
+    assert len(again) == (1 + 3 + 1 + 1) + (1 + 3 + 1)
     assert start()[1] == []
     more = start(SEEDS="1 2 3")[1]
     assert {line.split("--seed ")[1].split()[0] for line in more if line.startswith("train")} == {"3"}
