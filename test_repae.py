@@ -503,6 +503,18 @@ def test_interpolant(path_type):
     assert torch.allclose(x_t[1], alpha * z[1] + sigma * eps[1])
 
 
+def test_a_new_vae_keeps_variances_and_starts_quiet():
+    """Every convolution gives independent values of variance 1 back with it; the posterior's std is about exp(-3)."""
+    torch.manual_seed(0)
+    net = vae.AutoencoderKL("f4d8")
+    for conv in (module for module in net.modules() if isinstance(module, nn.Conv2d)):
+        with torch.no_grad():
+            out = conv(torch.randn(8, conv.in_channels, 24, 24))[:, :, 1:-1, 1:-1]          # not at the borders
+        out = out[:, net.latent_channels:] if conv is net.quant_conv else out
+        assert 0.7 < out.var((0, 2, 3)).mean() < 1.4
+        assert out.mean() == pytest.approx(-6 if conv is net.quant_conv else 0, abs=0.2)
+
+
 # --- What it is aligned with, and the VAE's losses ----------------------------------------------------------
 
 def test_losses_in_float64():

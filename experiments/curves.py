@@ -1,8 +1,9 @@
 """curves.py: the losses of any runs side by side.
 
-    python experiments/curves.py RUN [RUN ...] [--metrics l1_loss grad_norm ...] [--out curves.png]
+    python experiments/curves.py RUN [RUN ...] [--metrics l1_loss grad_norm ...] [--table] [--out curves.png]
 
-RUN is a run's folder or its metrics.jsonl. One panel a metric, one colour a run.
+RUN is a run's folder or its metrics.jsonl. One panel a metric, one colour a run. --table prints each run's
+values at five steps, as markdown, to hold another run against.
 """
 import json
 import math
@@ -41,6 +42,18 @@ def read_metrics(run):
     return series
 
 
+def table(series, metrics, rows=5):
+    """Lines of a markdown table: a run's metrics at the logged steps next to even parts of the run."""
+    logged = sorted({step for steps, _ in series.values() for step in steps})
+    chosen = [min(logged, key=lambda step: abs(step - logged[-1] * k / rows)) for k in range(1, rows + 1)]
+    columns = [dict(zip(*series[metric])) for metric in metrics]
+    lines = ["| step | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    for step in dict.fromkeys(chosen):
+        cells = [f"{column[step]:.3g}" if step in column else "" for column in columns]
+        lines.append(f"| {step:,} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def wants_log_scale(values):
     """Whether a metric is easier to read on a logarithmic axis: all above 0, over more than a factor 20."""
     return min(values) > 0 and max(values) > 20 * min(values)
@@ -77,6 +90,7 @@ def main():
     parser = Parser(description="Draw the losses of runs side by side.")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or their metrics.jsonl")
     parser.add_argument("--metrics", metavar="NAME", nargs="+", help="panels (default: all losses and norms)")
+    parser.add_argument("--table", action="store_true", help="print values at five steps, as markdown")
     parser.add_argument("--out", type=picture_file, default="curves.png", help="the picture (curves.png)")
     args = parser.parse_args()
     load_matplotlib()
@@ -90,6 +104,8 @@ def main():
         raise UserError(f"--metrics {unknown[0]}: in none of these runs; there are {', '.join(found)}")
     metrics = args.metrics or [name for name in found if name not in NO_LOSSES]
     draw_curves(runs, metrics, args.out)
+    for name, series in runs.items() if args.table else ():
+        print("\n".join([f"{name}:", ""] + table(series, [m for m in metrics if m in series]) + [""]))
     print(f"{len(runs)} runs, {len(metrics)} metrics -> {args.out}")
 
 

@@ -342,6 +342,13 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     assert "2 runs, 3 metrics" in capsys.readouterr().out and "<svg" in out.read_text()
     call(curves.main, monkeypatch, first, "--metrics", "skipped", "l1_loss", "--out", tmp_path / "two.png")
     assert Image.open(tmp_path / "two.png").width > 500
+    rows = [dict(step=50 * k, loss=k) | ({"val_psnr": 20 + k / 10} if k % 6 == 0 else {}) for k in range(1, 25)]
+    (second / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    call(curves.main, monkeypatch, second, "--table", "--out", out)
+    assert capsys.readouterr().out.splitlines()[:9] == [
+        "b:", "", "| step | loss | val_psnr |", "|---|---|---|", "| 250 | 5 |  |", "| 500 | 10 |  |",
+        "| 700 | 14 |  |", "| 950 | 19 |  |", "| 1,200 | 24 | 22.4 |"]
     with pytest.raises(UserError, match="must end in .png"):
         call(curves.main, monkeypatch, first, "--out", "x.bmp")
     with pytest.raises(UserError, match="--metrics nothing: in none of these runs; there are l1_loss, kl_loss"):

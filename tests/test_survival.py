@@ -332,7 +332,7 @@ BAD_COMMANDS = [
     ("train", "--resume --overwrite", "exclude each other"),
     ("train", "--vae-grad none", "give a trained one by --vae-ckpt"),
     ("train", "--vae-grad none --vae-ckpt other.pt --data-dir few", "no VAEs in it"),
-    ("train", "--proj-coeff 0", "no alignment for --vae-grad repa"),
+    ("train", "--proj-coeff 0", "no alignment for the VAE"),
     ("train", "--vae-only --vae-grad diffusion", "drop it or --vae-grad"),
     ("train", "--cache-latents", "latents that stay"),
     ("train", "--cache-latents --flip --vae-grad none --vae-ckpt good.pt", "no --flip"),
