@@ -157,18 +157,17 @@ class FrozenEncoder(nn.Module):
 
 class EncoderDistance(nn.Module):
     """LPIPS over a frozen encoder's own maps, for where VGG's weights are not to be had: squared differences
-    of unit-length features, averaged over positions and maps. encoder: a convolutional one, else UserError;
-    scale: enlarges the images first."""
+    of unit-length features, averaged over positions and maps. encoder: a convolutional one, else UserError."""
 
-    def __init__(self, encoder, scale=2):
+    def __init__(self, encoder):
         super().__init__()
         if encoder.is_vit:
             raise UserError("--perceptual encoder takes a convolutional --enc-type; --perceptual lpips any")
-        self.encoder, self.scale = encoder, scale
+        self.encoder = encoder
 
     def features(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""
-        x = self.encoder.prepare(x, x.shape[-1] * self.scale)
+        x = self.encoder.prepare(x, x.shape[-1])
         net, stages = self.encoder.net, list(range(self.encoder.stage + 1))
         return [unit_length(f) for f in net.forward_intermediates(
             x, stages, stop_early=True, output_fmt="NCHW", intermediates_only=True)]

@@ -556,23 +556,23 @@ def test_discriminator_written_out():
 
 
 def test_encoder_distance_and_features_written_out():
-    """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, bicubic, then every level of
-    stride 2 to 16 for the distance; the last of stride 16 at 16 pixels a token for the alignment."""
+    """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, then every level of stride 2 to 16 for
+    the distance; the last of stride 16, enlarged to 16 pixels a token (bicubic), for the alignment."""
     encoder = repa.FrozenEncoder(repa.EMBEDDED, 4)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
-    def maps(x):
-        x = F.interpolate((x * 0.5 + 0.5 - mean) / std, (64, 64), mode="bicubic")
+    def maps(x, size=32):
+        x = F.interpolate((x * 0.5 + 0.5 - mean) / std, (size, size), mode="bicubic")
         return encoder.net.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)[:4]
 
     torch.manual_seed(0)
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    assert [f.shape[2] for f in maps(x)] == [32, 16, 8, 4]
+    assert [f.shape[2] for f in maps(x)] == [16, 8, 4, 2]
     expected = sum((a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).square().sum(1).mean() / 4
                    for a, b in zip(maps(x), maps(y)))
     distance = repa.EncoderDistance(encoder)
     assert distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and distance(x, x) == 0
-    assert torch.allclose(encoder(x), maps(x)[3].flatten(2).mT, atol=1e-5) and encoder.channels == 112
+    assert torch.allclose(encoder(x), maps(x, 64)[3].flatten(2).mT, atol=1e-5) and encoder.channels == 112
     assert not any(p.requires_grad for p in distance.parameters()) and not encoder.net.training
     for loss in (distance, vae.LPIPS(random=True)):  # all-zero features: the gradient stays finite
         flat, target = torch.zeros(1, 3, 32, 32, requires_grad=True), x[:1].clone().requires_grad_()
