@@ -266,10 +266,10 @@ NUMBERS = {
     "vavae-xl1": dict(model="SiT-XL/1", vae="f16d32"),
     "e2e-sdvae-xl2": dict(model="SiT-XL/2", vae="f8d4", **SECOND_STAGE),
     "e2e-vavae-xl1": dict(model="SiT-XL/1", vae="f16d32", **SECOND_STAGE),
-    "tiny": dict(model="SiT-T/1", vae="f4d8", batch_size=32, max_train_steps=1100, resolution=32, learning_rate=2e-3,
-                 vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=600, ema_decay=0.99,
+    "tiny": dict(model="SiT-T/2", vae="f4d8", batch_size=16, max_train_steps=2500, resolution=32, learning_rate=2e-3,
+                 vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=1500, ema_decay=0.99,
                  weighting="lognormal", enc_type="efficientnet-lite0", encoder_depth=2, projector_dim=512,
-                 perceptual="encoder", perceptual_weight=0.25, disc_weight=0.0)}
+                 perceptual="encoder", perceptual_weight=0.25, kl_weight=2e-5, disc_weight=0.0)}
 
 
 def test_presets_and_sizes_are_the_papers(tmp_path):

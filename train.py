@@ -146,11 +146,11 @@ class Config:
 SECOND_STAGE = dict(vae_grad="none", cache_latents=True, max_train_steps=4_000_000, keep_every=500_000)
 PRESETS = {
     "tiny": dict(
-        resolution=32, batch_size=32, max_train_steps=1100, checkpointing_steps=550, sampling_steps=550,
-        log_steps=50, num_workers=0, compile=False, cfg_scale=2.5, model="SiT-T/1", weighting="lognormal",
+        resolution=32, batch_size=16, max_train_steps=2500, checkpointing_steps=500, sampling_steps=500,
+        log_steps=50, num_workers=0, compile=False, cfg_scale=2.5, model="SiT-T/2", weighting="lognormal",
         encoder_depth=2, enc_type=EMBEDDED, projector_dim=512, vae="f4d8", vae_from_scratch=True,
-        perceptual="encoder", perceptual_weight=0.25, disc_weight=0.0, learning_rate=2e-3,
-        vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=600, ema_decay=0.99),
+        perceptual="encoder", perceptual_weight=0.25, kl_weight=2e-5, disc_weight=0.0, learning_rate=2e-3,
+        vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=1500, ema_decay=0.99),
     "sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2"),
     "invae-xl1": dict(vae="f16d32", model="SiT-XL/1"),
     "vavae-xl1": dict(vae="f16d32", model="SiT-XL/1"),         # as IN-VAE, from VA-VAE's weights

@@ -191,7 +191,7 @@ def test_readme_commands_on_what_is_drawn(tmp_path):
         cwd=tmp_path)
     exp = tmp_path / "exps/tiny"
     assert {p.name for p in (exp / "pictures").iterdir()} == {"samples-0000002.png", "reconstructions-0000002.png"}
-    assert json.loads((exp / "args.json").read_text())["model"] == "SiT-T/1"
+    assert json.loads((exp / "args.json").read_text())["model"] == "SiT-T/2"
     out = run(sys.executable, ROOT / "sample.py", "--num-samples", "10", "--num-steps", "2", cwd=tmp_path)
     assert "samples-0000002.png" in out and Image.open(exp / "samples-0000002.png").size[0] > 600
     run(sys.executable, ROOT / "fid.py", "--num-samples", "20", "--num-steps", "2", "--metrics", "fid", "--json",
