@@ -254,7 +254,7 @@ def update(m, cfg):
     torch._foreach_lerp_(m.ema_tensors, m.sit_tensors, 1 - cfg.ema_decay)        # and the latent statistics
     still = norms.get("grad_norm", norms.get("vae_grad_norm")) == 0       # SiT's, or of a VAE alone its own
     skipped, zeros = m.health["skipped_in_a_row"], m.health["zero_gradients_in_a_row"]
-    m.health = dict(skipped=m.health["skipped"] + bad,                    # alarms stay until the log sees them
+    m.health = dict(skipped=m.health["skipped"] + bad,                   # alarms stay until the log sees them
                     skipped_in_a_row=torch.where(skipped < SKIPPED, (skipped + bad) * bad, skipped),
                     zero_gradients_in_a_row=torch.where(zeros < ZEROS, (zeros + 1) * still, zeros))
     return norms | m.health
@@ -472,6 +472,8 @@ def build(cfg, device):
     torch.manual_seed(cfg.seed)
     source = cfg.vae_ckpt or cfg.init_from
     vae, stats = load_vae(source) if source else (AutoencoderKL(cfg.vae), None)
+    if not source:
+        vae.initialize()
     cfg.vae = f"f{vae.stride}d{vae.latent_channels}"                  # that of a file
     disc = Discriminator()
     if cfg.disc_pretrained_ckpt:
@@ -486,7 +488,7 @@ def build(cfg, device):
               cfg.encoder_depth, projectors, cfg.bn_momentum)
     perceptual = EncoderDistance(encoders[0]) if compared else None
     if cfg.vae_grad == "none" or not cfg.latent_norm:
-        sit.bn.eval()                                     # fixed statistics: of fixed latents, or the ablation
+        sit.bn.eval()                                    # fixed statistics: of fixed latents, or the ablation
     if cfg.vae_grad != "none" and cfg.perceptual == "lpips":
         perceptual = LPIPS(cfg.lpips_ckpt or None, cfg.vgg_ckpt or None, cfg.allow_random_weights)
     if stats:
@@ -552,7 +554,7 @@ def wrap(m, cfg, device, world):
         m.vae.decoder.compile()
         for encoder in m.encoders:
             encoder.forward = torch.compile(encoder.forward)
-        if isinstance(m.perceptual, LPIPS):                   # EncoderDistance takes longer compiled, on a CPU
+        if isinstance(m.perceptual, LPIPS):                  # EncoderDistance takes longer compiled, on a CPU
             m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
         again = dict(use_reentrant=False, preserve_rng_state=False)                      # no dropout in them

@@ -187,15 +187,18 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if self.config["quant_conv"] else nn.Identity()
         self.post_quant_conv = nn.Conv2d(c, c, 1) if self.config["post_quant_conv"] else nn.Identity()
-        self.initialize()
 
     def initialize(self):
-        """Convolutions that keep the variance of what they get, where PyTorch's own take two thirds of it, layer
-        by layer; and a posterior of std exp(-3), so that the decoder sees more than noise from the start."""
+        """Weights to train from scratch with. Convolutions keep the variance of what they get (PyTorch's own
+        take two thirds of it, layer by layer), blocks start as the identity, like SiT's, and the posterior
+        with a std of exp(-3), so that the decoder sees more than noise."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (ResnetBlock, AttnBlock)):
+                nn.init.zeros_((module.conv2 if isinstance(module, ResnetBlock) else module.proj_out).weight)
         moments = self.quant_conv if self.config["quant_conv"] else self.encoder.conv_out
         nn.init.constant_(moments.bias[self.latent_channels:], -6)
 
