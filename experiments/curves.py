@@ -49,7 +49,7 @@ def table(series, metrics, rows=5):
     columns = [dict(zip(*series[metric])) for metric in metrics]
     lines = ["| step | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for step in dict.fromkeys(chosen):
-        cells = [f"{column[step]:.3g}" if step in column else "" for column in columns]
+        cells = [f"{column[step]:.4g}" if step in column else "" for column in columns]
         lines.append(f"| {step:,} | " + " | ".join(cells) + " |")
     return lines
 
