@@ -520,6 +520,8 @@ def test_a_new_vae_keeps_variances_and_starts_quiet():
             mean, var = (-6, 1) if name == "quant_conv" else (0, 0 if name.endswith(("conv2", "proj_out")) else 1)
             assert out.mean() == pytest.approx(mean, abs=0.2), name
             assert out.var((0, 2, 3)).mean() == pytest.approx(var, rel=0.4), name
+    built = train.build(train.parse_config(["--vae-only"]), CPU).vae            # so does a run from scratch begin
+    assert built.quant_conv.bias.tolist() == [0] * 8 + [-6] * 8 and not built.decoder.mid.block_1.conv2.weight.any()
 
 
 # --- What it is aligned with, and the VAE's losses ----------------------------------------------------------

@@ -104,7 +104,7 @@ class Config:
     weighting: str = flag("uniform", "of training times", choices=["uniform", "lognormal"])
     latent_norm: bool = flag(True, "off: the statistics stay as measured at the start (the paper's ablation)")
     bn_momentum: float = flag(0.1, "of the latent norm's running statistics", fraction)
-    vae: str = flag("f8d4", "from random weights: f8d4, f16d32 or f4d8; a file brings its own")
+    vae: str = flag("f8d4", "from random weights: one of vae.py's VAES; a file brings its own")
     vae_ckpt: str = flag("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id")
     vae_from_scratch: bool = flag(False, "start the VAE from random weights when there is no --vae-ckpt")
     init_from: str = flag("", "the training checkpoint whose SiT and VAE to start from", existing_path)

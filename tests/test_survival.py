@@ -74,12 +74,16 @@ def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, command):
 
 
 def test_what_is_logged_and_when(pictures, tmp_path, command):
-    """PSNR with every picture, whatever --log-steps; --overwrite leaves nothing of the run before."""
+    """PSNR and error of chroma with every picture, whatever --log-steps; the latents' variance is that of the norm;
+    --overwrite leaves nothing of the run before."""
     flags = ["--data-dir", pictures, *SHORT, "--sampling-steps", "2"]
     command("train", *flags, "--log-steps", "3")
     exp = tmp_path / "exps/tiny"
     rows = {row.pop("step"): row for row in metrics_of(exp)}
-    assert {step: "val_psnr" in row for step, row in rows.items()} == {2: True, 3: False, 4: True}
+    for name in ("val_psnr", "val_chroma_error"):
+        assert {step: row.get(name, 0) > 0 for step, row in rows.items()} == {2: True, 3: False, 4: True}
+    variance = vae.load_tensors(exp / "checkpoints/0000004.pt")["model"]["bn.running_var"].mean().item()
+    assert rows[4]["latent_variance"] == pytest.approx(variance, rel=1e-6) != rows[2]["latent_variance"]
     assert all(row["images_per_second"] > 0 and 0 < row["mfu"] < 1 for row in rows.values())
     assert sorted(p.name for p in (exp / "pictures").iterdir()) == [
         f"{kind}-000000{step}.png" for kind in ("reconstructions", "samples") for step in (2, 4)]
