@@ -328,9 +328,10 @@ def test_what_is_no_vae_is_said_truly(state, message, tmp_path):
 
 
 def test_groups_are_the_named_ones_or_the_checkpoints(tmp_path):
-    """No tensor shows the groups of a norm: f4d8's shapes have 8, other VAEs 32, unless the file says otherwise."""
+    """No tensor shows the groups of a norm: f4d8's shapes have 1, other VAEs 32, unless the file says otherwise."""
     torch.manual_seed(0)
-    for config, groups, saved in (("f4d8", 8, {}), (SMALL, 32, {}), (SMALL | dict(groups=16), 16, dict(vae_groups=16))):
+    for config, groups, saved in (("f4d8", 1, {}), ("f4d32", 1, {}), (SMALL, 32, {}),
+                                  (SMALL | dict(groups=16), 16, dict(vae_groups=16))):
         net = vae.AutoencoderKL(config)
         ckpt = dict(ema={}, model={}, args=saved, steps=0, vae=net.state_dict())
         torch.save(ckpt, tmp_path / "a.pt")
@@ -346,7 +347,7 @@ def test_a_name_asks_for_its_architecture(small, tmp_path):
     torch.save(small.state_dict(), tmp_path / "a.pt")
     with pytest.raises(UserError, match="size mismatch|Missing|Unexpected"):
         vae.load_vae(tmp_path / "a.pt", "f4d8")
-    with pytest.raises(UserError, match="f9d9: unknown architecture; take one of f8d4, f16d32, f4d8"):
+    with pytest.raises(UserError, match="f9d9: unknown architecture; take one of f8d4, f16d32, f4d8, f4d32"):
         vae.load_vae(tmp_path / "a.pt", "f9d9")
     torch.manual_seed(0)
     net = vae.AutoencoderKL("f4d8")
