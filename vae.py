@@ -192,13 +192,12 @@ class AutoencoderKL(nn.Module):
         """Weights to train from scratch with. Convolutions keep the variance of what they get (PyTorch's own
         take two thirds of it, layer by layer), blocks start as the identity, like SiT's, and the posterior
         with a std of exp(-3), so that the decoder sees more than noise."""
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, (ResnetBlock, AttnBlock)):
-                nn.init.zeros_((module.conv2 if isinstance(module, ResnetBlock) else module.proj_out).weight)
+                if name.endswith(("conv2", "proj_out")):                              # the last of a block
+                    nn.init.zeros_(module.weight)
         moments = self.quant_conv if self.config["quant_conv"] else self.encoder.conv_out
         nn.init.constant_(moments.bias[self.latent_channels:], -6)
 

@@ -130,7 +130,7 @@ main() {                                       # read whole before it starts, so
     train base $BASE_STEPS 0 --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
     train vae $STEPS 0 --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
     [ -f "$OUT/ref.npz" ] || python fid.py "$DATA/train" --features $FEATURES --save-stats "$OUT/ref.npz"
-    reconstruct vae >> "$OUT/logs/vae.log" 2>&1
+    reconstruct vae >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
     seed=${SEEDS%% *}
     all "$SEEDS" ${REGIMES/second/}
     [[ $REGIMES != *second* ]] || all "$SEEDS" second               # it needs the VAE of a finished repae
