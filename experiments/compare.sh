@@ -127,8 +127,10 @@ main() {                                       # read whole before it starts, so
     trap 'exit 130' INT TERM
     [ -d "$DATA" ] || python data/openmoji.py --size $RESOLUTION --out "$DATA"
     base=$(checkpoint base $BASE_STEPS)
+    threads=$OMP_NUM_THREADS OMP_NUM_THREADS=$((PROCESSES * OMP_NUM_THREADS))           # these two run by themselves
     train base $BASE_STEPS 0 --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
     train vae $STEPS 0 --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
+    OMP_NUM_THREADS=$threads
     [ -f "$OUT/ref.npz" ] || python fid.py "$DATA/train" --features $FEATURES --save-stats "$OUT/ref.npz"
     reconstruct vae >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
     seed=${SEEDS%% *}
