@@ -717,9 +717,9 @@ def measure_speed(m, cfg, device):
     return counter.get_total_flops(), 2 * n ** 3 / seconds
 
 
-def profile(m, cfg, batches, rank, world, device, flops, peak):
-    """cfg.profile steps after three of warm-up: torch.profiler's table, with a row for each section of the
-    forward pass (its backward stands in autograd's own rows), and the rate of the whole step."""
+def profile(m, cfg, batches, rank, world, device, flops, peak, say):
+    """The rate of cfg.profile steps after three of warm-up; then torch.profiler's table of three more, with a
+    row for each section of the forward pass (its backward stands in autograd's own rows)."""
     sections = [("VAE encoder", m.vae, "encode"), ("VAE decoder", m.vae, "decode"), ("D", m.disc, "forward"),
                 ("SiT, alignment pass", m.sit, "align"), ("SiT", m.sit, "forward"),
                 *(("encoder features", encoder, "forward") for encoder in m.encoders)]
@@ -735,20 +735,20 @@ def profile(m, cfg, batches, rank, world, device, flops, peak):
         getattr(torch, device.type).synchronize()
         return (time.perf_counter() - start) / steps
 
-    os.environ["KINETO_LOG_LEVEL"] = "99"                             # the profiler's own notes stay unsaid
     seconds_a_step(3)
     seconds = seconds_a_step(cfg.profile)
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else math.nan
+    rate = cfg.batch_size / seconds
+    say(f"step {seconds * 1e3:.1f} ms, {rate:.1f} images/s, GPU memory {memory:.2f} GiB\n"
+        f"{flops / 1e12:.4f} TFLOP an image: {flops * rate / world / 1e12:.3f} TFLOP/s a process, "
+        f"{flops * rate / world / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
+    os.environ["KINETO_LOG_LEVEL"] = "99"                             # the profiler's own notes stay unsaid
     with torch.profiler.profile() as profiler:
-        seconds_a_step(cfg.profile)
+        seconds_a_step(3)                                             # sorting a GPU's events of 20 took over 30 s
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = profiler.key_averages()                       # sections (and AdamW, which PyTorch marks) first
     rows.sort(key=lambda row: ("#" not in row.key, -getattr(row, order)))
-    table = rows.table(row_limit=40, max_name_column_width=50)
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else math.nan
-    rate = cfg.batch_size / seconds
-    return (f"{table}\nstep {seconds * 1e3:.1f} ms, {rate:.1f} images/s, GPU memory {memory:.2f} GiB\n"
-            f"{flops / 1e12:.4f} TFLOP an image: {flops * rate / world / 1e12:.3f} TFLOP/s a process, "
-            f"{flops * rate / world / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
+    say(rows.table(row_limit=40, max_name_column_width=50))
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
@@ -872,7 +872,7 @@ def main():
     flops, peak = measure_speed(m, cfg, device)
     wrap(m, cfg, device, world)
     if cfg.profile:
-        cfg.max_train_steps = 2 * cfg.profile + 3
+        cfg.max_train_steps = 3 + cfg.profile + 3
     if writes:
         if cfg.overwrite and (folder / "args.json").is_file():
             for stale in set(folder.iterdir()) - {folder / ".lock"}:  # also its evaluations
@@ -897,7 +897,7 @@ def main():
                         num_workers=cfg.num_workers, pin_memory=device.type == "cuda",
                         persistent_workers=cfg.num_workers > 0, worker_init_fn=ignore_signals)
     if cfg.profile:
-        say(profile(m, cfg, iter(loader), rank, world, device, flops, peak))
+        profile(m, cfg, iter(loader), rank, world, device, flops, peak, say)
         sys.stdout.flush()
         os._exit(0)                                                   # at once, loader processes and all
     signals, bad_files = [], set()

@@ -33,7 +33,8 @@ def torchrun(processes):
 
 def run(*command, cwd, env=None, code=0, timeout=600):
     """Run a command in a folder; check its exit code; return its output."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
     command = [str(word) for word in command]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
