@@ -744,7 +744,7 @@ def profile(m, cfg, batches, rank, world, device, flops, peak, say):
         f"{flops * rate / world / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
     os.environ["KINETO_LOG_LEVEL"] = "99"                             # the profiler's own notes stay unsaid
     with torch.profiler.profile() as profiler:
-        seconds_a_step(3)                                             # sorting a GPU's events of 20 took over 30 s
+        seconds_a_step(3)                                             # a GPU's events are many to sort
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = profiler.key_averages()                       # sections (and AdamW, which PyTorch marks) first
     rows.sort(key=lambda row: ("#" not in row.key, -getattr(row, order)))
