@@ -158,7 +158,9 @@ def test_profile_prints_its_table_and_touches_no_run(pictures, frozen_vae, tmp_p
     if not flags:
         names += ["# VAE encoder", "# VAE decoder", "# SiT, alignment pass", "# perceptual distance"]
     assert all(re.search(rf"^ *{name}  ", out, re.M) for name in names), out
-    assert re.search(r"step [\d.]+ ms, [\d.]+ images/s", out) and "of a matrix product's" in out
+    rate = re.search(r"step [\d.]+ ms, [\d.]+ images/s", out)                     # first, whatever the table takes
+    assert rate.start() < out.index("# SiT") and "of a matrix product's" in out
+    assert re.search(r"^ *# SiT .* 3 *$", out, re.M)                  # calls: three profiled steps, whatever N is
     assert not (tmp_path / "exps/tiny").exists()
 
 
