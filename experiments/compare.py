@@ -144,23 +144,17 @@ def speed_ups(finished):
 
 
 def draw_comparison(finished, path):
-    """Frechet distance by step: a line through the seeds' mean, a band from the least to the greatest. The
-    naive way is so far off that the others are drawn once more without it."""
-    panels = [[regime for regime in finished if regime in REGIMES]]
-    if "naive" in finished and len(panels[0]) > 1:
-        panels.append([regime for regime in panels[0] if regime != "naive"])
-    figure = load_matplotlib()(figsize=(1 + 4.5 * len(panels), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    colours = dict(zip(REGIMES, COLOURS))
-    for axis, regimes in zip(axes, panels):
-        for regime in regimes:
+    """Frechet distance by step: a line through the seeds' mean, a band from the least to the greatest."""
+    figure = load_matplotlib()(figsize=(7, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for regime, colour in zip(REGIMES, COLOURS):
+        if regime in finished:
             steps, values = curve(finished[regime])
-            colour = colours[regime]
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
             axis.plot(steps, values.mean(0), "o-", color=colour, markersize=4, label=REGIMES[regime])
-        axis.set(xlabel="SiT steps", xticks=steps)
-    axes[0].set_ylabel("Frechet distance (lower is better)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+            axis.set_xticks(steps)
+    axis.set(xlabel="SiT steps", ylabel="Frechet distance (lower is better)")
+    figure.legend(loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 
