@@ -16,9 +16,7 @@ import os
 import time
 import zipfile
 from collections import Counter
-from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import timm
@@ -29,12 +27,15 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from data.images import list_images, read_image
 from repa import EMBEDDED, FrozenEncoder, fold_batch_norms
-from sample import (add_sampler_flags, label_of, load_checkpoint, newest_checkpoint, sample_images,
-                    sampler_settings, save_npz, start_processes)
-from vae import (READ_ERRORS, Parser, UserError, count, existing_path, hash_tensors, list_images, load_into,
-                 load_tensors, one_line, pick_device, positive_int, psnr, read_image, run_command, ssim,
-                 to_float, to_uint8, write_atomic)
+from sample import add_sampler_flags, label_of, load_checkpoint, sample_images, sampler_settings
+from support.checkpoints import newest_checkpoint
+from support.commands import Parser, UserError, count, existing_path, one_line, positive_int, run_command
+from support.devices import end_processes, pick_device, start_processes
+from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
+from support.pictures import to_float, to_uint8
+from vae import psnr, ssim
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
 METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits",           # and what each is computed from,
@@ -59,6 +60,20 @@ def resize_tf1(images, size):
     return torch.lerp(x[:, :, top], x[:, :, bottom], dy[:, None])
 
 
+class Pooled(nn.Module):
+    """A block of timm's Inception-v3 with another pool before its last branch: its own pads with zeros and
+    counts them. pool: keeps height and width."""
+
+    def __init__(self, block, pool):
+        super().__init__()
+        self.pool, self.branch_pool = pool, block.branch_pool
+        block.branch_pool = nn.Identity()                # so the block's last channels are its own pool of x
+        self.block = block
+
+    def forward(self, x):
+        return torch.cat([self.block(x)[:, :-x.shape[1]], self.branch_pool(self.pool(x))], dim=1)
+
+
 class Inception(nn.Module):
     """The Inception-v3 of FID (TensorFlow's graph of 2015-12-05) out of timm's blocks. It differs from timm's
     in its resize and scaling, its 1008 logits, average pools that leave the padding out, and a max pool in
@@ -72,18 +87,21 @@ class Inception(nn.Module):
         net = net.to_empty(device="cpu").eval().requires_grad_(False)
         load_into(net, load_tensors(file), file)
         fold_batch_norms(net)
+        for name, block in list(net.named_children()):
+            if name == "Mixed_7c":
+                setattr(net, name, Pooled(block, nn.MaxPool2d(3, stride=1, padding=1)))
+            elif hasattr(block, "branch_pool"):
+                setattr(net, name, Pooled(block, nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)))
         self.net = net.to(memory_format=torch.channels_last)
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def forward(self, images):
         """uint8 [B, 3, H, W] -> {'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]}."""
         x = ((resize_tf1(images, self.size) - 128) / 128).contiguous(memory_format=torch.channels_last)
-        average = partial(F.avg_pool2d, count_include_pad=False)
         for name, layer in self.net.named_children():
             if name == "global_pool":
                 break
-            with patch.object(F, "avg_pool2d", F.max_pool2d if name == "Mixed_7c" else average):
-                x = layer(x)                                 # timm's blocks call F.avg_pool2d
+            x = layer(x)
             if name == "Mixed_6d":                           # ADM's mixed_6/conv is its first branch
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         pool = x.mean((2, 3))
@@ -441,7 +459,8 @@ def main():
     args, start = parse_args(), time.time()
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False              # its ten bits of mantissa would show in the numbers
-    rank, world = start_processes(device)
+    processes = start_processes(device)
+    rank, world = processes.rank, processes.world
     sources, net = open_sources(args, device), load_features(args)
     ref, samples, lines = sources[0], sources[-1], check(sources, net)
     if args.features is None and net.name == EMBEDDED:
@@ -483,8 +502,7 @@ def main():
                                 weights_sha256=net.sha256, resolution=list(samples.shape or ()),
                                 seconds=round(time.time() - start, 2))
         write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes(processes)
 
 
 if __name__ == "__main__":

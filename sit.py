@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.layers import Attention, Mlp, PatchEmbed
 
-from vae import LATENT_EPS, UserError
+from support.commands import UserError
+from vae import LATENT_EPS
 
 # Blocks, width D, heads. T is the tiny preset's; S to XL are the papers'.
 SIZES = {"T": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -143,7 +144,8 @@ class SiT(nn.Module):
             raise UserError(f"--model {model}: patch {patch} does not divide the latents' {size}x{size}")
         if not 1 <= encoder_depth <= depth:
             raise UserError(f"--encoder-depth {encoder_depth}: {model} has blocks 1 to {depth}")
-        self.patch, self.channels, self.width, self.num_classes = patch, channels, width, num_classes
+        self.size, self.patch, self.channels, self.width = size, patch, channels, width
+        self.num_classes = num_classes
         self.encoder_depth = encoder_depth
         self.null_class = num_classes if cfg_prob > 0 else None
         self.x_embedder = PatchEmbed(size, patch, channels, width)
@@ -209,6 +211,23 @@ class SiT(nn.Module):
         grid, p = math.isqrt(n), self.patch
         x = tokens.view(b, grid, grid, p, p, self.channels)                    # [B, h, w, p, q, C]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, self.channels, grid * p, grid * p)
+
+
+def sit_of(tensors, args, what):
+    """A SiT of the model and sizes that these tensors of one (without projectors) show, not yet with them.
+    args: settings of its training, for what no tensor shows: which rows are classes. Raises UserError."""
+    names = {(blocks, width): size for size, (blocks, width, _) in SIZES.items()}
+    try:
+        width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+        size = patch * math.isqrt(tensors["pos_embed"].shape[1])
+        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
+        model = f"SiT-{names[depth, width]}/{patch}"
+    except (KeyError, ValueError):
+        raise UserError(f"{what} is not a SiT of the sizes {', '.join(SIZES)}") from None
+    num_classes = args.get("num_classes", rows - (args.get("cfg_prob", 0.1) > 0))
+    return SiT(model, size, channels, num_classes, cfg_prob=float(rows > num_classes),
+               qk_norm="blocks.0.attn.q_norm.weight" in tensors, encoder_depth=1)
 
 
 # --- The interpolant (SiT, section 2): x_t = alpha(t) z + sigma(t) eps, velocity = dx_t/dt ------------------

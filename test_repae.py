@@ -42,7 +42,7 @@ def small(tmp_path, monkeypatch):
             "--mixed-precision", "no", "--seed", "1", "--cfg-prob", "0.5", "--disc-weight", "0.1", "--disc-start",
             "0", "--ema-decay", "0.9", "--lr-warmup-steps", "0", "--gradient-accumulation-steps", str(parts), *flags])
         m = train.build(cfg, CPU)
-        train.wrap(m, cfg, CPU, 1)
+        train.wrap(m, cfg, 1)
         g = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, p in m.sit.named_parameters():               # as if trained: times and labels count
@@ -71,7 +71,7 @@ def take_step(m, cfg, step, batch):
                 grads[name] = p.grad.clone()
             if p.requires_grad:
                 hooks.append(p.register_post_accumulate_grad_hook(keep))
-    metrics = train.run_step(m, cfg, step, batch, 0, 1, CPU)
+    metrics = train.run_step(m, cfg, step, batch, 0, 1)
     for hook in hooks:
         hook.remove()
     return metrics, {net: grads for net, grads in seen.items() if grads}

@@ -1,36 +1,28 @@
-"""vae.py: the autoencoder between pixels and latents, and what the other files borrow.
+"""vae.py: the autoencoder between pixels and latents.
 
     python vae.py export CKPT DIR       writes the VAE of a training checkpoint as a diffusers AutoencoderKL
 
-From top to bottom: AutoencoderKL; its discriminator, losses and measures; its file formats; what the other
-files borrow (errors, argument types, devices, files, pictures); the command.
+From top to bottom: AutoencoderKL; its discriminator, losses and measures; its file formats; the command.
 Images are float tensors [B, 3, H, W] in [-1, 1]; latents are [B, C, h, w].
 """
-import argparse
-import errno
-import hashlib
 import importlib.util
 import json
 import os
-import pickle
 import re
 import shutil
-import sys
-import zipfile
-import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from safetensors.torch import save_file
+
+from support.checkpoints import is_checkpoint, plain_checkpoint
+from support.commands import Parser, UserError, one_line, positive_int, run_command
+from support.files import load_into, load_tensors, strip_wrappers, write_atomic
 
 # --- The autoencoder (parameter names of CompVis' latent-diffusion, as in the released checkpoints) ---------
 
@@ -350,12 +342,6 @@ def rename(name, levels, table=RENAMED):
     return name
 
 
-def strip_wrappers(state):
-    """A state dict without DDP's "module." and torch.compile's "_orig_mod.", wherever in its keys."""
-    return {".".join(part for part in str(key).split(".") if part not in ("module", "_orig_mod")): value
-            for key, value in state.items()}
-
-
 def find_vae(state, what):
     """A VAE's tensors, by CompVis' names, in a state dict, bare or under "state_dict", "vae" or "model"; it
     may have other keys (loss.) and prefixes (first_stage_model.). Raises UserError."""
@@ -364,20 +350,24 @@ def find_vae(state, what):
             state = state[key]
     state, first = strip_wrappers(state), "encoder.conv_in.weight"
     prefixes = [key.removesuffix(first) for key in state if f".{key}".endswith(f".{first}")]
-    if len(prefixes) != 1 and "" not in prefixes:
+    if "" in prefixes:                                     # the one without prefix is meant
+        prefix = ""
+    elif len(prefixes) == 1:
+        prefix = prefixes[0]
+    else:
         raise UserError(f"{what}: {len(prefixes) or 'no'} VAEs in it (keys ending in {first}); its keys are "
                         f"{', '.join(prefixes or list(state)[:3])}...")
-    own = tuple(min(prefixes) + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
-    state = {key.removeprefix(min(prefixes)): tensor for key, tensor in state.items() if key.startswith(own)}
-    for key, tensor in state.items():
+    parts = tuple(prefix + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(parts)}
+    for key, tensor in tensors.items():
         floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()         # not quantised ones
         if not floats or not tensor.float().isfinite().all():
             raise UserError(f"{what}: {key} holds values that are not finite floats")
-    levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
+    levels = len({key.split(".")[2] for key in tensors if key.startswith("decoder.up_blocks.")})
     if levels:                                             # diffusers' names, and attention as linear layers
-        state = {rename(key, levels, OURS): tensor[..., None, None] if tensor.ndim == 2 else tensor
-                 for key, tensor in state.items()}
-    return state
+        tensors = {rename(key, levels, OURS): tensor[..., None, None] if tensor.ndim == 2 else tensor
+                   for key, tensor in tensors.items()}
+    return tensors
 
 
 def read_architecture(state, what):
@@ -398,7 +388,8 @@ def read_architecture(state, what):
     except (KeyError, IndexError) as e:
         raise UserError(f"{what}: no AutoencoderKL in it ({e})") from None
     for row in VAES.values():
-        if VAE_DEFAULTS | row | config == VAE_DEFAULTS | row:
+        whole = VAE_DEFAULTS | row
+        if all(whole[key] == value for key, value in config.items()):
             return row
     return config
 
@@ -424,43 +415,54 @@ def read_diffusers_folder(folder):
     raise UserError(f"{folder}: no weights in it; looked for {', '.join(WEIGHTS)}")
 
 
-def load_vae(path, name=None):
+def fetch(hub_id):
+    """The folder of a hub's VAE, after fetching its config.json and weights. Raises UserError."""
+    try:
+        for weights in WEIGHTS:
+            folder = Path(snapshot_download(hub_id, allow_patterns=["config.json", weights]))
+            if (folder / weights).exists():
+                break
+    except Exception as e:                                               # hub errors come in many classes
+        raise UserError(f"{hub_id}: no such folder here, and not to be fetched from the hub "
+                        f"({type(e).__name__}); without network give a local path") from None
+    return folder
+
+
+def read_statistics(file):
+    """(mean [C], std [C]) in the release's NAME-latents-stats.pt. Raises UserError."""
+    saved = load_tensors(file)
+    try:
+        return saved["latents_bias"].flatten().float(), 1 / saved["latents_scale"].flatten().float()
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{file}: latents_scale and latents_bias are not in it") from None
+
+
+def load_vae(path):
     """(AutoencoderKL in float32, its latents' (mean [C], std [C]) or None) from a weights file, a training
-    checkpoint, a diffusers directory or a hub id. name: its row of VAES; None: as the tensors show. The
-    statistics are of the checkpoint's latent norm, the directory's config.json, or the release's
-    NAME-latents-stats.pt beside NAME.pt (latents_scale = 1 / std, latents_bias = mean). Raises UserError."""
+    checkpoint, a diffusers directory or a hub id. The statistics are of the checkpoint's latent norm, the
+    directory's config.json, or the release's NAME-latents-stats.pt beside NAME.pt (latents_scale = 1 / std,
+    latents_bias = mean). Raises UserError."""
     file, groups, stats = Path(path), None, None
     is_weights = file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
     if not file.exists() and not is_weights and re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):     # OWNER/NAME
-        try:
-            for weights in WEIGHTS:
-                file = Path(snapshot_download(str(path), allow_patterns=["config.json", weights]))
-                if (file / weights).exists():
-                    break
-        except Exception as e:                                           # hub errors come in many classes
-            raise UserError(f"{path}: no such folder here, and not to be fetched from the hub "
-                            f"({type(e).__name__}); without network give a local path") from None
+        file = fetch(str(path))
     beside = file.parent / f"{file.stem}-latents-stats.pt"
     if file.is_dir():
         file, groups, stats = read_diffusers_folder(file)
     elif beside.is_file():
-        try:
-            saved = load_tensors(beside)
-            stats = saved["latents_bias"].flatten().float(), 1 / saved["latents_scale"].flatten().float()
-        except (TypeError, KeyError, AttributeError):
-            raise UserError(f"{beside}: latents_scale and latents_bias are not in it") from None
-    state = load_tensors(file)
-    if "ema" in state and "args" in state:
-        if "vae" not in state:
+        stats = read_statistics(beside)
+    content = load_tensors(file)
+    if is_checkpoint(content):
+        ckpt = plain_checkpoint(content, path)
+        if "vae" not in ckpt:
             raise UserError(f"{path}: no VAE in this checkpoint, it was frozen; give its file by --vae-ckpt")
-        if "bn.running_mean" in state["ema"]:
-            stats = state["ema"]["bn.running_mean"], (state["ema"]["bn.running_var"] + LATENT_EPS).sqrt()
-        args = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
-        groups = args.get("vae_groups")                                  # none in the release's
-    state = find_vae(state, path)
+        if "bn.running_mean" in ckpt["ema"]:
+            stats = ckpt["ema"]["bn.running_mean"], (ckpt["ema"]["bn.running_var"] + LATENT_EPS).sqrt()
+        groups = ckpt["args"].get("vae_groups")                          # none in the release's
+    tensors = find_vae(content, path)
     with torch.device("meta"):
-        vae = AutoencoderKL(name or read_architecture(state, path), groups)
-    load_into(vae.to_empty(device="cpu"), state, path)
+        vae = AutoencoderKL(read_architecture(tensors, path), groups)
+    load_into(vae.to_empty(device="cpu"), tensors, path)
     if stats and not all(s.shape == (vae.latent_channels,) and s.isfinite().all() for s in stats):
         raise UserError(f"{path}: its latent statistics are not {vae.latent_channels} finite numbers")
     return vae, stats
@@ -484,281 +486,17 @@ def export_vae(vae, stats, resolution, folder):
         norm_num_groups=cfg["groups"], mid_block_add_attention=cfg["mid_attention"],
         use_quant_conv=cfg["quant_conv"], use_post_quant_conv=cfg["post_quant_conv"], scaling_factor=1.0,
         latents_mean=stats[0].tolist(), latents_std=stats[1].tolist())
-    state = {}
+    tensors = {}
     for name, tensor in vae.state_dict().items():
         linear = ".attn" in name and tensor.ndim == 4
-        state[rename(name, levels)] = tensor[..., 0, 0].contiguous() if linear else tensor.contiguous()
+        tensors[rename(name, levels)] = tensor[..., 0, 0].contiguous() if linear else tensor.contiguous()
     tmp = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
-        write_atomic(tmp / WEIGHTS[0], lambda file: save_file(state, file, metadata={"format": "pt"}))
+        write_atomic(tmp / WEIGHTS[0], lambda file: save_file(tensors, file, metadata={"format": "pt"}))
         write_atomic(tmp / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
         tmp.rename(folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
-
-# --- What the other files borrow: errors, argument types, devices, files, pictures --------------------------
-
-class UserError(Exception):
-    """A mistake in a flag, a path or a file: the message says what was wrong and what to type instead."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without the usage block: a bad flag is one line too."""
-
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
-def run_command(main):
-    """Run `main()`. A UserError, or an OSError about a file or a full disk, becomes one line on stderr and
-    exit code 2; bugs keep their traceback. File names that are not UTF-8 print with backslashes."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                                     # not a stand-in for a stream
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except (UserError, OSError) as e:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        if isinstance(e, OSError) and e.filename is None and e.errno not in full:
-            raise
-        rank = os.environ.get("RANK", "0")
-        tqdm.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {e}", file=sys.stderr)      # above bars
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def argument(convert, accepts, wanted):
-    """A type= for argparse: convert(text) where `accepts` is true of it, else an error "must be `wanted`"."""
-    def parse(text):
-        try:
-            value = convert(text)
-            if accepts(value):
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-    return parse
-
-
-positive_int = argument(int, lambda n: n > 0, "a whole number above 0")
-count = argument(int, lambda n: n >= 0, "a whole number, 0 or more")
-positive = argument(float, lambda x: 0 < x < np.inf, "a number above 0")
-non_negative = argument(float, lambda x: 0 <= x < np.inf, "a number, 0 or more")
-fraction = argument(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-existing_path = argument(str, os.path.exists, "a file or folder that exists")
-existing_folder = argument(str, os.path.isdir, "a folder that exists")
-
-
-def pick_device(name):
-    """'auto' is the first of cuda, mps, cpu that is there; under torchrun, this process's own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; take cpu, cuda, cuda:N, mps or auto") from None
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device)
-    return device
-
-
-def can_compile(device):
-    """torch.compile needs a C++ compiler on CPU and a C compiler on CUDA."""
-    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
-    return device.type != "mps" and any(shutil.which(os.environ.get(name, name)) for name in names)
-
-
-def write_atomic(path, write):
-    """Write a file whole or not at all, and its folder: write(path), sync, rename. Raises UserError."""
-    path = Path(path)
-    tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(tmp)
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError, SafetensorError) as e:     # torch.save reports a full disk as RuntimeError
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or one_line(e)}") from None
-    finally:
-        if os.path.exists(tmp):
-            os.remove(tmp)
-
-
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SyntaxError,
-               zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)             # of damaged files
-
-
-def load_tensors(path):
-    """The dict in a file of torch.save or .safetensors, on the CPU; nothing is unpickled but tensors, plain
-    containers and the argparse.Namespace of released checkpoints. Raises UserError naming the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:        # torch compresses nothing: a bomb is not its file
-                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                    raise UserError(f"{path}: a compressed archive, not a weights file")
-        with torch.serialization.safe_globals([argparse.Namespace]):      # mmap: only what is used is read
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as e:
-        code = re.search("GLOBAL|unsupported class|unrecognized function", str(e))
-        reason = "it holds more than tensors, refused" if code else "damaged"
-        raise UserError(f"{path}: not a readable weights file ({reason})") from None
-    except (*READ_ERRORS, SafetensorError) as e:
-        raise UserError(f"{path}: not a readable weights file ({one_line(e)})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: no state dict in it, but a {type(state).__name__}")
-    return state
-
-
-def hash_tensors(module):
-    """SHA-256, still open, of the values in a module's state dict."""
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest
-
-
-def one_line(e):
-    return (str(e).splitlines() or [type(e).__name__])[0][:80]
-
-
-def load_into(module, state, what):
-    """load_state_dict, where a mismatch is one line that names the first offending tensor."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError) as e:                                     # TypeError: it is not a dict
-        reason = str(e).splitlines()[:2][-1].strip()[:160]
-        raise UserError(f"{what}: {reason}; is this a checkpoint of another model?") from None
-
-
-NO_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # data, documents
-
-
-def list_images(folder, others=None):
-    """Every image file under `folder`, sorted: those whose suffix Pillow registers for pictures, none that is
-    hidden, no link to nothing or to a folder it stands in. others: a Counter that takes the suffixes of files
-    that are no images. Raises UserError where no image is."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
-                if kind not in NO_PICTURES and (kind in Image.OPEN or kind == "MPO")}    # MPO opens as JPEG
-    found, others, folders = [], Counter() if others is None else others, [(str(folder), ())]
-    while folders:
-        root, above = folders.pop()
-        try:
-            entries, here = list(os.scandir(root)), os.path.realpath(root)
-        except OSError as e:
-            raise UserError(f"{root}: no such folder, or not readable ({e.strerror})") from None
-        if here in above:
-            continue
-        for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry.path):
-                continue
-            if entry.is_dir():
-                folders.append((entry.path, (*above, here)))
-            elif suffix in suffixes and entry.is_file():
-                found.append(entry.path)
-            else:
-                others[suffix or "no suffix"] += 1
-    if not found:
-        kinds = ", ".join(f"{n} of {suffix}" for suffix, n in others.most_common(5))
-        raise UserError(f"{folder}: no images in it, {kinds or 'it is empty'}")
-    return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
-
-
-def center_crop(image, size):
-    """ADM's crop: box-halve a PIL image while its sides are >= 2 * size, bicubic to size, cut the middle."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def grey_to_8_bits(image):
-    """A grey PIL image of mode I, I;16 or F as mode L, its transparent value white. Integers have 16 bits (12
-    in some TIFFs), floats in [0, 1], or in [0, 255] where they exceed 2. Raises ValueError for others."""
-    values, tags = np.asarray(image), getattr(image, "tag_v2", {})                     # TIFF's tags
-    margin, white = 0, 4095 if tags.get(258) == (12,) else 65535                       # bits per sample
-    if image.mode == "F":
-        margin, white = 255, 1 if values.max() <= 2 else 255                           # resizing overshoots
-    grey = values / (white / 255)
-    if not (-margin <= grey.min() and grey.max() <= 255 + margin):                     # nor is NaN
-        raise ValueError(f"grey values from {values.min():g} to {values.max():g}")
-    if tags.get(262) == 0:                                                             # 0 stands for white
-        grey = 255 - grey
-    if "transparency" in image.info:
-        grey = np.where(values == image.info["transparency"], 255, grey)
-    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-
-
-def read_image(path, size=None, fast=False):
-    """An image file as uint8 [3, H, W], on white where transparent; with `size`, ADM's centre crop. EXIF does
-    not rotate it, as in ADM. fast: lets the JPEG decoder halve sides of four times `size` and more, which is
-    not ADM's box filter (2 levels apart on average). Raises UserError for a file that cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            if fast and size is not None:
-                image.draft("RGB", (2 * size, 2 * size))
-            if image.mode.startswith(("I", "F")):                # Pillow's convert would clip them
-                image = grey_to_8_bits(image)
-            elif image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            image = image if size is None else center_crop(image, size)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except READ_ERRORS as e:
-        raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
-
-
-def to_float(images):
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return images.float().div(127.5).sub(1)
-
-
-def to_uint8(images):
-    """Float [-1, 1] -> uint8, rounded (the release truncates, which darkens by half a level)."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def image_grid(images, columns, scale=1):
-    """Tile uint8 images [N, 3, H, W] row by row into one PIL image, 2 white pixels apart, then enlarge it."""
-    missing = -len(images) % columns                                           # white ones fill the last row
-    tiles = F.pad(images.cpu(), (0, 2, 0, 2, 0, 0, 0, missing), value=255)
-    tiles = tiles.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)           # [rows, h, columns, w, 3]
-    grid = Image.fromarray(tiles.flatten(2, 3).flatten(0, 1)[:-2, :-2].numpy())
-    return grid.resize((grid.width * scale, grid.height * scale), Image.NEAREST)
-
-
-def save_png(image, path):
-    """Write a PIL image as PNG, whole or not at all."""
-    write_atomic(path, lambda tmp: image.save(tmp, format="PNG", optimize=True))
-
-
-def latents_in_colour(z, stride=1):
-    """The first three principal components of latents [B, C, h, w], uint8 RGB [B, 3, h*stride, w*stride]."""
-    x = z.float().permute(0, 2, 3, 1).flatten(0, 2)                            # [B*h*w, C]
-    x = x - x.mean(0)
-    axes = torch.linalg.eigh(x.T @ x / len(x))[1].flip(1)[:, :3]               # largest variance first
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()    # its largest loading positive
-    x = x @ axes
-    x = x / (2.5 * x.std(0, correction=0) + 1e-6)                              # +-2.5 sigma fills the range
-    colour = to_uint8(x.unflatten(0, (z.shape[0], *z.shape[2:])).permute(0, 3, 1, 2))
-    return colour.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
 
 
 # --- The command --------------------------------------------------------------------------------------------

@@ -19,14 +19,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
+from data.images import list_classes, list_images, read_image
 from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
 from repa import FrozenEncoder
-from sample import load_checkpoint, read_checkpoint
+from sample import load_checkpoint
 from sit import interpolate
-from train import list_classes
-from vae import (LPIPS, Parser, UserError, existing_path, image_grid, latents_in_colour, list_images,
-                 load_vae, pick_device, positive_int, psnr, read_image, run_command, save_png, ssim, to_float,
-                 to_uint8, write_atomic)
+from support.checkpoints import read_checkpoint
+from support.commands import Parser, UserError, existing_path, positive_int, run_command
+from support.devices import pick_device
+from support.files import write_atomic
+from support.pictures import image_grid, latents_in_colour, save_png, to_float, to_uint8
+from vae import LPIPS, load_vae, psnr, ssim
 
 NEIGHBOURS = 10                                                        # k of CKNNA, as in REPA
 

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
 from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
-from vae import Parser, UserError, run_command
+from support.commands import Parser, UserError, run_command
 
 REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive", "repae": "REPA-E",
            "second": "REPA over REPA-E's VAE, frozen", "scratch": "REPA-E from random weights"}

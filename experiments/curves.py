@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
 from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
-from vae import Parser, UserError, run_command
+from support.commands import Parser, UserError, run_command
 
 NO_LOSSES = ("skipped", "skipped_in_a_row", "zero_gradients_in_a_row", "images_per_second", "mfu")  # if asked
 

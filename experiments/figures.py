@@ -2,7 +2,8 @@
 import argparse
 from pathlib import Path
 
-from vae import UserError, write_atomic
+from support.commands import UserError
+from support.files import write_atomic
 
 FORMATS = (".png", ".svg", ".pdf")
 STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,

@@ -49,7 +49,7 @@ def run_here(script, *flags, cwd):
     os.chdir(cwd)
     sys.argv = [f"{script}.py", *map(str, flags)]
     try:
-        vae.run_command(dict(train=train.main, sample=sample.main, fid=fid.main, vae=vae.main)[script])
+        commands.run_command(dict(train=train.main, sample=sample.main, fid=fid.main, vae=vae.main)[script])
     except SystemExit as e:
         code = e.code
     finally:
@@ -128,7 +128,7 @@ def tiny():
     def make(*flags, device="cpu"):
         cfg, device = tiny_config(*flags), torch.device(device)
         m = train.build(cfg, device)
-        train.wrap(m, cfg, device, 1)
+        train.wrap(m, cfg, 1)
         g = torch.Generator().manual_seed(0)
         for net in (m.sit, m.ema):                                # adaLN-Zero starts as the identity: open it
             for name, p in net.named_parameters():

@@ -20,7 +20,7 @@ ONE_STEP = [*SHORT, "--max-train-steps", "1"]
 
 
 def saved_args(folder, run="tiny"):
-    return vae.load_tensors(train.checkpoints(folder / "exps" / run)[-1])["args"]
+    return files.load_tensors(checkpoints.checkpoints(folder / "exps" / run)[-1])["args"]
 
 
 # --- Order and pixels ---------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def test_order_does_not_depend_on_the_number_of_processes():
     cfg = tiny_config("--flip", "--max-train-steps", "9")
 
     def order(step, rank, world):
-        return list(train.step_batches(10, cfg, step, rank, world))
+        return list(images.step_batches(10, cfg, step, rank, world))
 
     assert order(0, 0, 1) == [a + b for a, b in zip(order(0, 0, 2), order(0, 1, 2))]
     assert order(0, 0, 1)[5:] == order(5, 0, 1)                          # a resumed run sees the same batches
@@ -48,21 +48,21 @@ def test_center_crop_by_hand():
     quarter = np.floor(half.reshape(2, 2, 4, 2, 3).mean((1, 3)) + 0.5)
     for turned in (False, True):
         image = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)
-        got = np.array(vae.center_crop(image, 2)).astype(int)
+        got = np.array(images.center_crop(image, 2)).astype(int)
         assert np.abs((got.transpose(1, 0, 2) if turned else got) - quarter[:, 1:3]).max() <= 2
 
 
 def test_pixels_round_trip_and_round():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(vae.to_uint8(vae.to_float(levels)), levels)
-    assert torch.equal(vae.to_float(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-1.0, 1.0]))
-    assert vae.to_uint8(torch.tensor([-3.0, 3.0, (200.6 / 127.5) - 1])).tolist() == [0, 255, 201]
+    assert torch.equal(pictures.to_uint8(pictures.to_float(levels)), levels)
+    assert torch.equal(pictures.to_float(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-1.0, 1.0]))
+    assert pictures.to_uint8(torch.tensor([-3.0, 3.0, (200.6 / 127.5) - 1])).tolist() == [0, 255, 201]
 
 
 def test_items_are_images_with_labels_and_flips(pictures):
-    data = train.ImageFolder(pictures, 32)
+    data = images.ImageFolder(pictures, 32)
     image, label, bad = data[13, False]
-    assert torch.equal(image, vae.read_image(pictures / "two words/001.png", 32)) and (label, bad) == (1, "")
+    assert torch.equal(image, images.read_image(pictures / "two words/001.png", 32)) and (label, bad) == (1, "")
     assert torch.equal(data[13, True][0], image.flip(2)) and data.classes == ["one", "two words"]
     assert [data[i, False][1] for i in (0, 11, 12, 23)] == [0, 0, 1, 1]
 
@@ -74,7 +74,7 @@ def test_unreadable_images_are_replaced(tmp_path):
     Image.new("RGB", (3, 500)).save(folder / "thin.png")
     (folder / "empty.png").touch()
     Image.new("1", (14000, 14000)).save(folder / "bomb.png")        # 196 million pixels: Pillow refuses it
-    data = train.ImageFolder(tmp_path, 32)
+    data = images.ImageFolder(tmp_path, 32)
     items = {Path(os.fsdecode(path)).name: data[i, False] for i, path in enumerate(data.files)}
     assert {name for name, (_, _, bad) in items.items() if bad} == {"empty.png", "bomb.png"}
     assert torch.equal(items["bomb.png"][0], items["thin.png"][0]) and items["bomb.png"][2].endswith("/bomb.png")
@@ -118,7 +118,7 @@ def test_classes_are_counted_and_remembered(pictures, tmp_path, command):
     assert "in 3 classes" in command("train", *flags)
     args = saved_args(tmp_path)
     assert args["classes"] == ["one", "three", "two words"] and args["num_classes"] == 3
-    model = sample.load_checkpoint(train.checkpoints(tmp_path / "exps/tiny")[-1])
+    model = sample.load_checkpoint(checkpoints.checkpoints(tmp_path / "exps/tiny")[-1])
     assert model.sit.y_embedder.embedding_table.weight.shape[0] == 4 and model.sit.null_class == 3
     resume = [*flags, "--resume", "--max-train-steps", "2"]
     (tmp_path / "data/one").rename(tmp_path / "data/uno")
@@ -156,7 +156,7 @@ def test_dataset_json(tmp_path, command):
     files = [f"{shard}/{i:03d}.png" for shard in ("00000", "00001") for i in range(4)]
     labels = [2, 0, 10, 2, 0, 0, 10, 2]
     write_table(data, [list(pair) for pair in zip(files, labels)])
-    found = train.ImageFolder(data, 32)
+    found = images.ImageFolder(data, 32)
     assert found.classes == ["0", "2", "10"]                          # numbers are sorted as numbers
     of = {os.path.relpath(os.fsdecode(f), data): found.classes[k] for f, k in zip(found.files, found.labels)}
     assert of == {file: str(label) for file, label in zip(files, labels)}
@@ -191,11 +191,11 @@ def test_what_looks_wrong_is_told(pictures, tmp_path, command):
 
 def test_files_that_come_with_old_times_are_seen(tmp_path):
     data = noise_pictures(tmp_path / "data/a", 3).parent
-    assert len(train.ImageFolder(data, 32)) == 3
+    assert len(images.ImageFolder(data, 32)) == 3
     times = os.stat(data / "a")
     noise_pictures(data / "a", 8, seed=1)
     os.utime(data / "a", ns=(times.st_atime_ns, times.st_mtime_ns))   # as cp -a and rsync -a leave it
-    assert len(train.ImageFolder(data, 32)) == 8
+    assert len(images.ImageFolder(data, 32)) == 8
 
 
 # --- Cached latents -----------------------------------------------------------------------------------------
@@ -207,20 +207,20 @@ def test_cached_latents(pictures, tmp_path, frozen_vae, monkeypatch):
     cfg = tiny_config("--vae-grad", "none", "--vae-ckpt", str(frozen_vae), "--cache-latents", "--data-dir",
                       str(folder), "--output-dir", str(tmp_path))
     m = train.build(cfg, CPU)
-    train.wrap(m, cfg, CPU, 1)
+    train.wrap(m, cfg, 1)
     monkeypatch.setattr(train, "CHUNK", 10)                             # images in a file
 
     def cached():
-        return Path(train.cache_latents(m, cfg, train.ImageFolder(folder, 32), CPU, 0, 1, None))
+        return Path(train.cache_latents(m, cfg, images.ImageFolder(folder, 32), CPU, 0, 1, None))
 
-    where, data = cached(), train.ImageFolder(folder, 32)
+    where, data = cached(), images.ImageFolder(folder, 32)
     files = sorted(where.iterdir())
     parts = [torch.load(file, weights_only=True) for file in files]
     rows = torch.cat(parts)
     assert [len(part) for part in parts] == [10, 10, 4] and rows.dtype == torch.float16
     assert rows[0].isnan().all() and rows[1:].isfinite().all()
     for i in (1, 23):
-        posterior = m.vae.encode(vae.to_float(data[i, False][0][None]))
+        posterior = m.vae.encode(pictures.to_float(data[i, False][0][None]))
         assert torch.allclose(rows[i, :8].float(), posterior.mean[0], rtol=1e-3, atol=1e-3)
         assert torch.allclose(rows[i, 8:].float(), posterior.logvar[0], rtol=1e-3, atol=1e-2)
 
@@ -232,15 +232,15 @@ def test_cached_latents(pictures, tmp_path, frozen_vae, monkeypatch):
     image, _, bad, moments = data[0, False]  # the next readable one, as without cache
     assert image.numel() == 0 and bad.endswith("000.png") and torch.equal(moments, rows[1])
     data.with_images = True
-    assert torch.equal(data[5, False][0], train.ImageFolder(folder, 32)[5, False][0])
+    assert torch.equal(data[5, False][0], images.ImageFolder(folder, 32)[5, False][0])
 
     items = [data[i, False] for i in range(1, 5)]
     batch = [torch.stack([i[0] for i in items]), torch.tensor([i[1] for i in items]), [""] * 4]
-    fresh = train.run_step(m, cfg, 0, batch, 0, 1, CPU)["denoising_loss"].item()
+    fresh = train.run_step(m, cfg, 0, batch, 0, 1)["denoising_loss"].item()
     m = train.build(cfg, CPU)
-    train.wrap(m, cfg, CPU, 1)
+    train.wrap(m, cfg, 1)
     m.vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the VAE ran"))
-    again = train.run_step(m, cfg, 0, [*batch, torch.stack([i[3] for i in items])], 0, 1, CPU)["denoising_loss"]
+    again = train.run_step(m, cfg, 0, [*batch, torch.stack([i[3] for i in items])], 0, 1)["denoising_loss"]
     assert again.item() == pytest.approx(fresh, rel=1e-3)               # float16 moments
 
     m = train.build(cfg, CPU)
@@ -260,7 +260,7 @@ def test_cached_latents(pictures, tmp_path, frozen_vae, monkeypatch):
 def test_init_from_another_number_of_classes_and_resolution(short_run, capsys):
     """New label rows and positions, said in a line; all other weights as they were."""
     ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    saved = vae.load_tensors(ckpt)
+    saved = files.load_tensors(ckpt)
     m = train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "7", "--resolution", "64"), CPU)
     said = [line for line in capsys.readouterr().out.splitlines() if "start anew" in line]
     assert len(said) == 1 and "pos_embed, y_embedder" in said[0] and "projectors" not in said[0]
@@ -284,10 +284,10 @@ def test_512_pixels(preset, patch, tmp_path, monkeypatch):
         "efficientnet-lite0", "--perceptual", "encoder", "--vae-from-scratch", "--data-dir", str(tmp_path),
         "--batch-size", "1", "--no-compile", "--disc-start", "0", "--projector-dim", "32", "--num-classes", "3"])
     m = train.build(cfg, CPU)
-    train.wrap(m, cfg, CPU, 1)
+    train.wrap(m, cfg, 1)
     assert m.size == (64 if name == "f8d4" else 32) and m.sit.pos_embed.shape[1] == 1024
     batch = torch.randint(256, (1, 3, 512, 512), dtype=torch.uint8), torch.zeros(1, dtype=torch.long), [""]
-    metrics = train.run_step(m, cfg, 0, batch, 0, 1, CPU)
+    metrics = train.run_step(m, cfg, 0, batch, 0, 1)
     assert all(value.isfinite() for value in metrics.values()) and metrics["skipped"] == 0
     train.save_checkpoint(m, cfg, tmp_path, 1, ["a", "b", "c"])
     images = sample.sample_images(sample.load_checkpoint(tmp_path / "checkpoints/0000001.pt"), [0], num_steps=1)

@@ -18,7 +18,7 @@ import sit
 import vae
 from data import openmoji
 from experiments import analyze, compare, curves
-from vae import UserError
+from support.commands import UserError
 
 EMBEDDED = "efficientnet-lite0"
 
@@ -259,7 +259,7 @@ def test_latents_in_colour_are_their_principal_components():
     axes *= np.sign([axis[np.abs(axis).argmax()] for axis in axes])[:, None]
     values = flat @ axes.T
     expected = np.clip(127.5 * (1 + values / (2.5 * values.std(0))), 0, 255).reshape(3, 4, 4, 3)
-    colour = vae.latents_in_colour(z, 2)
+    colour = pictures.latents_in_colour(z, 2)
     assert colour.shape == (3, 3, 8, 8) and torch.equal(colour[:, :, ::2, ::2], colour[:, :, 1::2, 1::2])
     assert np.abs(colour[:, :, ::2, ::2].permute(0, 2, 3, 1).numpy() - expected).max() < 0.6
 
@@ -283,7 +283,7 @@ def test_latents_command_prints_the_spectrum(checkpoint, pictures, tmp_path, mon
 
     autoencoder = vae.AutoencoderKL("f4d8")
     autoencoder.load_state_dict(torch.load(checkpoint, weights_only=True)["vae"])
-    x = torch.stack([vae.to_float(vae.read_image(file)) for file in vae.list_images(pictures)])
+    x = torch.stack([pictures.to_float(images.read_image(file)) for file in images.list_images(pictures)])
     flat = autoencoder.quant_conv(autoencoder.encoder(x))[:, :8].permute(0, 2, 3, 1).reshape(-1, 8).numpy()
     eigenvalues = np.linalg.eigvalsh(np.cov(flat.T.astype(float), bias=True))[::-1]
     for variances in spectra.values():
@@ -301,12 +301,12 @@ def test_reconstruct_command_prints_psnr_and_ssim(checkpoint, pictures, tmp_path
          tmp_path / "r.png", "--vgg-ckpt", "nowhere", "--device", "cpu")
     out = capsys.readouterr().out
     autoencoder, _ = vae.load_vae(checkpoint)
-    x = torch.stack([vae.read_image(file) for file in vae.list_images(pictures)])
-    y = vae.to_uint8(autoencoder.decode(autoencoder.encode(vae.to_float(x)).mean))
+    x = torch.stack([images.read_image(file) for file in images.list_images(pictures)])
+    y = pictures.to_uint8(autoencoder.decode(autoencoder.encode(pictures.to_float(x)).mean))
     mse = ((x.double() - y.double()) / 255).square().mean((1, 2, 3))
     printed = dict(line.rsplit(None, 1) for line in out.splitlines() if line.startswith("  "))
     assert float(printed["  PSNR (dB)"]) == pytest.approx((-10 * mse.log10()).mean().item(), abs=0.01)
-    assert float(printed["  SSIM"]) == pytest.approx(vae.ssim(vae.to_float(x), vae.to_float(y)).mean().item(), abs=1e-3)
+    assert float(printed["  SSIM"]) == pytest.approx(vae.ssim(pictures.to_float(x), pictures.to_float(y)).mean().item(), abs=1e-3)
     assert "no LPIPS: " in out and "LPIPS" not in "".join(printed) and "24 images; originals beside" in out
     grid = np.asarray(Image.open(tmp_path / "r.png"))[::2, ::2]                # 4 pairs a row, doubled; gap 2
     assert grid.shape == (6 * 34 - 2, 8 * 34 - 2, 3)

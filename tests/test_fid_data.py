@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fid
-from vae import UserError
+from support.commands import UserError
 
 CPU = torch.device("cpu")
 INCEPTION = SimpleNamespace(name="inception", sha256="a" * 64, channels=2048, size=299)     # stands for the network

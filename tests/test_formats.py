@@ -22,7 +22,7 @@ import sit
 import train
 import vae
 from conftest import CPU, close, statistics, tiny_config
-from vae import UserError
+from support.commands import UserError
 
 
 def digest(module):
@@ -83,10 +83,10 @@ def test_pickled_code_is_refused_and_namespace_is_not(tmp_path):
             return os.system, (f"touch {tmp_path / 'owned'}",)
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="refused"):
-        vae.load_tensors(tmp_path / "evil.pt")
+        files.load_tensors(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
     torch.save({"args": argparse.Namespace(model="SiT-B/2")}, tmp_path / "fine.pt")
-    assert vae.load_tensors(tmp_path / "fine.pt")["args"].model == "SiT-B/2"
+    assert files.load_tensors(tmp_path / "fine.pt")["args"].model == "SiT-B/2"
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +140,7 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
     vae.export_vae(net, (mean, std), 32, tmp_path / "folder")
     words = dict(to_q="query", to_k="key", to_v="value") | {"to_out.0": "proj_attn"}
     older = {re.sub(r"to_[qkv]|to_out\.0", lambda m: words[m[0]], name): t
-             for name, t in vae.load_file(tmp_path / f"folder/{vae.WEIGHTS[0]}").items()}
+             for name, t in files.load_file(tmp_path / f"folder/{vae.WEIGHTS[0]}").items()}
     assert sum(".proj_attn." in name for name in older) == 4
     torch.save(older, tmp_path / "older.pt")
     for file, has_stats in (("bare.pt", True), ("bare.safetensors", False), ("folder", True), ("older.pt", False)):
@@ -154,7 +154,7 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
     assert vae.load_vae(tmp_path / "folder")[1][1].tolist() == [4.0] * 8
 
     ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    saved = vae.load_tensors(ckpt)
+    saved = files.load_tensors(ckpt)
     m = train.build(tiny_config("--vae-ckpt", str(ckpt), "--num-classes", "2"), CPU)
     assert torch.allclose(m.sit.bn.running_mean, saved["ema"]["bn.running_mean"])
     assert torch.allclose(m.ema.bn.running_var, saved["ema"]["bn.running_var"], rtol=1e-4) and m.has_statistics
@@ -181,7 +181,7 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
 
 def release(short_run, file, **changes):
     """One of our checkpoints in the form of the authors' release, written to `file`."""
-    ckpt = vae.load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
+    ckpt = files.load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
     args = {k: ckpt["args"][k] for k in ("model", "vae", "resolution", "cfg_prob", "path_type", "encoder_depth")}
     ckpt |= dict(args=argparse.Namespace(**args)) | changes
     torch.save({k: v for k, v in ckpt.items() if v is not None}, file)
@@ -249,7 +249,7 @@ def test_bad_vae_files(tmp_path, short_run):
         with pytest.raises(UserError, match=match) as e:
             vae.load_vae(tmp_path / file, name)
         assert "\n" not in str(e.value)
-    bad = vae.load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
+    bad = files.load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
     bad["ema"]["final_layer.linear.bias"][0] = math.inf
     torch.save(bad, tmp_path / "inf.pt")
     with pytest.raises(UserError, match="not finite"):

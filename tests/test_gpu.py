@@ -70,7 +70,7 @@ def test_saving_goes_on_beside_the_steps(tiny, tmp_path, monkeypatch):
     torch.cuda.synchronize()
     assert time.perf_counter() - start < 2
     m.saving.result()
-    saved = vae.load_tensors(tmp_path / "checkpoints/0000001.pt")
+    saved = files.load_tensors(tmp_path / "checkpoints/0000001.pt")
     assert torch.equal(saved["vae"]["encoder.conv_in.weight"], weight.cpu())
     assert not torch.equal(m.vae.encoder.conv_in.weight, weight)
 

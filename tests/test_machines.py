@@ -196,7 +196,7 @@ def test_a_step_and_sampling_keep_to_their_device(monkeypatch, perceptual):
     cfg = tiny_config("--disc-start", "0", "--perceptual", perceptual, "--allow-random-weights")
     device = torch.device("meta")
     m = train.build(cfg, device)
-    train.wrap(m, cfg, device, 1)
+    train.wrap(m, cfg, 1)
     x, y = torch.zeros(4, 3, 32, 32, device=device), torch.zeros(4, dtype=torch.long, device=device)
 
     def step():
@@ -218,7 +218,7 @@ def test_a_step_and_sampling_keep_to_their_device(monkeypatch, perceptual):
 
 
 @slow
-@pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.skipif(not devices.can_compile(torch.device("cpu")), reason="no C++ compiler")
 def test_compiled_dinov2_and_lpips_break_no_graph_and_compile_once():
     """SiT and VAE stay eager here (tests/test_speed.py compiles them): the encoder's graph, LPIPS' with and without
     gradient."""

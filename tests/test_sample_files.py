@@ -44,7 +44,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--num-steps", "2", *map(str, flags)])
         code = 0
         try:
-            vae.run_command(sample.main)
+            commands.run_command(sample.main)
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()
@@ -229,17 +229,17 @@ def test_checkpoints_saved_from_under_ddp_or_compile_draw(tmp_path, prefix):
     ckpt = save_checkpoint(tmp_path / "wrapped.pt", prefix=prefix)
     images = [sample.sample_images(model, [0, 1], num_steps=2) for model in (bare, sample.load_checkpoint(ckpt))]
     assert torch.equal(*images)
-    assert set(sample.read_checkpoint(ckpt)["model"]) == set(bare.sit.state_dict())
+    assert set(checkpoints.read_checkpoint(ckpt)["model"]) == set(bare.sit.state_dict())
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path):
     whole = dict(model={}, ema={}, args={}, steps=1)
     for wrong in ([1], {}, whole | dict(args=[1]), *({k: v for k, v in whole.items() if k != key} for key in whole)):
         torch.save(wrong, tmp_path / "x.pt")
-        with pytest.raises(vae.UserError, match="not a training checkpoint|no state dict in it"):
-            sample.read_checkpoint(tmp_path / "x.pt")
+        with pytest.raises(commands.UserError, match="not a training checkpoint|no state dict in it"):
+            checkpoints.read_checkpoint(tmp_path / "x.pt")
     torch.save(whole | dict(args=argparse.Namespace(cfg_prob=0.1)), tmp_path / "x.pt")
-    assert sample.read_checkpoint(tmp_path / "x.pt")["args"] == dict(cfg_prob=0.1)
+    assert checkpoints.read_checkpoint(tmp_path / "x.pt")["args"] == dict(cfg_prob=0.1)
 
 
 def test_sampling_uses_tf32_where_there_is_one(tmp_path, command):
@@ -258,10 +258,10 @@ def test_environment_without_a_meeting_point(monkeypatch, env, missing):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     if missing is None:
-        assert sample.start_processes(torch.device("cpu")) == (0, 1) and not torch.distributed.is_initialized()
+        assert devices.start_processes(torch.device("cpu")) == (0, 1) and not torch.distributed.is_initialized()
     else:
-        with pytest.raises(vae.UserError, match=f"WORLD_SIZE is above 1, but {missing} not set"):
-            sample.start_processes(torch.device("cpu"))
+        with pytest.raises(commands.UserError, match=f"WORLD_SIZE is above 1, but {missing} not set"):
+            devices.start_processes(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("flags", ["--num-steps 0", "--num-samples 0", "--batch-size -1", "--seed -1",

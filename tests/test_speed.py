@@ -16,7 +16,7 @@ import train
 import vae
 from conftest import CPU, ROOT, SHORT, run, slow, torchrun
 
-compiled = pytest.mark.skipif(not train.can_compile(CPU), reason="no C++ compiler")
+compiled = pytest.mark.skipif(not devices.can_compile(CPU), reason="no C++ compiler")
 
 
 def most_saved(m, step):
@@ -66,7 +66,7 @@ def test_parts_keep_less(tiny):
     sizes = []
     for parts in (1, 4):
         m, cfg, _ = tiny("--disc-weight", "0", "--gradient-accumulation-steps", str(parts))
-        sizes.append(most_saved(m, lambda: train.run_step(m, cfg, 0, batch, 0, 1, CPU))[1])
+        sizes.append(most_saved(m, lambda: train.run_step(m, cfg, 0, batch, 0, 1))[1])
     assert sizes[1] < 0.4 * sizes[0]
 
 
@@ -225,8 +225,8 @@ def test_evaluating_a_run(pictures, short_run, command, processes):
             assert other[key] == pytest.approx(drawn[key], rel=1e-3)
     rec = numbers(processes, "--reconstruct", "--ckpt", ckpt)
     model = sample.load_checkpoint(ckpt)
-    x = vae.to_float(torch.stack([vae.read_image(p, 32) for p in vae.list_images(pictures)]))
+    x = pictures.to_float(torch.stack([images.read_image(p, 32) for p in images.list_images(pictures)]))
     with torch.no_grad():
-        y = vae.to_float(vae.to_uint8(model.vae.decode(model.vae.encode(x).mean)))
+        y = pictures.to_float(pictures.to_uint8(model.vae.decode(model.vae.encode(x).mean)))
     assert rec["psnr"] == pytest.approx(vae.psnr(x, y).mean().item(), abs=0.01)
     assert rec["ssim"] == pytest.approx(vae.ssim(x, y).mean().item(), abs=1e-4)

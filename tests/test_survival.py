@@ -22,7 +22,7 @@ import train
 import vae
 from conftest import (CPU, ROOT, SHORT, flatten, losses, metrics_of, noise_pictures, one_line, run, slow,
                       tiny_config, torchrun)
-from vae import UserError
+from support.commands import UserError
 
 
 @slow                                                                   # as it stands: test_machines.py
@@ -44,7 +44,7 @@ def test_a_killed_run_resumes_where_it_was(pictures, short_run, command):
     command("train", "--data-dir", pictures, "--exp-name", "b", "--disc-weight", "0", "--resume",
             "--checkpointing-steps", "2", *SHORT, cwd=short_run)
     assert losses(short_run / "exps/b") == whole
-    a, b = (vae.load_tensors(short_run / f"exps/{x}/checkpoints/0000004.pt") for x in "ab")
+    a, b = (files.load_tensors(short_run / f"exps/{x}/checkpoints/0000004.pt") for x in "ab")
     for key in ("model", "ema", "vae", "discriminator"):
         assert all(torch.equal(v, b[key][k]) for k, v in a[key].items()), key
     assert set(a) == {"model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "args", "steps"}
@@ -63,8 +63,8 @@ def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, command):
     plain, cached = losses(tmp_path / "exps/plain"), losses(tmp_path / "exps/cached")
     for a, b in zip(plain, cached):                                    # float16 moments
         assert "vae_loss" not in a and all(b[k] == pytest.approx(v, rel=5e-3, abs=1e-3) for k, v in a.items())
-    first = vae.load_tensors(ckpt)
-    last = vae.load_tensors(tmp_path / "exps/cached/checkpoints/0000002.pt")
+    first = files.load_tensors(ckpt)
+    last = files.load_tensors(tmp_path / "exps/cached/checkpoints/0000002.pt")
     assert all(torch.equal(t, last["vae"][name]) for name, t in first["vae"].items())
     for name in ("bn.running_mean", "bn.running_var"):                 # fixed at what the first run had
         assert torch.allclose(last["ema"][name], first["ema"][name], rtol=1e-5, atol=1e-6)
@@ -82,7 +82,7 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     rows = {row.pop("step"): row for row in metrics_of(exp)}
     for name in ("val_psnr", "val_chroma_error"):
         assert {step: row.get(name, 0) > 0 for step, row in rows.items()} == {2: True, 3: False, 4: True}
-    variance = vae.load_tensors(exp / "checkpoints/0000004.pt")["model"]["bn.running_var"].mean().item()
+    variance = files.load_tensors(exp / "checkpoints/0000004.pt")["model"]["bn.running_var"].mean().item()
     assert rows[4]["latent_variance"] == pytest.approx(variance, rel=1e-6) != rows[2]["latent_variance"]
     assert all(row["images_per_second"] > 0 and 0 < row["mfu"] < 1 for row in rows.values())
     assert sorted(p.name for p in (exp / "pictures").iterdir()) == [
@@ -91,7 +91,7 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     out = command("train", *flags, "--log-steps", "2", "--max-train-steps", "2", "--overwrite")
     assert "step 2: " in out and [row["step"] for row in metrics_of(exp)] == [2]
     assert sorted(p.name for p in exp.iterdir()) == [".lock", "args.json", "checkpoints", "metrics.jsonl", "pictures"]
-    assert [p.name for p in train.checkpoints(exp)] == ["0000002.pt"]
+    assert [p.name for p in checkpoints.checkpoints(exp)] == ["0000002.pt"]
     other = noise_pictures(tmp_path / "exps/mine", 2)  # a folder that no run made is not cleared
     command("train", *flags, "--exp-name", "mine", "--vae-only", "--overwrite")
     assert len(list(other.glob("*.png"))) == 2
@@ -132,9 +132,9 @@ def test_sigterm_saves_and_resuming_goes_on(pictures, tmp_path, processes, comma
     os.killpg(process.pid, signal.SIGTERM)                          # to the loader's workers too
     code = process.wait(60)
     assert code == 0 or processes == 2                              # torchrun itself reports the signal
-    found = train.checkpoints(tmp_path / "exps/tiny")
+    found = checkpoints.checkpoints(tmp_path / "exps/tiny")
     assert len(found) == 1 and "--resume goes on" in (tmp_path / "log").read_text()
-    step = vae.load_tensors(found[0])["steps"]
+    step = files.load_tensors(found[0])["steps"]
     flags[flags.index("2000")] = str(step + 1)
     command("train", *flags, "--resume")
     assert [row["step"] for row in losses(tmp_path / "exps/tiny")] == list(range(1, step + 2))
@@ -156,7 +156,7 @@ def test_25_kills_change_nothing(pictures, tmp_path):
     run(sys.executable, ROOT / "train.py", *flags, "--exp-name", "whole", cwd=tmp_path)
     rng = np.random.default_rng(0)
     for _ in range(25):  # each within a second after the first step
-        if any(int(path.stem) > 140 for path in train.checkpoints(tmp_path / "exps/killed")):
+        if any(int(path.stem) > 140 for path in checkpoints.checkpoints(tmp_path / "exps/killed")):
             break
         process = start(*flags, "--exp-name", "killed", cwd=tmp_path, log=tmp_path / "log")
         while "loss" not in (tmp_path / "log").read_text():
@@ -167,7 +167,7 @@ def test_25_kills_change_nothing(pictures, tmp_path):
         assert process.wait() == -signal.SIGKILL
     run(sys.executable, ROOT / "train.py", *flags, "--exp-name", "killed", cwd=tmp_path)
     assert losses(tmp_path / "exps/whole") == losses(tmp_path / "exps/killed")
-    a, b = (vae.load_tensors(tmp_path / f"exps/{name}/checkpoints/0000150.pt") for name in ("whole", "killed"))
+    a, b = (files.load_tensors(tmp_path / f"exps/{name}/checkpoints/0000150.pt") for name in ("whole", "killed"))
     for key in train.STATE:
         for (name, x), (_, y) in zip(flatten(a[key]), flatten(b[key])):
             assert torch.equal(x, y), (key, name)
@@ -181,18 +181,18 @@ def test_damaged_checkpoints_are_set_aside(short_run, tmp_path, capsys):
     data[len(data) // 2] ^= 1                                       # one bit of one weight
     (folder / "0000004.pt").write_bytes(data)
     (folder / "0000006.pt").write_bytes(data[:1000])
-    assert train.newest_complete(tmp_path / "run").name == "0000002.pt"
+    assert checkpoints.newest_complete(tmp_path / "run").name == "0000002.pt"
     assert sorted(p.name for p in folder.iterdir()) == ["0000002.pt", "0000004.damaged", "0000006.damaged"]
     assert capsys.readouterr().out.count("set aside") == 2
-    assert train.newest_complete(tmp_path / "nothing") is None
+    assert checkpoints.newest_complete(tmp_path / "nothing") is None
 
 
 def test_old_checkpoints_go_but_for_the_newest_two_and_every_nth(tiny, tmp_path, monkeypatch):
     m, cfg, _ = tiny("--keep-every", "4")
     for step in range(1, 9):
         train.save_checkpoint(m, cfg, tmp_path, step, ["a"])
-    assert [int(p.stem) for p in train.checkpoints(tmp_path)] == [4, 7, 8]
-    saved = vae.load_tensors(tmp_path / "checkpoints/0000008.pt")
+    assert [int(p.stem) for p in checkpoints.checkpoints(tmp_path)] == [4, 7, 8]
+    saved = files.load_tensors(tmp_path / "checkpoints/0000008.pt")
     for key, net in (("model", m.sit), ("ema", m.ema), ("vae", m.vae), ("discriminator", m.disc)):  # all differ
         assert all(torch.equal(t, saved[key][name]) for name, t in net.state_dict().items())
 
@@ -216,13 +216,13 @@ def test_a_folder_in_use_is_refused(pictures, tmp_path, command, monkeypatch, ca
     assert other.stdout.readline() == "held\n"
     one_line(command("train", "--data-dir", pictures, *SHORT, code=2), "another run is writing to it")
     other.communicate("\n")
-    train.lock(tmp_path / "exps/tiny").close()
+    files.lock(tmp_path / "exps/tiny").close()
 
     def lockf(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(train.fcntl, "lockf", lockf)
-    train.lock(tmp_path / "exps/tiny").close()  # a file system without locks: told, and on
+    monkeypatch.setattr(files.fcntl, "lockf", lockf)
+    files.lock(tmp_path / "exps/tiny").close()  # a file system without locks: told, and on
     assert "no locks on this file system (No locks available)" in capsys.readouterr().out
 
 
@@ -233,9 +233,9 @@ def test_resuming_with_other_settings(short_run):
     path = short_run / "exps/a/checkpoints/0000004.pt"
     assert train.load_run(m, cfg, path, classes, said.append) == 4
     assert any("learning_rate: 0.002 -> 1e-05" in line for line in said)
-    train.wrap(m, cfg, CPU, 1)
+    train.wrap(m, cfg, 1)
     batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), [""] * 4
-    metrics = train.run_step(m, cfg, 4, batch, 0, 1, CPU)
+    metrics = train.run_step(m, cfg, 4, batch, 0, 1)
     assert metrics["loss"].isfinite() and m.opt.param_groups[0]["lr"] == pytest.approx(1e-5 * 5 / 50)
     cfg.projector_dim = 64
     with pytest.raises(UserError, match="trained with --projector-dim 32; it cannot go on with 64"):
@@ -246,9 +246,9 @@ TWO = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 import train, vae
-train.TIMEOUT = train.timedelta(seconds=15)
+devices.TIMEOUT = train.timedelta(seconds=15)
 rank, batches, items = int(os.environ["RANK"]), 0, 0
-encode, item = vae.Encoder.forward, train.ImageFolder.__getitem__
+encode, item = vae.Encoder.forward, images.ImageFolder.__getitem__
 
 def disturbed(self, x):
     global batches
@@ -265,8 +265,8 @@ def late(self, index):
         {between}
     return item(self, index)
 
-vae.Encoder.forward, train.ImageFolder.__getitem__ = disturbed, late
-vae.run_command(train.main)
+vae.Encoder.forward, images.ImageFolder.__getitem__ = disturbed, late
+commands.run_command(train.main)
 """
 
 
@@ -283,7 +283,7 @@ def test_a_nan_on_one_process_skips_the_step_of_both(pictures, tmp_path):
     rows = metrics_of(tmp_path / "exps/tiny")
     assert [row["skipped"] for row in rows] == [0, 1, 1]
     assert not math.isfinite(rows[1]["loss"]) and math.isfinite(rows[2]["loss"])
-    a, b, c = (vae.load_tensors(path) for path in train.checkpoints(tmp_path / "exps/tiny"))
+    a, b, c = (files.load_tensors(path) for path in checkpoints.checkpoints(tmp_path / "exps/tiny"))
     for key in train.STATE:
         for (name, x), (_, y), (_, z) in zip(*(flatten(ckpt[key]) for ckpt in (a, b, c))):
             same = torch.equal(x, y) or key == "ema"  # which moves on, towards unchanged weights
@@ -411,8 +411,8 @@ def test_mutated_files_crash_nothing(tmp_path, short_run):
         source = fid.ImageSet(path)
         list(source.batches(range(source.n), 2))
 
-    readers = {path: reader for pattern, reader in (("a.???", vae.read_image), ("a.webp", vae.read_image),
-               ("a.npz", npz), ("a.pt", vae.load_tensors), ("a.safetensors", vae.load_tensors))
+    readers = {path: reader for pattern, reader in (("a.???", images.read_image), ("a.webp", images.read_image),
+               ("a.npz", npz), ("a.pt", files.load_tensors), ("a.safetensors", files.load_tensors))
                for path in tmp_path.glob(pattern)}
     readers[tmp_path / "folder/config.json"] = lambda p: vae.load_vae(p.parent)
     refused, total = 0, 0

@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import vae
-from vae import UserError
+from support.commands import UserError
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_pixels_of_every_format(name, image, how, means, tmp_path):
     else:
         image.save(tmp_path / name, **how)
     for size in (None, 8):
-        read = vae.read_image(tmp_path / name, size)
+        read = images.read_image(tmp_path / name, size)
         assert read.dtype == torch.uint8 and read.shape == (3, 8, 8)
         assert read.float().mean((1, 2)).tolist() == pytest.approx(means, abs=1.5)
 
@@ -109,7 +109,7 @@ def test_pixels_of_every_format(name, image, how, means, tmp_path):
 def test_grey_values_of_unknown_range_are_refused(values, tmp_path):
     Image.fromarray(values).save(tmp_path / "odd.tiff")
     with pytest.raises(UserError, match="odd.tiff: cannot be read .grey values from"):
-        vae.read_image(tmp_path / "odd.tiff")
+        images.read_image(tmp_path / "odd.tiff")
 
 
 def test_12_bit_tiff(tmp_path):
@@ -118,27 +118,27 @@ def test_12_bit_tiff(tmp_path):
     tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: len(data)}
     ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHIHH", k, 3, 1, v, 0) for k, v in tags.items())
     (tmp_path / "a.tiff").write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + ifd + bytes(4))
-    assert vae.read_image(tmp_path / "a.tiff").float().mean().item() == pytest.approx(2048 / 4095 * 255, abs=0.5)
+    assert images.read_image(tmp_path / "a.tiff").float().mean().item() == pytest.approx(2048 / 4095 * 255, abs=0.5)
 
 
 def test_jpegs_are_read_exactly_unless_fast(tmp_path):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).resize((256, 256), Image.BICUBIC)
     picture.save(tmp_path / "a.jpg", quality=95)
-    exact, fast = (vae.read_image(tmp_path / "a.jpg", 64, fast).permute(1, 2, 0).numpy() for fast in (False, True))
+    exact, fast = (images.read_image(tmp_path / "a.jpg", 64, fast).permute(1, 2, 0).numpy() for fast in (False, True))
     decoded = Image.open(tmp_path / "a.jpg").convert("RGB")
     assert np.array_equal(exact, decoded.resize((128, 128), Image.BOX).resize((64, 64), Image.BOX))
     assert 0.05 < abs(fast.astype(int) - exact).mean() < 10
     small = Image.fromarray(rng.integers(0, 256, (100, 130, 3), np.uint8))
     small.save(tmp_path / "b.jpg")
-    assert torch.equal(vae.read_image(tmp_path / "b.jpg", 64), vae.read_image(tmp_path / "b.jpg", 64, fast=True))
+    assert torch.equal(images.read_image(tmp_path / "b.jpg", 64), images.read_image(tmp_path / "b.jpg", 64, fast=True))
 
 
 def test_exif_does_not_rotate(tmp_path):
     picture, exif = Image.new("RGB", (10, 20), "red"), Image.Exif()
     exif[274] = 6
     picture.save(tmp_path / "a.jpg", exif=exif)
-    assert vae.read_image(tmp_path / "a.jpg").shape == (3, 20, 10)
+    assert images.read_image(tmp_path / "a.jpg").shape == (3, 20, 10)
 
 
 # --- folders --------------------------------------------------------------------------------------------------
@@ -151,20 +151,20 @@ def test_suffixes(tmp_path):
     (tmp_path / "README").touch()
     (tmp_path / ".hidden.png").touch()
     counts = Counter()
-    found = vae.list_images(tmp_path, others=counts)
+    found = images.list_images(tmp_path, others=counts)
     assert [path.name.split(".")[1] for path in found] == pictures
     assert counts == Counter({f".{suffix}": 1 for suffix in others} | {"no suffix": 1})
 
 
 def test_folders_without_images(tmp_path):
     with pytest.raises(UserError, match="no images in it, it is empty"):
-        vae.list_images(tmp_path)
+        images.list_images(tmp_path)
     for name in ("a.npz", "b.npz", "c.txt"):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match="no images in it, 2 of .npz, 1 of .txt"):
-        vae.list_images(tmp_path)
+        images.list_images(tmp_path)
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        vae.list_images(tmp_path / "nowhere")
+        images.list_images(tmp_path / "nowhere")
 
 
 def test_links(tmp_path):
@@ -179,7 +179,7 @@ def test_links(tmp_path):
     for name, target in {"gone.png": "nowhere.png", "itself.png": "itself.png", "file.png": "0.png", "loop": "."}.items():
         os.symlink(target, tmp_path / "data/a" / name)
     os.mkfifo(tmp_path / "data/a/pipe.png")                                  # opening it would wait for ever
-    found = [str(path.relative_to(tmp_path / "data")) for path in vae.list_images(tmp_path / "data")]
+    found = [str(path.relative_to(tmp_path / "data")) for path in images.list_images(tmp_path / "data")]
     inside = ["a/0.png", "a/file.png", "again/1.png", "here/0.png", "here/file.png", "linked/1.png"]
     assert [path for path in found if not path.startswith("up/")] == inside
     assert [path for path in found if path.startswith("up/")] == ["up/store/1.png"]
@@ -190,7 +190,7 @@ def test_an_unreadable_folder_is_not_passed_over(tmp_path):
     (tmp_path / "0.png").touch()
     (tmp_path / "locked").mkdir(mode=0)
     with pytest.raises(UserError, match="locked: no such folder, or not readable .Permission denied"):
-        vae.list_images(tmp_path)
+        images.list_images(tmp_path)
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def command(monkeypatch):
         monkeypatch.setattr(sys, "stdout", streams[0])
         monkeypatch.setattr(sys, "stderr", streams[1])
         with pytest.raises(SystemExit) as e:
-            vae.run_command(main)
+            commands.run_command(main)
         for stream in streams:
             stream.flush()
         return *(stream.buffer.getvalue().decode() for stream in streams), e.value.code
@@ -212,8 +212,8 @@ def test_names_that_are_no_utf8(tmp_path, command):
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "a.tmp", format="PNG")
     os.rename(tmp_path / "a.tmp", name)
-    (path,) = vae.list_images(tmp_path)
-    assert os.fsencode(path) == name and vae.read_image(path).float().mean((1, 2)).tolist() == [1, 2, 3]
+    (path,) = images.list_images(tmp_path)
+    assert os.fsencode(path) == name and images.read_image(path).float().mean((1, 2)).tolist() == [1, 2, 3]
 
     def main():
         print(path)
@@ -230,7 +230,7 @@ def test_files_that_cannot_be_written(path, tmp_path):
     (tmp_path / "folder").mkdir()
     path = path.format(tmp=tmp_path)
     with pytest.raises(UserError, match="^cannot write [^\n]*$"):
-        vae.write_atomic(path, lambda tmp: Path(tmp).write_text("x"))
+        files.write_atomic(path, lambda tmp: Path(tmp).write_text("x"))
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
 
 
@@ -245,7 +245,7 @@ def test_which_errors_are_one_line(command):
     out, err, code = command(lambda: fail(errno.ENOSPC, "full"))
     assert code == 2 and err.count("\n") == 1 and "full" in err
     with pytest.raises(OSError, match="a bug"):
-        vae.run_command(lambda: fail("a bug"))
+        commands.run_command(lambda: fail("a bug"))
 
 
 # --- arguments ------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_which_errors_are_one_line(command):
     ("existing_path", {"/": "/", __file__: __file__}, ["/nowhere", ""]),
     ("existing_folder", {"/": "/"}, ["/nowhere", __file__])])
 def test_argument_types(kind, good, bad):
-    parser = vae.Parser()
+    parser = commands.Parser()
     parser.add_argument("--x", type=getattr(vae, kind))
     for text, value in good.items():
         x = parser.parse_args([f"--x={text}"]).x
@@ -311,7 +311,7 @@ def test_a_vae_as_it_was_saved(form, suffix, small, tmp_path):
 
 def test_wrappers_go_wherever_they_stand():
     state = {"module.a.weight": 1, "b._orig_mod.c": 2, "_orig_mod.module.d": 3, "submodule.e": 4, "modules.f": 5}
-    assert vae.strip_wrappers(state) == {"a.weight": 1, "b.c": 2, "d": 3, "submodule.e": 4, "modules.f": 5}
+    assert files.strip_wrappers(state) == {"a.weight": 1, "b.c": 2, "d": 3, "submodule.e": 4, "modules.f": 5}
 
 
 @pytest.mark.parametrize("state, message", [
@@ -352,7 +352,7 @@ def test_a_name_asks_for_its_architecture(small, tmp_path):
     torch.manual_seed(0)
     net = vae.AutoencoderKL("f4d8")
     vae.export_vae(net, (torch.zeros(8), torch.ones(8)), 32, tmp_path / "out")
-    older = {name: t for name, t in vae.load_file(tmp_path / "out/diffusion_pytorch_model.safetensors").items()}
+    older = {name: t for name, t in files.load_file(tmp_path / "out/diffusion_pytorch_model.safetensors").items()}
     for new, old in dict(to_q="query", to_k="key", to_v="value").items():            # as diffusers wrote before 0.18
         older = {name.replace(f".{new}.", f".{old}."): t for name, t in older.items()}
     torch.save({name.replace(".to_out.0.", ".proj_attn."): t for name, t in older.items()}, tmp_path / "older.pt")
@@ -484,7 +484,7 @@ def test_export_command(small, tmp_path, command, monkeypatch):
 @pytest.mark.parametrize("n, columns, scale, size", [(5, 3, 1, (28, 18)), (1, 4, 2, (76, 16)), (6, 3, 2, (56, 36))])
 def test_image_grid(n, columns, scale, size):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (n, 3, 8, 8), np.uint8))
-    grid = vae.image_grid(images, columns, scale)
+    grid = pictures.image_grid(images, columns, scale)
     assert grid.size == size
     pixels, white = np.asarray(grid)[::scale, ::scale], np.ones((size[1] // scale, size[0] // scale), bool)
     for i, image in enumerate(images):

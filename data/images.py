@@ -1,0 +1,256 @@
+"""images.py: the pictures to train on and to judge by: found, read, cropped, sorted into classes and batches.
+
+Images are uint8 [3, H, W], in batches [B, 3, H, W].
+"""
+import json
+import math
+import os
+import signal
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from support.commands import UserError, one_line
+from support.files import READ_ERRORS, write_atomic
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+NO_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # data, documents
+
+
+def list_images(folder, others=None):
+    """Every image file under `folder`, sorted: those whose suffix Pillow registers for pictures, none that is
+    hidden, no link to nothing or to a folder it stands in. others: a Counter that takes the suffixes of files
+    that are no images. Raises UserError where no image is."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
+                if kind not in NO_PICTURES and (kind in Image.OPEN or kind == "MPO")}    # MPO opens as JPEG
+    found, others, folders = [], Counter() if others is None else others, [(str(folder), ())]
+    while folders:
+        root, above = folders.pop()
+        try:
+            entries, here = list(os.scandir(root)), os.path.realpath(root)
+        except OSError as e:
+            raise UserError(f"{root}: no such folder, or not readable ({e.strerror})") from None
+        if here in above:
+            continue
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry.path):
+                continue
+            if entry.is_dir():
+                folders.append((entry.path, (*above, here)))
+            elif suffix in suffixes and entry.is_file():
+                found.append(entry.path)
+            else:
+                others[suffix or "no suffix"] += 1
+    if not found:
+        kinds = ", ".join(f"{n} of {suffix}" for suffix, n in others.most_common(5))
+        raise UserError(f"{folder}: no images in it, {kinds or 'it is empty'}")
+    return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
+
+
+def list_classes(folder):
+    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name;
+    where DIR holds dataset.json (of EDM's and StyleGAN's tools), its "labels", [file, number] pairs, count; a
+    folder of images alone is one class. Raises UserError."""
+    root, table, classes = Path(folder), Path(folder) / "dataset.json", defaultdict(list)
+    files = list_images(root)
+    if table.is_file():
+        try:
+            labels = dict(json.loads(table.read_text())["labels"] or {})
+            for path in files:
+                label = int(labels[path.relative_to(root).as_posix()]) if labels else 0
+                classes[label].append(path)
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{table}: not [file, number] of every image in labels: {one_line(e)}") from None
+        return {str(label): classes[label] for label in sorted(classes)}
+    for path in files:
+        inside = path.parts[len(root.parts):]
+        classes[inside[0] if len(inside) > 1 else ""].append(path)
+    beside = classes.pop("", [])
+    if not classes:
+        return {"all": beside}
+    empty = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(classes)
+    if empty:
+        raise UserError(f"{root / min(empty)}: no images in this class folder; take it away")
+    if beside:
+        tqdm.write(f"warning: {folder}: {len(beside)} images beside the class folders are left out")
+    if {"train", "val"} <= set(classes):
+        tqdm.write(f"warning: train and val in {folder} are taken for classes; is {folder}/train meant?")
+    return dict(sorted(classes.items()))
+
+
+# --- One image ----------------------------------------------------------------------------------------------
+
+def center_crop(image, size):
+    """ADM's crop: box-halve a PIL image while its sides are >= 2 * size, bicubic to size, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def grey_to_8_bits(image):
+    """A grey PIL image of mode I, I;16 or F as mode L, its transparent value white. Integers have 16 bits (12
+    in some TIFFs), floats in [0, 1], or in [0, 255] where they exceed 2. Raises ValueError for others."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})                     # TIFF's tags
+    margin, white = 0, 4095 if tags.get(258) == (12,) else 65535                       # bits per sample
+    if image.mode == "F":
+        margin, white = 255, 1 if values.max() <= 2 else 255                           # resizing overshoots
+    grey = values / (white / 255)
+    if not (-margin <= grey.min() and grey.max() <= 255 + margin):                     # nor is NaN
+        raise ValueError(f"grey values from {values.min():g} to {values.max():g}")
+    if tags.get(262) == 0:                                                             # 0 stands for white
+        grey = 255 - grey
+    if "transparency" in image.info:
+        grey = np.where(values == image.info["transparency"], 255, grey)
+    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+
+
+def read_image(path, size=None, fast=False):
+    """An image file as uint8 [3, H, W], on white where transparent; with `size`, ADM's centre crop. EXIF does
+    not rotate it, as in ADM. fast: lets the JPEG decoder halve sides of four times `size` and more, which is
+    not ADM's box filter (2 levels apart on average). Raises UserError for a file that cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            if fast and size is not None:
+                image.draft("RGB", (2 * size, 2 * size))
+            if image.mode.startswith(("I", "F")):                # Pillow's convert would clip them
+                image = grey_to_8_bits(image)
+            elif image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            if size is not None:
+                image = center_crop(image, size)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except READ_ERRORS as e:
+        raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
+
+
+# --- The data set, and the order of batches -----------------------------------------------------------------
+
+class ImageFolder(Dataset):
+    """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, ''
+    or the path of an unreadable file, in whose place the next readable one comes). Once `cached` is the
+    folder of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty."""
+    cached, with_images = None, True
+
+    def __init__(self, folder, resolution):
+        classes = list_classes(folder)
+        self.folder, self.resolution, self.classes = str(folder), resolution, list(classes)
+        self.files = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
+        self.labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, item):
+        (index, flip), bad = item, ""
+        for k in range(len(self)):
+            i = (index + k) % len(self)
+            path, moments, image = os.fsdecode(self.files[i]), [], torch.empty(3, 0, 0)
+            try:
+                if self.cached:
+                    rows = torch.load(chunk_file(self.cached, i // CHUNK), mmap=True, weights_only=True)
+                    moments = [rows[i % CHUNK].clone()]
+                    if moments[0].isnan().any():
+                        raise UserError("unreadable when the latents were cached")
+                if self.with_images:
+                    image = read_image(path, self.resolution, fast=True)
+                return image.flip(2) if flip else image, int(self.labels[i]), bad, *moments
+            except UserError:
+                bad = bad or path
+        raise UserError(f"{path}: unreadable, as all {len(self)} images of its data set are")
+
+
+def step_batches(n, cfg, step, rank, world):
+    """This process's batches from `step` on: the data is one endless stream of epochs, each shuffled by
+    (seed, epoch); step s takes positions s*B to (s+1)*B of it."""
+    shuffled, order, share = None, None, cfg.batch_size // world
+    for step in range(step, cfg.max_train_steps):
+        flips = np.random.default_rng((cfg.seed, step, 2)).random(cfg.batch_size) < 0.5 * cfg.flip
+        batch = []
+        for k in range(rank * share, (rank + 1) * share):
+            epoch, place = divmod(step * cfg.batch_size + k, n)
+            if epoch != shuffled:
+                shuffled, order = epoch, np.random.default_rng((cfg.seed, epoch, 3)).permutation(n)
+            batch.append((int(order[place]), bool(flips[k])))
+        yield batch
+
+
+def ignore_signals(worker):
+    """Loader processes outlive a Ctrl-C or SIGTERM to the group: the main process ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def load_batches(dataset, batches, num_workers, pin_memory=False):
+    """A DataLoader of `batches` (lists of items), read in processes that stay."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
+                      persistent_workers=num_workers > 0, worker_init_fn=ignore_signals)
+
+
+def report_unreadable(names, known, n):
+    """Name each unreadable image once; known: the set of those named, of n images. Raises UserError above 1%."""
+    for name in set(filter(None, names)) - known:
+        tqdm.write(f"skipped an unreadable image: {name}")
+        known.add(name)
+        if len(known) > 0.01 * n:
+            raise UserError(f"{len(known)} of {n} images unreadable, the last one {name}")
+
+
+# --- Cached latents -----------------------------------------------------------------------------------------
+
+CHUNK = 1024                                                          # images a file of cached latents holds
+
+
+def chunk_file(folder, k):
+    return Path(folder) / f"{k:06d}.pt"
+
+
+def latents_folder(output_dir, digest, dataset):
+    """Where the latents of these images lie. Its name is a hash of what `digest` took (the VAE, its settings)
+    and of the images' names, sizes and times of change: other latents, another folder."""
+    for path in dataset.files:
+        stat = os.stat(path)                                 # nobody can set a time of change back
+        digest.update(path + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} ".encode())
+    return str(Path(output_dir) / f"latents-{digest.hexdigest()[:16]}")
+
+
+def write_latents(dataset, folder, numbers, encode, num_workers, show):
+    """Write these files of `cache_latents`, each whole or not at all; one set of loader processes for all."""
+    batches = {}                                                           # of each file: lists of items
+    for k in numbers:
+        items = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))]
+        batches[k] = [items[i:i + 32] for i in range(0, len(items), 32)]
+    loader = iter(load_batches(dataset, [batch for k in numbers for batch in batches[k]], num_workers))
+    for k in tqdm(numbers, "caching latents", disable=not show):
+        rows = []
+        for _ in batches[k]:
+            images, _, bad = next(loader)
+            rows.append(encode(images).half().cpu())
+            rows[-1][torch.tensor([name != "" for name in bad])] = math.nan
+        write_atomic(chunk_file(folder, k), lambda tmp: torch.save(torch.cat(rows), tmp))
+
+
+def cache_latents(dataset, folder, encode, num_workers, processes):
+    """Write the posterior's moments of all images once, float16 [1024, 2C, h, w] a file (NaN: an unreadable
+    image), the work split over the processes. encode: images, uint8 [B, 3, R, R] -> moments [B, 2C, h, w].
+    What an earlier run has written stays."""
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    files = math.ceil(len(dataset) / CHUNK)
+    everywhere = range(processes.rank, files, processes.world)
+    on_this_machine = range(local_rank, files, local_world)      # others' as well, where disks are not shared
+    for mine in (everywhere, on_this_machine):
+        missing = [k for k in mine if not chunk_file(folder, k).is_file()]
+        if missing:
+            write_latents(dataset, folder, missing, encode, num_workers, show=processes.rank == 0)
+        processes.wait()

@@ -1,0 +1,85 @@
+"""commands.py: what every command line here shares: errors in one line, a parser, types for its arguments."""
+import argparse
+import errno
+import math
+import os
+import signal
+import sys
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake in a flag, a path or a file: the message says what was wrong and what to type instead."""
+
+
+def one_line(e):
+    """The first line of an exception's message, 80 characters at most; its class where it has none."""
+    return (str(e).splitlines() or [type(e).__name__])[0][:80]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without the usage block: a bad flag is one line too."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def run_command(main):
+    """Run `main()`. A UserError, or an OSError about a file or a full disk, becomes one line on stderr and
+    exit code 2; bugs keep their traceback. File names that are not UTF-8 print with backslashes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                                     # not a stand-in for a stream
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except (UserError, OSError) as e:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        if isinstance(e, OSError) and e.filename is None and e.errno not in full:
+            raise
+        rank = os.environ.get("RANK", "0")
+        who = "error" if rank == "0" else f"error (rank {rank})"
+        tqdm.write(f"{who}: {e}", file=sys.stderr)                             # above progress bars
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def catch_signals():
+    """From now on SIGINT and SIGTERM end nothing: returns the list that takes them. A second one ends the
+    process at once."""
+    signals = []
+
+    def on_signal(number, frame):
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return signals
+
+
+# --- Types for argparse: each says what it wants where it gets something else -------------------------------
+
+def argument(convert, accepts, wanted):
+    """A type= for argparse: convert(text) where `accepts` is true of it, else an error "must be `wanted`"."""
+    def parse(text):
+        try:
+            value = convert(text)
+            if accepts(value):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+    return parse
+
+
+positive_int = argument(int, lambda n: n > 0, "a whole number above 0")
+count = argument(int, lambda n: n >= 0, "a whole number, 0 or more")
+positive = argument(float, lambda x: 0 < x < math.inf, "a number above 0")
+non_negative = argument(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
+fraction = argument(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+existing_path = argument(str, os.path.exists, "a file or folder that exists")
+existing_folder = argument(str, os.path.isdir, "a folder that exists")

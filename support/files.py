@@ -1,0 +1,125 @@
+"""files.py: files written whole or not at all, and files of tensors read without running what is in them."""
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from support.commands import UserError, one_line
+
+try:
+    import fcntl
+except ImportError:                                                   # Windows: two runs are not told apart
+    fcntl = None
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+def write_atomic(path, write):
+    """Write a file whole or not at all, and its folder: write(path), sync, rename. Raises UserError."""
+    path = Path(path)
+    tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(tmp)
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError, SafetensorError) as e:     # torch.save reports a full disk as RuntimeError
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or one_line(e)}") from None
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+
+
+def save_npz(file, **arrays):
+    """np.savez, whole or not at all."""
+    def write(tmp):
+        with open(tmp, "wb") as f:                           # given a name, np.savez would add .npz to it
+            np.savez(f, **arrays)
+    write_atomic(file, write)
+
+
+def lock(folder):
+    """Refuse a folder that a living run writes to (the lock goes with the process, however it ends); sweep up
+    what a killed one left half-written. Returns the lock's file, to be kept open. Raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)          # flock's would live on in the loaders
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another run is writing to it; --exp-name NAME names another") from None
+    except OSError as e:
+        tqdm.write(f"{folder}: no locks on this file system ({e.strerror}); let no other run write to it")
+    for half_written in folder.rglob(".*.tmp"):
+        if half_written.is_file():
+            half_written.unlink()
+    return file
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SyntaxError,
+               zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)             # of damaged files
+
+
+def load_tensors(path):
+    """The dict in a file of torch.save or .safetensors, on the CPU; nothing is unpickled but tensors, plain
+    containers and the argparse.Namespace of released checkpoints. The tensors are mapped, so only those that
+    are used are read. Raises UserError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:        # torch compresses nothing: a bomb is not its file
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise UserError(f"{path}: a compressed archive, not a weights file")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as e:
+        code = re.search("GLOBAL|unsupported class|unrecognized function", str(e))
+        reason = "it holds more than tensors, refused" if code else "damaged"
+        raise UserError(f"{path}: not a readable weights file ({reason})") from None
+    except (*READ_ERRORS, SafetensorError) as e:
+        raise UserError(f"{path}: not a readable weights file ({one_line(e)})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: no state dict in it, but a {type(state).__name__}")
+    return state
+
+
+def strip_wrappers(state):
+    """A state dict without DDP's "module." and torch.compile's "_orig_mod.", wherever in its keys."""
+    return {".".join(part for part in str(key).split(".") if part not in ("module", "_orig_mod")): value
+            for key, value in state.items()}
+
+
+def load_into(module, state, what):
+    """load_state_dict, where a mismatch is one line that names the first offending tensor."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError) as e:                                     # TypeError: it is not a dict
+        reason = str(e).splitlines()[:2][-1].strip()[:160]
+        raise UserError(f"{what}: {reason}; is this a checkpoint of another model?") from None
+
+
+def hash_tensors(module):
+    """SHA-256, still open, of the values in a module's state dict."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest
