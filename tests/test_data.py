@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from support import checkpoints, pictures
 import sample
 import train
 import vae

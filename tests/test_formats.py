@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from support import files
 import repa
 import sample
 import sit

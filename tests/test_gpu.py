@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from support import files
 import sample
 import train
 import vae

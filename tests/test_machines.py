@@ -14,6 +14,7 @@ import torch
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support import devices
 import repa
 import sample
 import train

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data import images
+from support import devices, pictures
 import repa
 import sample
 import train

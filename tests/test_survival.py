@@ -17,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data import images
+from support import checkpoints, commands, devices, files
 import fid
 import train
 import vae
