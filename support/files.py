@@ -51,8 +51,8 @@ def save_npz(file, **arrays):
 
 
 def lock(folder):
-    """Refuse a folder that a living run writes to (the lock goes with the process, however it ends); sweep up
-    what a killed one left half-written. Returns the lock's file, to be kept open. Raises UserError."""
+    """Refuse a folder that a living run writes to (the lock goes with the process, however it ends). Returns
+    the lock's file, to be kept open. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
@@ -62,9 +62,6 @@ def lock(folder):
         raise UserError(f"{folder}: another run is writing to it; --exp-name NAME names another") from None
     except OSError as e:
         tqdm.write(f"{folder}: no locks on this file system ({e.strerror}); let no other run write to it")
-    for half_written in folder.rglob(".*.tmp"):
-        if half_written.is_file():
-            half_written.unlink()
     return file
 
 
