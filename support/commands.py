@@ -67,7 +67,7 @@ def catch_signals():
 
 
 def check_output(out, inputs):
-    """Raises UserError where a file to be written is one of those that are read, or one in a folder of them."""
+    """Raises UserError where a file to be written is one of those that are read, or in a folder of them."""
     for path in inputs:
         same = Path(out).resolve() == Path(path).resolve()
         if same or os.path.exists(out) and Path(out).resolve().is_relative_to(Path(path).resolve()):

@@ -50,7 +50,7 @@ def save_npz(file, **arrays):
     write_atomic(file, write)
 
 
-def lock(folder):
+def lock(folder, instead="--exp-name NAME names another"):
     """Refuse a folder that a living run writes to (the lock goes with the process, however it ends). Returns
     the lock's file, to be kept open. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def lock(folder):
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)          # flock's would live on in the loaders
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder}: another run is writing to it; --exp-name NAME names another") from None
+        raise UserError(f"{folder}: another run is writing to it; {instead}") from None
     except OSError as e:
         tqdm.write(f"{folder}: no locks on this file system ({e.strerror}); let no other run write to it")
     return file
