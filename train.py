@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import sys
@@ -33,8 +32,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.images import (ImageFolder, cache_latents, latents_folder, load_batches, report_unreadable,
-                         step_batches)
+from data.images import (ImageFolder, cache_latents, end_loaders, latents_folder, load_batches,
+                         report_unreadable, step_batches)
 from data.openmoji import draw_openmoji
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
 from sample import Model, sample_images
@@ -765,7 +764,7 @@ def main():
     # Settings and folder
     cfg = parse_config()
     device, folder = pick_device(cfg.device), Path(cfg.output_dir) / cfg.exp_name
-    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+    atexit.register(end_loaders)
     if checkpoints(folder) and not (cfg.resume or cfg.overwrite or cfg.profile):
         raise UserError(f"{folder} holds checkpoints already: --resume goes on from the newest, --overwrite "
                         "starts afresh, --exp-name NAME keeps both")
