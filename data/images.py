@@ -5,6 +5,7 @@ Images are uint8 [3, H, W], in batches [B, 3, H, W].
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import signal
 import warnings
@@ -245,6 +246,14 @@ def ignore_signals(worker):
     """Loader processes outlive a signal to stop that goes to the group: the main process ends them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_loaders():
+    """End all loader processes, however the main one ends."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # PyTorch would report it as an accident
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def load_batches(dataset, batches, num_workers, pin_memory=False):
