@@ -4,7 +4,7 @@
 
 SOURCE: parquet files as a hub has them (they need pyarrow), webdataset's tars, the zip with dataset.json of
 EDM's and StyleGAN's tools, or a folder of such files. Images go to DIR/CLASS/NAME; the class is the label's
-name, or its number where the file has no names; in tars it comes from the .cls, .json or .txt beside an image. Without
+name, or its number where the file has no names; in tars the .cls, .json or .txt beside an image has it. Without
 classes they go to DIR, in the folders that they had. Bytes stay as they are, and names, but for what keeps
 equal ones apart.
 
@@ -32,6 +32,7 @@ MAGIC = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"RIFF": ".we
          b"II*\0": ".tif", b"MM\0*": ".tif"}                             # how files of these formats begin
 MOST = 2 ** 30                                                           # bytes of one image: more is a bomb
 JOURNAL = ".unpacking"
+IMAGES = image_suffixes()
 
 
 # --- Names --------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def holds_files(kind):
 
 def choose_columns(schema, file):
     """(image's column, label's column or None, names of the classes or None) of an Arrow schema: the columns
-    that the hub's description in it calls Image and ClassLabel, else the first of files, one of a usual name."""
+    that the hub's text in it calls Image and ClassLabel, else the first of files, and one of a usual name."""
     hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = hub.get("info", {}).get("features", {})
     typed = {name: features.get(name, {}).get("_type") for name in schema.names}
@@ -98,7 +99,7 @@ def read_parquet(file, others):
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError("parquet files need pyarrow: pip install pyarrow") from None
-    with ParquetFile(file, buffer_size=2 ** 20) as table:                # else it reads whole groups of rows
+    with ParquetFile(file, buffer_size=2 ** 20, pre_buffer=False) as table:       # else whole groups of rows
         image, label, names = choose_columns(table.schema_arrow, file)
         columns = [image] if label is None else [image, label]
         others.update(f"column {name}" for name in table.schema_arrow.names if name not in columns)
@@ -124,7 +125,7 @@ def read_zip(file, others):
             safe_parts(entry.filename, file)
         for k, entry in enumerate(entries, 1):
             name = Path(entry.filename)
-            if name.suffix.lower() not in image_suffixes() and name.name != "dataset.json":
+            if name.suffix.lower() not in IMAGES and name.name != "dataset.json":
                 others[name.suffix or "no suffix"] += 1
             elif entry.file_size > MOST:
                 raise UserError(f"{file}: {name} would have {entry.file_size} bytes")
@@ -175,13 +176,13 @@ def read_tar(file, others):
                 yield from sample()
                 key, pictures, texts = (folder, name.split(".")[0]), [], {}
             suffix = Path(name).suffix.lower()
-            if suffix not in image_suffixes() | {".cls", ".json", ".txt"}:
+            if suffix not in IMAGES | {".cls", ".json", ".txt"}:
                 others[suffix or "no suffix"] += 1
                 continue
             if entry.size > MOST:
                 raise UserError(f"{file}: {entry.name} would have {entry.size} bytes")
             data = archive.extractfile(entry).read()
-            if suffix in image_suffixes():
+            if suffix in IMAGES:
                 pictures.append((entry.name, data))
             else:
                 texts[suffix] = data.decode(errors="replace")
@@ -229,7 +230,7 @@ def find_files(sources):
 def place(work, label, name, data, number):
     """Where an image goes below `work`: a name that nothing has yet. number: of the image, from 0."""
     parts = safe_parts(name or f"{number:08d}", work)
-    if Path(parts[-1]).suffix.lower() not in image_suffixes() and parts[-1] != "dataset.json":
+    if Path(parts[-1]).suffix.lower() not in IMAGES and parts[-1] != "dataset.json":
         suffixes = [suffix for magic, suffix in MAGIC.items() if data.startswith(magic)]
         suffixes.append(".jpg")                                          # no image: train.py will name it
         parts = (*parts[:-1], parts[-1] + suffixes[0])
@@ -260,7 +261,7 @@ def write_images(files, work, others):
     at = dict(source=digest, file=0, item=0, number=0, target="")
     begun = dict(at)
     if (work / JOURNAL).is_file():
-        begun = json.loads((work / JOURNAL).read_text())
+        begun |= json.loads((work / JOURNAL).read_text() or "{}")
         if begun["source"] != digest:
             raise UserError(f"{work}: begun from other files; delete it to start afresh")
     number = begun["number"]
@@ -280,7 +281,9 @@ def write_images(files, work, others):
                 if (k, item) == (begun["file"], begun["item"]) and begun["target"]:
                     target = work / begun["target"]
                 at |= dict(file=k, item=item, number=number, target=target.relative_to(work).as_posix())
-                write(work / JOURNAL, json.dumps(at).encode())
+                journal = os.open(work / JOURNAL, os.O_WRONLY | os.O_CREAT, 0o666)
+                os.write(journal, json.dumps(at).encode().ljust(4096))   # one call: a kill does not split it
+                os.close(journal)
                 write(target, data)
                 number += target.name != "dataset.json"
         except (*READ_ERRORS, tarfile.TarError) as e:

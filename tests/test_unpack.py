@@ -1,5 +1,4 @@
 """data/unpack.py: what train.py then reads has the labels and the bytes of the packed data set."""
-import hashlib
 import io
 import json
 import os
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -262,7 +260,7 @@ def big_sources(folder):
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 @pytest.mark.parametrize("source", ["a.parquet", "a.zip", "a.tar"])
 def test_a_killed_run_goes_on(source, tmp_path, call):
-    """Killed at any write, six times: no file is half, none is there twice, none is missing."""
+    """Killed at any write, five times: no file is half, none is there twice, none is missing."""
     expected = big_sources(tmp_path)
     (tmp_path / "dying.py").write_text(
         "import os, signal, sys\nfrom pathlib import Path\n"
@@ -280,7 +278,7 @@ def test_a_killed_run_goes_on(source, tmp_path, call):
         "WRITE = Path.write_bytes\n"
         "Path.write_bytes, Path.replace = dying(Path.write_bytes), dying(Path.replace)\nunpack.main()\n")
     work, seen = tmp_path / ".out.unpacking", set()
-    for writes in (0, 1, 2, 3, 401, 7):                                      # the 4 of an image, and between images
+    for writes in (0, 1, 2, 401, 7):                                         # an image's two, and between images
         done = subprocess.run([sys.executable, "dying.py", str(writes), source, "out"], cwd=tmp_path,
                               capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
@@ -289,7 +287,7 @@ def test_a_killed_run_goes_on(source, tmp_path, call):
         assert set(there.values()) <= {data for files in expected.values() for data in files}      # whole, each
         assert len(set(there.values())) == len(there) and seen <= set(there)
         seen = set(there)
-    assert len(seen) == 100
+    assert len(seen) > 200
     call(source, "out")
     assert read(tmp_path / "out") == expected and not work.exists()
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(".")]
