@@ -4,7 +4,7 @@
 
 SOURCE: parquet files as a hub has them (they need pyarrow), webdataset's tars, the zip with dataset.json of
 EDM's and StyleGAN's tools, or a folder of such files. Images go to DIR/CLASS/NAME; the class is the label's
-name, or its number where the file has no names; in tars the .cls, .json or .txt beside an image has it. Without
+name, or its number where the file has no names; in tars it is in the .cls, .json or .txt beside. Without
 classes they go to DIR, in the folders that they had. Bytes stay as they are, and names, but for what keeps
 equal ones apart.
 
