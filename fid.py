@@ -32,7 +32,7 @@ from repa import EMBEDDED, FrozenEncoder, fold_batch_norms
 from sample import add_sampler_flags, label_of, load_checkpoint, sample_images, sampler_settings
 from support.checkpoints import newest_checkpoint
 from support.commands import Parser, UserError, count, existing_path, one_line, positive_int, run_command
-from support.devices import end_processes, pick_device, start_processes
+from support.devices import choose_precision, end_processes, memory_format, pick_device, start_processes
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
 from support.pictures import to_float, to_uint8
 from vae import psnr, ssim
@@ -92,12 +92,13 @@ class Inception(nn.Module):
                 setattr(net, name, Pooled(block, nn.MaxPool2d(3, stride=1, padding=1)))
             elif hasattr(block, "branch_pool"):
                 setattr(net, name, Pooled(block, nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)))
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = net
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def forward(self, images):
         """uint8 [B, 3, H, W] -> {'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]}."""
-        x = ((resize_tf1(images, self.size) - 128) / 128).contiguous(memory_format=torch.channels_last)
+        x = (resize_tf1(images, self.size) - 128) / 128
+        x = x.contiguous(memory_format=memory_format(x.device))
         for name, layer in self.net.named_children():
             if name == "global_pool":
                 break
@@ -461,6 +462,8 @@ def main():
     torch.backends.cudnn.allow_tf32 = False              # its ten bits of mantissa would show in the numbers
     processes = start_processes(device)
     rank, world = processes.rank, processes.world
+    if args.ckpt or not args.ref:                                                    # it draws
+        args.sampler["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
     sources, net = open_sources(args, device), load_features(args)
     ref, samples, lines = sources[0], sources[-1], check(sources, net)
     if args.features is None and net.name == EMBEDDED:
@@ -483,7 +486,8 @@ def main():
             raise UserError(f"the machines hold different images or weights: {seen}")
     if rank == 0 and lines:
         print(*lines, sep="\n")
-    results = evaluate(sources, net.to(device), metrics if len(sources) == 2 else [], args.save_stats,
+    net.to(device, memory_format=memory_format(device))
+    results = evaluate(sources, net, metrics if len(sources) == 2 else [], args.save_stats,
                        device=device, rank=rank, world=world, num_workers=args.num_workers,
                        batch_size=args.batch_size or (64 if device.type == "cuda" else 32))
     if args.reconstruct:

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -43,7 +43,8 @@ from support.checkpoints import (Saver, check_settings, checkpoints, load_parts,
                                  read_checkpoint, start_from)
 from support.commands import (Parser, UserError, catch_signals, count, existing_folder, existing_path,
                               fraction, non_negative, positive, positive_int, run_command)
-from support.devices import can_compile, end_processes, pick_device, start_processes
+from support.devices import (choose_precision, cores, end_processes, memory_format, pick_device,
+                             start_processes, why_no_compile)
 from support.files import hash_tensors, load_into, load_tensors, lock, write_atomic
 from support.metrics import start_metrics
 from support.pictures import image_grid, latents_in_colour, save_png, to_float, to_uint8
@@ -75,7 +76,8 @@ class Config:
     overwrite: bool = flag(False, "delete the run of the same name")
     report_to: str = flag("", "also log to this", choices=["", "tensorboard", "wandb"])
     device: str = flag("auto", "cpu, cuda, mps or auto")
-    mixed_precision: str = flag("bf16", "autocast; losses and norms stay float32", choices=["no", "bf16"])
+    mixed_precision: str = flag("auto", "autocast: bf16, no, or auto: bf16 where the hardware computes it; "
+                                "losses and norms stay float32", choices=["auto", "no", "bf16"])
     compile: bool = flag(True, "torch.compile the networks")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass, compute it again instead")
     gradient_accumulation_steps: int = flag(1, "parts of a batch, each with its own statistics", positive_int)
@@ -237,9 +239,9 @@ def update(m, cfg):
     bad = ~torch.stack(list(norms.values())).isfinite().all()
     for optimizer in m.trained.values():
         if optimizer.defaults["fused"]:
-            optimizer.found_inf = bad.float()                # the fused kernels read it, and skip, on the device
+            optimizer.found_inf = bad.float()             # the fused kernels read it, and skip, on the device
             optimizer.step()
-        elif not bad:                                        # without them (MPS) the device is waited for here
+        elif not bad:                                     # without them (MPS) the device is waited for here
             optimizer.step()
         optimizer.zero_grad()
     for buffer, kept in zip(m.statistics, m.kept_statistics):
@@ -255,8 +257,8 @@ def update(m, cfg):
 
 
 def in_a_row(before, happened, alarm):
-    """How often it has now happened in a row, after `before` times. A latch: a number that has reached `alarm`
-    stays, so that the next logged step reads it."""
+    """How often it has now happened in a row, after `before` times. A latch: a number that has reached
+    `alarm` stays, so that the next logged step reads it."""
     now = torch.where(happened, before + 1, 0)
     return torch.where(before >= alarm, before, now)
 
@@ -267,7 +269,7 @@ def run_step(m, cfg, step, batch, rank, world):
     """train_step on each part of a batch as it comes from the loader; returns {name: mean over the parts}."""
     images, y, _, *moments = batch                               # moments: where latents are cached
     images, y, *moments = (tensor.to(m.device, non_blocking=True) for tensor in (images, y, *moments))
-    x = to_float(images).contiguous(memory_format=torch.channels_last)
+    x = to_float(images).contiguous(memory_format=memory_format(m.device))
     set_rates(m, cfg, step)
     noise = draw_noise(cfg, step, m.latent_shape, rank, world, m.device)
     parts, logs = cfg.gradient_accumulation_steps, []
@@ -276,11 +278,23 @@ def run_step(m, cfg, step, batch, rank, world):
         z = None
         if cfg.vae_grad == "none":
             z = frozen_latents(m, x_k, noise_k[0], moments[0].chunk(parts)[k] if moments else None)
-        logs.append(train_step(m, cfg, step, x_k, y_k, z, *noise_k, last=k == parts - 1))
+        last = k == parts - 1
+        with nullcontext() if last else without_averaging(m):
+            logs.append(train_step(m, cfg, step, x_k, y_k, z, *noise_k, last))
     metrics = {}
     for name in logs[-1]:                                        # the last part's has the norms as well
         metrics[name] = torch.stack([log[name].detach() for log in logs if name in log]).mean()
     return metrics
+
+
+@contextmanager
+def without_averaging(m):
+    """No process sends its gradients inside; they add up until the last part of a batch, and go with its."""
+    with ExitStack() as stack:
+        for net in (m.ddp_vae, m.ddp_sit, m.ddp_disc):
+            if isinstance(net, DDP):
+                stack.enter_context(net.no_sync())
+        yield
 
 
 def set_rates(m, cfg, step):
@@ -440,7 +454,7 @@ def build(cfg, device):
     if cfg.init_from:
         start_from_another(cfg, sit, ema)
     for module in filter(None, (vae, disc, perceptual, *encoders)):
-        module.to(device, memory_format=torch.channels_last)
+        module.to(device, memory_format=memory_format(device))
     sit.place(device)
     ema.place(device)
 
@@ -481,7 +495,7 @@ def measure_latents(m, dataset, images=512):
     for chunk in np.array_split(indices, -(-len(indices) // 32)):
         x = to_float(torch.stack([dataset[int(i), False][0] for i in chunk]))
         with m.autocast():
-            posterior = m.vae.encode(x.to(m.device, memory_format=torch.channels_last))
+            posterior = m.vae.encode(x.to(m.device, memory_format=memory_format(m.device)))
         z.append(posterior.sample(torch.randn(posterior.mean.shape, generator=g).to(m.device)))
     z = torch.cat(z)
     statistics = torch.stack([z.mean((0, 2, 3)), z.var((0, 2, 3))])
@@ -497,13 +511,14 @@ def wrap(m, cfg, world):
     """Compile the networks, then let DDP average gradients. Statistics are not broadcast: the latent norm's
     are equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
+        torch._inductor.config.compile_threads = min(cores(), 32)                # each process would take all
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)    # no GPU is no fault
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
         for encoder in m.encoders:
-            encoder.forward = torch.compile(encoder.forward)
+            encoder.compile()
         if isinstance(m.perceptual, LPIPS):                  # EncoderDistance takes longer compiled, on a CPU
             m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
@@ -545,7 +560,7 @@ def draw_pictures(m, cfg, folder, step, held_out):
     latents, decoded = [], []
     with m.autocast():
         for x in originals.split(32):
-            z = m.vae.encode(x.to(m.device, memory_format=torch.channels_last)).mean
+            z = m.vae.encode(x.to(m.device, memory_format=memory_format(m.device))).mean
             latents.append(z.cpu())
             decoded.append(m.vae.decode(z).cpu())
     latents, decoded = torch.cat(latents), torch.cat(decoded)
@@ -646,7 +661,7 @@ def use_cached_latents(m, cfg, dataset, processes):
 
     @torch.no_grad()
     def encode(images):                                                                       # in float32
-        return m.vae.encode(to_float(images.to(m.device, memory_format=torch.channels_last))).moments
+        return m.vae.encode(to_float(images.to(m.device, memory_format=memory_format(m.device)))).moments
 
     where = None
     if processes.rank == 0:
@@ -728,7 +743,8 @@ def train(m, cfg, folder, dataset, step, processes):
             row = read_metrics(m, metrics, processes.world)
             row["images_per_second"] = images_done / (time.time() - since)
             if main_process and pictures:
-                row |= draw_pictures(m, cfg, folder, step, shown)
+                with torch.compiler.set_stance("force_eager"):          # other shapes, not worth compiling
+                    row |= draw_pictures(m, cfg, folder, step, shown)
             if main_process:
                 log(step, row)
                 tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
@@ -757,8 +773,9 @@ def main():
     writes = processes.rank == 0 and not cfg.profile
     if writes:
         held = lock(folder)                                           # while this name lives
-    if cfg.compile and not can_compile(device):
-        processes.say("no C++ compiler here: running eagerly (--no-compile says so in advance)")
+    cfg.mixed_precision = choose_precision(cfg.mixed_precision, device, processes)
+    if cfg.compile and processes.any(why_no_compile(device)):
+        processes.say(f"{why_no_compile(device)}: running eagerly (--no-compile says so in advance)")
         cfg.compile = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -795,4 +812,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, less_memory="--gradient-checkpointing, --gradient-accumulation-steps N, or a smaller "
+                "--batch-size")

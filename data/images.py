@@ -199,7 +199,8 @@ def load_batches(dataset, batches, num_workers, pin_memory=False):
 
 
 def report_unreadable(names, known, n):
-    """Name each unreadable image once; known: the set of those named, of n images. Raises UserError above 1%."""
+    """Name each unreadable image once. known: the set of those named, of n images. Raises UserError above
+    1%."""
     for name in set(filter(None, names)) - known:
         tqdm.write(f"skipped an unreadable image: {name}")
         known.add(name)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))         # support/ is there when this runs by hand
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # support/ is there when this runs by hand
 from support.commands import Parser, UserError, positive_int, run_command
 
 # Classes by the first code point, the first row that holds it; whatever is left is a symbol.
