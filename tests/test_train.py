@@ -15,12 +15,12 @@ import vae
 from conftest import CPU, ROOT, SHORT, run, slow, tiny_config
 from data.images import ImageFolder
 from support.checkpoints import Saver
-from support.devices import can_compile
+from support.devices import why_no_compile
 from support.files import load_tensors
 from support.pictures import to_float
 from support.profile import peak_flops
 
-compiled = pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
+compiled = pytest.mark.skipif(bool(why_no_compile(CPU)), reason="nothing to compile with")
 
 
 # --- What a run starts from -------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_compiled_step_breaks_no_graph_and_compiles_once(tiny, flags):
 
 
 @slow
-@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.skipif(bool(why_no_compile(CPU)), reason="nothing to compile with")
 def test_compiled_dinov2_and_lpips_break_no_graph_and_compile_once():
     """SiT and VAE stay eager here (tests/test_speed.py compiles them): the encoder's graph, LPIPS' with and without
     gradient."""
