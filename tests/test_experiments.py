@@ -330,7 +330,8 @@ def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
     text = "\n".join(lines[6:])
     assert "REPA ends at 400 after 300 steps. REPA-E reaches it after 200." in text
     assert "SiT ends at 500 after 300 steps. REPA-E reaches it after at most 100." in text
-    assert "left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2, nonorm-1, noalign-1, irepa-1." in text
+    assert ("left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2, nonorm-1, noalign-1, irepa-1."
+            in text)
     assert Image.open(tmp_path / "comparison.png").width > 600
 
     (tmp_path / "repa-1/fd-0000100-1000.json").write_text(json.dumps(dict(fid=600)))

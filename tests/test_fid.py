@@ -134,6 +134,34 @@ def test_sfid_features_are_the_first_branch_of_mixed_6(inception, inception_file
     close(spatial, by_hand, 1e-4)
 
 
+@torch.no_grad()
+def test_what_differs_from_timms_inception(inception, inception_file):
+    """sFID's features are the first branch of Mixed_6d, in H, W, C order; average pools leave the padding out, the one
+    of the last block takes the maximum; logits without bias. On timm's own blocks with the same weights."""
+    net = timm.create_model("inception_v3", num_classes=1008, aux_logits=False).eval()
+    net.load_state_dict(torch.load(inception_file, weights_only=True))
+    inputs, outputs = {}, {}
+    hooks = []
+    for name, block in inception.net.named_children():
+        def keep(block, x, out, name=name):
+            inputs[name], outputs[name] = x[0], out
+        hooks.append(block.register_forward_hook(keep))
+    found = inception(nchw(smooth_pictures(2, 64)))
+    for hook in hooks:
+        hook.remove()
+    pooled = [name for name, block in net.named_children() if hasattr(block, "branch_pool")]
+    assert len(pooled) == 9
+    for name in pooled:
+        x, block = inputs[name], getattr(net, name)
+        windows = F.unfold(F.pad(x, (1, 1, 1, 1), value=math.nan), 3).unflatten(1, (x.shape[1], 9))
+        values = windows.nan_to_num(-math.inf).amax(2) if name == "Mixed_7c" else windows.nanmean(2)
+        close(outputs[name][:, -len(block.branch_pool.bn.weight):], block.branch_pool(values.view_as(x)), 1e-4)
+    branch = net.Mixed_6d.branch1x1(inputs["Mixed_6d"])                        # [2, 192, 17, 17]
+    by_hand = [[branch[b, c, i, j] for i in range(17) for j in range(17) for c in range(7)] for b in range(2)]
+    close(found["spatial"], by_hand, 1e-4)
+    close(found["logits"] + net.fc.bias, net.fc(found["pool"]), 1e-4)
+
+
 def test_the_resize_is_tensorflow_1s():
     ramp = torch.arange(4, dtype=torch.uint8).mul(10).view(1, 1, 1, 4).expand(1, 3, 2, 4)
     assert fid.resize_tf1(ramp, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]  # corners not centred
@@ -172,6 +200,15 @@ def test_metrics_match_torch_fidelity():
     logits = 3 * torch.randn(1000, 1008, generator=torch.Generator().manual_seed(0))
     theirs = isc_features_to_metric(logits, splits=1, shuffle=False)
     assert fid.inception_score(logits) == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+
+
+def test_kid_of_whole_sets_by_counting():
+    """With as many in a subset as there are, each subset is everything: the unbiased estimate, written out."""
+    x, y = rows(30, 8, 5), rows(30, 8, 6, 0.2)
+    k = [[[(float(a.double() @ b.double()) / 8 + 1) ** 3 for b in g] for a in f] for f, g in ((x, x), (y, y), (x, y))]
+    within = sum(m[i][j] for m in k[:2] for i in range(30) for j in range(30) if i != j) / (30 * 29)
+    expected = within - 2 * sum(map(sum, k[2])) / 900
+    assert fid.kid(x, y, subsets=3) == pytest.approx(expected, rel=1e-5)
 
 
 def test_inception_score_in_splits_of_5000():
@@ -236,26 +273,26 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
         command("fid", ref, samples, "--json", "out.json", *flags)
         return json.loads((tmp_path / "out.json").read_text())
 
-    results, metrics = [], (",".join(fid.METRICS), "is,kid,precision,recall", "fid")
+    found, of_images = [], "is,kid,precision,recall"
     command("fid", "a", "--save-stats", "stats.npz", *with_inception)
-    for i, ref in enumerate(("a", "a.npz", "stats.npz")):
-        results.append(numbers(ref, "b.npz", "--batch-size", 3 + 4 * i, "--metrics", metrics[i], *with_inception))
-    for i, result in enumerate(results):
-        assert set(result) & set(fid.METRICS) == set(metrics[i].split(","))
-        assert all(result[name] == pytest.approx(results[0][name], rel=1e-4) for name in metrics[i].split(","))
-    assert results[0]["n_samples"] == 7 and results[0]["n_reference"] == 8 and results[0]["resolution"] == [32, 32]
+    for ref, size, metrics in (("a", 3, f"sfid,{of_images}"), ("a.npz", 7, of_images), ("stats.npz", 11, "fid")):
+        found.append(numbers(ref, "b.npz", "--batch-size", size, "--metrics", metrics, *with_inception))
+        assert set(found[-1]) & set(fid.METRICS) == set(metrics.split(","))
+    assert all(found[1][name] == pytest.approx(found[0][name], rel=1e-4) for name in of_images.split(","))
+    result = found[0] | found[2]
+    assert result["n_samples"] == 7 and result["n_reference"] == 8 and result["resolution"] == [32, 32]
     net = fid.Inception(inception_file)  # against one pass over all, and numpy's covariance
     with torch.no_grad():
-        found = [net(nchw(images)) for images in (a, b)]
+        features = [net(nchw(images)) for images in (a, b)]
     stats = {name: value for name, value in np.load(tmp_path / "stats.npz").items() if name.startswith(("mu", "sigma"))}
     for mu, sigma, key in (("mu", "sigma", "pool"), ("mu_s", "sigma_s", "spatial")):
-        close(stats[mu], found[0][key].numpy().mean(0), 1e-4)
-        close(stats[sigma], np.cov(found[0][key].double().numpy().T), 1e-3)
+        close(stats[mu], features[0][key].numpy().mean(0), 1e-4)
+        close(stats[sigma], np.cov(features[0][key].double().numpy().T), 1e-3)
     for name, key in (("fid", "pool"), ("sfid", "spatial")):
-        expected = frechet_distance_of_few(*(f[key].double().numpy() for f in found))
-        assert results[0][name] == pytest.approx(expected, rel=1e-3)
-    assert results[0]["is"] == pytest.approx(fid.inception_score(found[1]["logits"]), rel=1e-3)
-    assert results[0]["precision"] == fid.precision_recall(found[0]["pool"], found[1]["pool"])[0]
+        expected = frechet_distance_of_few(*(f[key].double().numpy() for f in features))
+        assert result[name] == pytest.approx(expected, rel=1e-3)
+    assert result["is"] == pytest.approx(fid.inception_score(features[1]["logits"]), rel=1e-3)
+    assert result["precision"] == fid.precision_recall(features[0]["pool"], features[1]["pool"])[0]
 
 
     with_resnet = ("--features", "resnet18", "--features-weights", resnet_file, *FLAGS)

@@ -55,7 +55,8 @@ def srgb_of_lab(l, a, b):
     f = (l + 16) / 116
     xyz = [w * (t ** 3 if t > 6 / 29 else 3 * (6 / 29) ** 2 * (t - 4 / 29))
            for w, t in zip((0.9642, 1.0, 0.8249), (f + a / 500, f, f - b / 200))]
-    matrix = [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
+    matrix = [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540],
+              [0.0719453, -0.2289914, 1.4052427]]
     linear = [sum(m * v for m, v in zip(row, xyz)) for row in matrix]
     return [255 * (12.92 * c if c <= 0.0031308 else 1.055 * c ** (1 / 2.4) - 0.055) for c in linear]
 
@@ -161,6 +162,13 @@ def test_center_crop_by_hand():
         assert np.abs((got.transpose(1, 0, 2) if turned else got) - quarter[:, 1:3]).max() <= 2
 
 
+def test_center_crop_ends_bicubic():
+    """24 x 30 to 16: nothing to halve, bicubic to 16 x 20, rows 2 to 18."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 24, 3), np.uint8))
+    expected = image.resize((16, 20), Image.BICUBIC).crop((0, 2, 16, 18))
+    assert np.array_equal(center_crop(image, 16), expected)
+
+
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 def test_suffixes(tmp_path):
@@ -196,7 +204,8 @@ def test_links(tmp_path):
     links = dict(linked="../store", again="../store", up="..", here="a", gone="nowhere", itself="itself")
     for name, target in links.items():
         os.symlink(target, tmp_path / "data" / name)
-    for name, target in {"gone.png": "nowhere.png", "itself.png": "itself.png", "file.png": "0.png", "loop": "."}.items():
+    links = {"gone.png": "nowhere.png", "itself.png": "itself.png", "file.png": "0.png", "loop": "."}
+    for name, target in links.items():
         os.symlink(target, tmp_path / "data/a" / name)
     os.mkfifo(tmp_path / "data/a/pipe.png")                                  # opening it would wait for ever
     found = [str(path.relative_to(tmp_path / "data")) for path in list_images(tmp_path / "data")]
@@ -269,6 +278,10 @@ def test_order_does_not_depend_on_the_number_of_processes():
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))   # each epoch holds each image once
     assert seen[:10] != seen[10:20] and seen[:10] != sorted(seen[:10])
     assert {flip for batch in order(0, 0, 1) for _, flip in batch} == {True, False}
+    other = tiny_config("--flip", "--max-train-steps", "9", "--seed", "2")
+    assert [i for batch in step_batches(10, other, 0, 0, 1) for i, _ in batch][:10] != seen[:10]
+    cfg.max_train_steps = 500
+    assert sum(flip for batch in order(0, 0, 1) for _, flip in batch) / 2000 == pytest.approx(0.5, abs=0.04)
     cfg.flip = False
     assert not any(flip for batch in order(0, 0, 1) for _, flip in batch)
 
@@ -424,4 +437,6 @@ def test_cached_latents(pictures, tmp_path, frozen_vae, monkeypatch):
     replaced = cached()
     with torch.no_grad():
         m.vae.quant_conv.bias += 1
-    assert len({where, replaced, cached()}) == 3                        # another VAE, another folder
+    other = cached()
+    cfg.resolution = 64
+    assert len({where, replaced, other, cached()}) == 4                 # another VAE or resolution, another folder

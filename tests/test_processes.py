@@ -100,6 +100,16 @@ def test_training_on_two_machines_has_the_losses_of_one_process(trained):
     assert [p.name for p in (trained / "node1").iterdir()] == ["pictures"]       # the first machine writes
 
 
+def test_the_discriminators_gradient_is_the_mean_of_its_processes(trained):
+    """Its batch norm sees each process's share alone: as one process sees the parts of a batch."""
+    flags = ["--exp-name", "gan", *TRAIN, "--disc-weight", "0.1", "--disc-start", "0", "--max-train-steps", "1"]
+    one_process(trained, "train", *flags, "--gradient-accumulation-steps", "2")
+    two_machines(trained, "train", *flags)
+    (one,), (two,) = (metrics_of(trained / name / "exps/gan") for name in ("one", "node0"))
+    for name in ("disc_loss", "gan_loss", "disc_grad_norm", "vae_grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
 def test_resuming_needs_the_checkpoint_on_every_machine(trained):
     for name in ("one", "node0"):
         shutil.copytree(trained / "node0/exps/a", trained / name / "exps/b")

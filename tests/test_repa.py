@@ -82,6 +82,8 @@ def test_encoders_by_timm_name(name, grid, size, channels, tmp_path):
         torch.save(state, tmp_path / "net.pth")
         encoder = repa.FrozenEncoder(name, grid, str(tmp_path / "net.pth"))
     assert (encoder.size, encoder.channels) == (size, channels)
+    assert not any(module.training for module in encoder.net.modules())
+    assert not any(p.requires_grad for p in encoder.parameters())
     config = timm.get_pretrained_cfg(name)
     assert np.allclose(encoder.mean.flatten(), config.mean) and np.allclose(encoder.std.flatten(), config.std)
     x = torch.rand(1, 3, 32, 32) * 2 - 1

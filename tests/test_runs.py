@@ -1,4 +1,5 @@
 """Runs of one process: what they log, killed and resumed, with other settings and by wrong flags."""
+import json
 import os
 import shutil
 import signal
@@ -11,11 +12,14 @@ import pytest
 import torch
 
 import train
+import vae
 from conftest import (CPU, ROOT, SHORT, flatten, losses, metrics_of, noise_pictures, one_line, run, slow,
                       tiny_config, torchrun)
+from data.images import list_images, read_image
 from support.checkpoints import checkpoints
 from support.commands import UserError
 from support.files import load_tensors
+from support.pictures import to_float
 
 KEYS = ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc")                # of a checkpoint
 
@@ -56,6 +60,13 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     variance = load_tensors(exp / "checkpoints/0000004.pt")["model"]["bn.running_var"].mean().item()
     assert rows[4]["latent_variance"] == pytest.approx(variance, rel=1e-6) != rows[2]["latent_variance"]
     assert all(row["images_per_second"] > 0 for row in rows.values())
+    net, _ = vae.load_vae(exp / "checkpoints/0000004.pt")
+    x = to_float(torch.stack([read_image(file, 32) for file in list_images(pictures)]))
+    with torch.no_grad():
+        rec = net.decode(net.encode(x).mean)
+    assert rows[4]["val_psnr"] == pytest.approx(vae.psnr(x, rec).mean().item(), abs=1e-3)
+    assert rows[4]["val_chroma_error"] == pytest.approx(vae.chroma_error(x, rec).mean().item(), rel=1e-3)
+    assert json.loads((exp / "args.json").read_text())["classes"] == ["one", "two words"]
     assert sorted(p.name for p in (exp / "pictures").iterdir()) == [
         f"{kind}-000000{step}.png" for kind in ("reconstructions", "samples") for step in (2, 4)]
     (exp / "evaluation-0000004.json").write_text("{}")
@@ -66,6 +77,18 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     other = noise_pictures(tmp_path / "exps/mine", 2)  # a folder that no run made is not cleared
     command("train", *flags, "--exp-name", "mine", "--vae-only", "--overwrite")
     assert len(list(other.glob("*.png"))) == 2
+
+
+def test_gradients_that_stay_wrong_end_the_run(pictures, tmp_path, command):
+    """After 20 steps of NaN (100 of exact zeros), of which the alarm is told by the next line of the log."""
+    flags = ["--data-dir", pictures, *SHORT, "--vae-only", "--max-train-steps", "60", "--checkpointing-steps", "10"]
+    out = command("train", *flags, "--vae-learning-rate", "1e38", "--lr-warmup-steps", "0", "--log-steps", "9", code=2)
+    one_line(out, "step 27: gradients not finite for 20 steps in a row", "last good checkpoint: 0000020.pt")
+    rows = metrics_of(tmp_path / "exps/tiny")
+    assert [row["skipped_in_a_row"] for row in rows] == [8, 17, 20] and rows[-1]["skipped"] == 26
+    yes, no = torch.tensor(True), torch.tensor(False)
+    for before, happened, after in ((3, yes, 4), (3, no, 0), (19, yes, 20), (20, no, 20), (20, yes, 20)):
+        assert train.in_a_row(torch.tensor(before), happened, train.SKIPPED) == after
 
 
 # --- Stopped, killed, resumed -----------------------------------------------------------------------------------------
@@ -171,7 +194,8 @@ def test_resuming_with_other_settings(short_run):
     for name, value in OTHERWISE.items():
         before = getattr(cfg, name)
         setattr(cfg, name, value)
-        with pytest.raises(UserError, match=f"trained with --{name.replace('_', '-')} {before}; .* go on with {value}$"):
+        option = name.replace("_", "-")
+        with pytest.raises(UserError, match=f"trained with --{option} {before}; it cannot go on with {value}$"):
             train.resume(m, cfg, path, classes, said.append)
         setattr(cfg, name, before)
 

@@ -60,7 +60,8 @@ def test_names_that_are_no_utf8(tmp_path, command):
 
 
 def test_which_errors_are_one_line(command):
-    for main, words in ((lambda: os.makedirs("/proc/nowhere/x"), "/proc/nowhere"), (lambda: open("/nowhere"), "/nowhere")):
+    for main, words in ((lambda: os.makedirs("/proc/nowhere/x"), "/proc/nowhere"),
+                        (lambda: open("/nowhere"), "/nowhere")):
         out, err, code = command(main)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
@@ -94,8 +95,8 @@ def test_argument_types(kind, good, bad):
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", ["/proc/nowhere/out.png", "/dev/null/out.png", "{tmp}/file/out.png", "{tmp}/" + "n" * 300,
-                                  "{tmp}/folder", "{tmp}"])
+@pytest.mark.parametrize("path", ["/proc/nowhere/out.png", "/dev/null/out.png", "{tmp}/file/out.png",
+                                  "{tmp}/" + "n" * 300, "{tmp}/folder", "{tmp}"])
 def test_files_that_cannot_be_written(path, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

@@ -288,7 +288,7 @@ def test_a_compiled_step_breaks_no_graph_and_compiles_once(tiny, flags):
 @slow
 @pytest.mark.skipif(bool(why_no_compile(CPU)), reason="nothing to compile with")
 def test_compiled_dinov2_and_lpips_break_no_graph_and_compile_once():
-    """SiT and VAE stay eager here (tests/test_speed.py compiles them): the encoder's graph, LPIPS' with and without
+    """SiT and VAE stay eager here (the tests above compile them): the encoder's graph, LPIPS' with and without
     gradient."""
     def make(*flags):
         cfg = tiny_config("--enc-type", "dinov2-vit-s", "--perceptual", "lpips", "--allow-random-weights",

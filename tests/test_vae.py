@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torchvision
 from PIL import Image
 
 import repa
@@ -57,6 +58,26 @@ def test_unit_length_features_are_float32_under_bf16():
             lengths = f.norm(dim=1)
             assert f.dtype == torch.float32 and ((lengths - 1).abs() < 1e-5).logical_or(lengths == 0).all()
             assert not torch.equal(f, exact)
+
+
+def test_lpips_written_out(tmp_path):
+    """Over torchvision's VGG16: images scaled once, five layers, unit length, heads, mean over positions and batch."""
+    torch.manual_seed(0)
+    net = torchvision.models.vgg16(weights=None).eval()
+    torch.save(net.state_dict(), tmp_path / "vgg.pth")
+    heads = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
+    torch.save({f"lin{k}.model.1.weight": head for k, head in enumerate(heads)}, tmp_path / "heads.pth")
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)))
+    h, g, expected, heads = (x - mean) / std, (y - mean) / std, 0.0, iter(heads)
+    with torch.no_grad():
+        for k, layer in enumerate(net.features):
+            h, g = layer(h), layer(g)
+            if k in (3, 8, 15, 22, 29):
+                a, b = (f / f.square().sum(1, keepdim=True).sqrt().clamp_min(1e-10) for f in (h, g))
+                expected += ((a - b) ** 2 * next(heads)).sum(1).mean((1, 2))                 # [2]
+    distance = vae.LPIPS(tmp_path / "heads.pth", tmp_path / "vgg.pth")(x, y)
+    assert distance.item() == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
 def test_ssim_against_gaussian_filter():

@@ -91,9 +91,11 @@ def test_vae_is_read_from_every_form(tmp_path, short_run):
 WRAPPED = {
     "bare": lambda s: s,
     "state_dict": lambda s: {"epoch": 3, "state_dict": s},
-    "beside": lambda s: {"state_dict": s | {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(2),
-                                            "model_ema.num_updates": torch.tensor(5), "linear_proj.weight": torch.ones(2, 2)}},
-    "first_stage": lambda s: {f"first_stage_model.{k}": t for k, t in s.items()} | {"model.diffusion_model.out.weight": torch.ones(2)},
+    "beside": lambda s: {"state_dict": s | {
+        "loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(2),
+        "model_ema.num_updates": torch.tensor(5), "linear_proj.weight": torch.ones(2, 2)}},
+    "first_stage": lambda s: {f"first_stage_model.{k}": t for k, t in s.items()} | {
+        "model.diffusion_model.out.weight": torch.ones(2)},
     "ddp": lambda s: {f"module.{k}": t for k, t in s.items()},
     "compiled": lambda s: {f"_orig_mod.module.{k}": t for k, t in s.items()},
     "compiled parts": lambda s: {k.replace("coder.", "coder._orig_mod."): t for k, t in s.items()},
@@ -165,15 +167,15 @@ def test_export_reads_back_exactly_and_is_diffusers(name, tmp_path, f8d4):
 
 
 CONFIGS = {                                                # diffusers' settings -> ours, written out
-    "sd3-like": (dict(block_out_channels=(32, 64, 64, 128), layers_per_block=1, latent_channels=16, use_quant_conv=False,
-                      use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), (),
+    "sd3-like": (dict(block_out_channels=(32, 64, 64, 128), layers_per_block=1, latent_channels=16,
+                      use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), (),
                  dict(ch=32, ch_mult=(1, 2, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=16, groups=32,
                       quant_conv=False, post_quant_conv=False, mid_attention=True)),
     "attention": (dict(block_out_channels=(32, 64, 96), layers_per_block=2, latent_channels=4), (1, 2),
                   dict(ch=32, ch_mult=(1, 2, 3), num_res_blocks=2, attn_levels=(1, 2), latent_channels=4, groups=32,
                        quant_conv=True, post_quant_conv=True, mid_attention=True)),
-    "plain middle": (dict(block_out_channels=(64, 96), layers_per_block=1, latent_channels=3, mid_block_add_attention=False,
-                          use_post_quant_conv=False, norm_num_groups=16), (),
+    "plain middle": (dict(block_out_channels=(64, 96), layers_per_block=1, latent_channels=3,
+                          mid_block_add_attention=False, use_post_quant_conv=False, norm_num_groups=16), (),
                      dict(ch=64, ch_mult=(1, 1.5), num_res_blocks=1, attn_levels=(), latent_channels=3, groups=16,
                           quant_conv=True, post_quant_conv=False, mid_attention=False)),
 }
@@ -181,7 +183,7 @@ CONFIGS = {                                                # diffusers' settings
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def theirs(request):
-    """A randomly initialised AutoencoderKL of diffusers (norms and biases too), and the config that ours should have."""
+    """An AutoencoderKL of diffusers, randomly initialised (norms and biases too); the config that ours should have."""
     diffusers = pytest.importorskip("diffusers")
     settings, attention, ours = CONFIGS[request.param]
     levels = range(len(settings["block_out_channels"]))
@@ -199,7 +201,8 @@ def agree(ours, theirs):
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         expected, got = theirs.encode(x).latent_dist, ours.encode(x)
-        assert torch.allclose(got.moments, expected.parameters, rtol=1e-4, atol=1e-5) and expected.parameters.std() > 0.05
+        assert torch.allclose(got.moments, expected.parameters, rtol=1e-4, atol=1e-5)
+        assert expected.parameters.std() > 0.05
         rec = theirs.decode(expected.mean).sample
         assert torch.allclose(ours.decode(expected.mean), rec, rtol=1e-4, atol=1e-5) and rec.std() > 0.05
 
@@ -250,7 +253,8 @@ def test_a_config_that_leaves_things_out(small, tmp_path):
         del config[key]
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     net, (mean, std) = vae.load_vae(tmp_path / "out")
-    assert same(net, small.state_dict()) and mean.tolist() == [0] * 4 and std.tolist() == pytest.approx([1 / 0.18215] * 4)
+    assert same(net, small.state_dict()) and mean.tolist() == [0] * 4
+    assert std.tolist() == pytest.approx([1 / 0.18215] * 4)
     for change, message in ((dict(_class_name="AutoencoderDC"), "AutoencoderDC"), (dict(act_fn="relu"), "relu"),
                             (dict(norm_num_groups=-8), "-8 groups"), (dict(scaling_factor=0), "not 4 finite"),
                             (dict(norm_num_groups=12), "do not divide into 12 groups")):
@@ -290,10 +294,12 @@ def test_a_checkpoint_with_a_frozen_vae_says_what_to_give(tmp_path):
 
 
 @pytest.mark.parametrize("state, message", [
-    ({"blocks.0.weight": torch.ones(2)}, "no VAEs in it .keys ending in encoder.conv_in.weight.; its keys are blocks.0.weight"),
+    ({"blocks.0.weight": torch.ones(2)},
+     "no VAEs in it .keys ending in encoder.conv_in.weight.; its keys are blocks.0.weight"),
     ([torch.ones(2)], "no state dict in it"),
     ({"encoder.conv_in.weight": torch.ones(4, 3, 3, 3)}, "no AutoencoderKL in it"),
-    ({"encoder.conv_in.weight": torch.ones(4, 3, 3, 3, dtype=torch.int8)}, "encoder.conv_in.weight holds values that are not finite floats"),
+    ({"encoder.conv_in.weight": torch.ones(4, 3, 3, 3, dtype=torch.int8)},
+     "encoder.conv_in.weight holds values that are not finite floats"),
     ({f"{k}.encoder.conv_in.weight": torch.ones(4, 3, 3, 3) for k in "ab"}, "2 VAEs in it .*its keys are a., b."),
     ({"encoder.conv_in.weight": torch.full((4, 3, 3, 3), math.inf)}, "not finite")])
 def test_what_is_no_vae_is_said_truly(state, message, tmp_path):
