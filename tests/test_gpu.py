@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from support import files
 import sample
 import train
-import vae
 from conftest import ROOT, SHORT, close, losses, metrics_of, run, torchrun
+from support.checkpoints import Saver
+from support.files import load_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = [*SHORT[:SHORT.index("--mixed-precision")], "--device", "cuda", "--compile", "--mixed-precision", "bf16"]
@@ -66,12 +66,13 @@ def test_saving_goes_on_beside_the_steps(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", slowly)
     start = time.perf_counter()
-    train.save_checkpoint(m, cfg, tmp_path, 1, ["a"])
+    saver = Saver(tmp_path, 1)
+    saver.save(1, m.parts(), vars(cfg))
     train.train_step(m, cfg, 1, *args)                                  # changes what is being saved
     torch.cuda.synchronize()
     assert time.perf_counter() - start < 2
-    m.saving.result()
-    saved = files.load_tensors(tmp_path / "checkpoints/0000001.pt")
+    saver.wait()
+    saved = load_tensors(tmp_path / "checkpoints/0000001.pt")
     assert torch.equal(saved["vae"]["encoder.conv_in.weight"], weight.cpu())
     assert not torch.equal(m.vae.encoder.conv_in.weight, weight)
 
