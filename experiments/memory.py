@@ -1,13 +1,14 @@
 """memory.py: the GPU memory that training takes, estimated where there is no GPU, without allocating it.
 
-    python experiments/memory.py                             the table of docs/performance.md, a quarter hour
-    python experiments/memory.py [--gpus 8] FLAGS            one command's: the flags that train.py would get
+    python experiments/memory.py                        the table of docs/performance.md, in minutes
+    python experiments/memory.py [--gpus N] FLAGS       one command's, by the flags that train.py would get
 
-The networks of train.build and the steps of train.run_step run on PyTorch's fake tensors, which have a shape and
-no memory, on a CPU made to follow CUDA's rules of precision. The bytes of all storages alive are summed: weights,
-EMA, gradients, AdamW's moments, what is kept for the backward passes. Not in the sum are what kernels take for
-themselves, fragmentation, the CUDA context, and what --compile saves. Files that the flags name are not read:
-the weights are fake too, and the VAE is that of --vae.
+The networks of train.build and the steps of train.run_step run on PyTorch's fake tensors, which have a shape
+and no memory, on a CPU made to follow CUDA's rules of precision. The bytes of all storages alive are summed:
+weights, EMA, gradients, AdamW's moments, what is kept for the backward passes. Not in the sum are what
+kernels take for themselves, fragmentation and the CUDA context; the step is the one of --no-compile, in bf16
+unless the flags say otherwise. Files that they name are not read: the weights are fake too, and the VAE is
+that of --vae.
 """
 import gc
 import sys
@@ -30,7 +31,7 @@ from support.commands import Parser, UserError, positive_int, run_command
 
 RUNS = ["--preset sdvae-xl2", "--preset invae-xl1", "--preset sdvae-xl2 --model SiT-L/2",
         "--preset sdvae-xl2 --model SiT-B/2", "--preset e2e-sdvae-xl2", "--preset e2e-vavae-xl1"]
-GPUS, IMAGES = 8, [4, 8, 16, 32, 64]                                  # of the table; images of a step a GPU
+IMAGES = [4, 8, 16, 32, 64]                                                  # a GPU in a step, of the table
 
 
 class Tally(TorchDispatchMode):
@@ -84,29 +85,30 @@ def build(cfg):
 
 
 def step(m, cfg, k, gpus):
-    """The k-th step of one of so many processes. DDP's gradients are views into its buckets, which last: so here
-    they are there before the step."""
+    """The k-th step of one of so many processes."""
     share = cfg.batch_size // gpus
     batch = [torch.empty(share, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8),
              torch.zeros(share, dtype=torch.long), [""] * share]
     if cfg.cache_latents:
         channels, *size = m.latent_shape
         batch.append(torch.empty(share, 2 * channels, *size, dtype=torch.float16))
-    for optimizer in m.trained.values() if gpus > 1 else ():
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.zeros_like(p)
     train.run_step(m, cfg, k, batch, 0, gpus)
 
 
 def estimate(cfg, batch_sizes, gpus):
-    """Peak bytes on each of `gpus` GPUs, for each of these global batch sizes: of a step after the first, which
-    makes AdamW's moments. And last: of the pictures that process 0 draws between steps, 32 images through the
-    VAE at once."""
-    peaks = []
+    """Peak bytes on each of `gpus` GPUs, for each of these global batch sizes: of a step after the first,
+    which makes AdamW's moments. And last: of the pictures that process 0 draws between steps, 32 images
+    through the VAE at once. DDP's gradients are views into its buckets, which last from step to step."""
+    peaks, buckets = [], []
     with FakeTensorMode(), Tally() as tally, patch.multiple(F, **CUDA_RULES):
         m = build(cfg)
         gc.collect()
+        trained = [p for optimizer in m.trained.values() for p in optimizer.param_groups[0]["params"]]
+        if gpus > 1:
+            buckets = [torch.zeros_like(p) for p in trained]
         for k, size in enumerate([batch_sizes[0], *batch_sizes]):
+            for p, bucket in zip(trained, buckets):
+                p.grad = bucket
             cfg.batch_size, tally.peak = size, tally.now
             step(m, cfg, k, gpus)
             peaks.append(tally.peak)
@@ -123,28 +125,30 @@ def read_flags(flags, gpus):
     if cfg.batch_size % parts:
         raise UserError(f"--batch-size {cfg.batch_size}: not divisible by {parts}, --gpus times "
                         "--gradient-accumulation-steps")
+    if cfg.mixed_precision == "auto":
+        cfg.mixed_precision = "bf16"
     files = dict(vae_ckpt="", init_from="", enc_ckpt="", vgg_ckpt="", lpips_ckpt="", disc_pretrained_ckpt="")
-    return replace(cfg, **files, allow_random_weights=True, num_classes=cfg.num_classes or 1000, compile=False,
-                   disc_start=0)                            # the VAE feels the discriminator from the first step
+    return replace(cfg, **files, allow_random_weights=True, num_classes=cfg.num_classes or 1000,
+                   compile=False, disc_start=0)           # the VAE feels the discriminator from the first step
 
 
 def main():
     parser = Parser(description="Estimate the GPU memory of training. Further flags are those of train.py.",
                     allow_abbrev=False)
-    parser.add_argument("--gpus", type=positive_int, default=1, help="processes of torchrun, one a GPU (1)")
+    parser.add_argument("--gpus", type=positive_int, default=8, help="that share each batch (8)")
     args, flags = parser.parse_known_args()
     if flags:
         cfg = read_flags(flags, args.gpus)
         training, pictures = estimate(cfg, [cfg.batch_size], args.gpus)
-        print(f"{training / 2 ** 30:.1f} GiB a GPU in training, {pictures / 2 ** 30:.1f} GiB on the first while "
-              "pictures are drawn; then what kernels, fragmentation and the CUDA context take")
+        print(f"{training / 2 ** 30:.1f} GiB a GPU in training, {pictures / 2 ** 30:.1f} GiB on the first when "
+              "it draws pictures; kernels, fragmentation and the CUDA context take more")
         return
-    print(f"| GiB a GPU, {GPUS} of them, by images a GPU | " + " | ".join(map(str, IMAGES)) + " | pictures |")
+    print("| flags, images a GPU | " + " | ".join(map(str, IMAGES)) + " | pictures |")
     print("|---" * (len(IMAGES) + 2) + "|")
     for run in RUNS:
         for more in ([], ["--gradient-checkpointing"]):
-            cfg = read_flags([*run.split(), *more], GPUS)
-            peaks = estimate(cfg, [GPUS * n for n in IMAGES], GPUS)
+            cfg = read_flags([*run.split(), *more], args.gpus)
+            peaks = estimate(cfg, [args.gpus * n for n in IMAGES], args.gpus)
             cells = [f"{peak / 2 ** 30:.1f}" for peak in peaks]
             print(f"| `{' '.join([run, *more])}` | {' | '.join(cells)} |", flush=True)
 
