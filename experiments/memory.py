@@ -129,7 +129,7 @@ def read_flags(flags, gpus):
         cfg.mixed_precision = "bf16"
     files = dict(vae_ckpt="", init_from="", enc_ckpt="", vgg_ckpt="", lpips_ckpt="", disc_pretrained_ckpt="")
     return replace(cfg, **files, allow_random_weights=True, num_classes=cfg.num_classes or 1000,
-                   compile=False, disc_start=0)           # the VAE feels the discriminator from the first step
+                   compile=False, disc_start=0)          # the VAE feels the discriminator from the first step
 
 
 def main():
@@ -140,8 +140,8 @@ def main():
     if flags:
         cfg = read_flags(flags, args.gpus)
         training, pictures = estimate(cfg, [cfg.batch_size], args.gpus)
-        print(f"{training / 2 ** 30:.1f} GiB a GPU in training, {pictures / 2 ** 30:.1f} GiB on the first when "
-              "it draws pictures; kernels, fragmentation and the CUDA context take more")
+        print(f"{training / 2 ** 30:.1f} GiB a GPU in training, {pictures / 2 ** 30:.1f} GiB on the first "
+              "when it draws pictures; kernels, fragmentation and the CUDA context take more")
         return
     print("| flags, images a GPU | " + " | ".join(map(str, IMAGES)) + " | pictures |")
     print("|---" * (len(IMAGES) + 2) + "|")
