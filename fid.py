@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.images import list_images, read_image
+from data.images import how_to_unpack, list_images, read_image, several_frames
 from repa import EMBEDDED, FrozenEncoder, fold_batch_norms
 from sample import add_sampler_flags, label_of, load_checkpoint, sample_images, sampler_settings
 from support.checkpoints import newest_checkpoint
-from support.commands import Parser, UserError, count, existing_path, one_line, positive_int, run_command
-from support.devices import end_processes, pick_device, start_processes
+from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, positive_int,
+                              run_command)
+from support.devices import choose_precision, end_processes, memory_format, pick_device, start_processes
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
 from support.pictures import to_float, to_uint8
 from vae import psnr, ssim
@@ -92,12 +93,13 @@ class Inception(nn.Module):
                 setattr(net, name, Pooled(block, nn.MaxPool2d(3, stride=1, padding=1)))
             elif hasattr(block, "branch_pool"):
                 setattr(net, name, Pooled(block, nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)))
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = net
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def forward(self, images):
         """uint8 [B, 3, H, W] -> {'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]}."""
-        x = ((resize_tf1(images, self.size) - 128) / 128).contiguous(memory_format=torch.channels_last)
+        x = (resize_tf1(images, self.size) - 128) / 128
+        x = x.contiguous(memory_format=memory_format(x.device))
         for name, layer in self.net.named_children():
             if name == "global_pool":
                 break
@@ -150,7 +152,9 @@ class ImageSet:
             except READ_ERRORS as e:
                 raise UserError(f"{path}: not a readable .npz ({one_line(e)})") from None
         else:
-            raise UserError(f"{path}: a file of type {self.path.suffix or '?'}; give a folder or an .npz")
+            kind = self.path.suffix.lower()
+            raise UserError(f"{path}: a file of type {kind or '?'}; give a folder or an .npz"
+                            f"{how_to_unpack(path, [kind])}")
 
     def open_npz(self):
         with np.load(self.path) as f:                         # reads what is asked for, no array of others
@@ -400,6 +404,9 @@ def parse_args(argv=None):
             (args.resolution and (args.ckpt or not args.ref), "--resolution: a checkpoint brings its own")):
         if wrong:
             raise UserError(line)
+    inputs = args.ref, args.samples, args.ckpt, args.vae_ckpt, args.inception_weights, args.features_weights
+    for out in filter(None, (args.save_stats, args.json)):
+        check_output(out, [path for path in inputs if path and not os.path.isdir(path)])
     return args
 
 
@@ -428,6 +435,7 @@ def check(sources, net):
     for source in [source for source in sources if isinstance(source, ImageSet)]:
         if source.others:
             lines.append(f"{source.path}: {source.n} images; not read, other files: {dict(source.others)}")
+        lines += filter(None, [several_frames(source.path, source.files)])
         width = len(source.given["pool"][0]) if source.given else net.channels
         name = source.marks.get("features", "inception" if width == 2048 else net.name)
         sha256 = source.marks.get("sha256", net.sha256)
@@ -461,6 +469,8 @@ def main():
     torch.backends.cudnn.allow_tf32 = False              # its ten bits of mantissa would show in the numbers
     processes = start_processes(device)
     rank, world = processes.rank, processes.world
+    if args.ckpt or not args.ref:                                                    # it draws
+        args.sampler["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
     sources, net = open_sources(args, device), load_features(args)
     ref, samples, lines = sources[0], sources[-1], check(sources, net)
     if args.features is None and net.name == EMBEDDED:
@@ -483,7 +493,8 @@ def main():
             raise UserError(f"the machines hold different images or weights: {seen}")
     if rank == 0 and lines:
         print(*lines, sep="\n")
-    results = evaluate(sources, net.to(device), metrics if len(sources) == 2 else [], args.save_stats,
+    net.to(device, memory_format=memory_format(device))
+    results = evaluate(sources, net, metrics if len(sources) == 2 else [], args.save_stats,
                        device=device, rank=rank, world=world, num_workers=args.num_workers,
                        batch_size=args.batch_size or (64 if device.type == "cuda" else 32))
     if args.reconstruct:

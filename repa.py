@@ -14,6 +14,7 @@ from timm.layers import BatchNormAct2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from support.commands import UserError, one_line
+from support.devices import memory_format
 from support.files import load_into, load_tensors
 from vae import unit_length
 
@@ -122,7 +123,7 @@ class FrozenEncoder(nn.Module):
                 raise UserError(f"encoder {name}: no feature map of stride 16 (it has {strides})")
             self.stage = len(strides) - 1 - strides[::-1].index(16)
         self.size = side * stride if side else config["input_size"][-1]
-        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.net = net.eval().requires_grad_(False)
         try:
             with torch.no_grad():
                 f = self(torch.zeros(1, 3, 32, 32)) if grid else self.pooled(torch.zeros(1, 3, 32, 32).byte())
@@ -132,6 +133,14 @@ class FrozenEncoder(nn.Module):
             raise UserError(f"encoder {name}: {f.shape[1]} features at {self.size} pixels, but SiT has "
                             f"{grid * grid} tokens")
         self.channels = f.shape[-1]
+
+    def compile(self):
+        """torch.compile; of a transformer its blocks, for which one graph serves all."""
+        if not self.is_vit:
+            self.forward = torch.compile(self.forward)
+            return
+        for block in self.net.blocks:
+            block.forward = torch.compile(block.forward)
 
     def prepare(self, x, size):
         """Images in [-1, 1], normalised by the encoder's own mean and std, then resized, not antialiased."""
@@ -150,10 +159,13 @@ class FrozenEncoder(nn.Module):
     def pooled(self, images):
         """uint8 [B, 3, H, W] -> [B, D], what the classifier would see: DINOv2's normalised class token (as
         arXiv 2306.04675), a convolutional network's pooled last map. Resized and rounded as Pillow does."""
-        x = images.float()
+        device, x = images.device, images.float()
+        if device.type == "mps":                            # before PyTorch 2.8 it has no antialiased resize
+            x = x.cpu()
         for height in (x.shape[2], self.size):                            # columns first, each time rounded
             x = F.interpolate(x, (height, self.size), mode=self.mode, antialias=True).round().clamp(0, 255)
-        x = ((x - self.mean * 255) / (self.std * 255)).contiguous(memory_format=torch.channels_last)
+        x = (x.to(device) - self.mean * 255) / (self.std * 255)
+        x = x.contiguous(memory_format=memory_format(device))
         return self.net.forward_head(self.net.forward_features(x), pre_logits=True).float()
 
 

@@ -11,7 +11,6 @@ import math
 import os
 import tempfile
 from collections import namedtuple
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,8 @@ from sit import interpolant, sit_of
 from support.checkpoints import newest_checkpoint, read_checkpoint
 from support.commands import (Parser, UserError, count, existing_path, fraction, positive, positive_int,
                               run_command)
-from support.devices import can_compile, end_processes, pick_device, start_processes
+from support.devices import (choose_precision, end_processes, memory_format, pick_device, start_processes,
+                             why_no_compile)
 from support.files import load_into, save_npz
 from support.pictures import image_grid, save_png, to_uint8
 from vae import load_vae
@@ -114,7 +114,7 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{file}: ema holds values that are not finite")
     sit.place(device).eval().requires_grad_(False)
-    vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     if compile:
         sit.compile_blocks()
         vae.decoder.compile()
@@ -159,7 +159,8 @@ def add_sampler_flags(parser):
     parser.add_argument("--guidance-low", type=fraction, default=0.0, help="guided: low <= t <= high")
     parser.add_argument("--guidance-high", type=fraction, default=1.0)
     parser.add_argument("--seed", type=count, default=0)
-    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--mixed-precision", choices=["auto", "no", "bf16"], default="auto",
+                        help="auto: bf16 where the hardware computes it, else no (float32)")
     parser.add_argument("--compile", action="store_true", help="pays from some hundreds of images")
 
 
@@ -169,28 +170,31 @@ def sampler_settings(args):
         raise UserError("--heun goes with --mode ode")
     if args.cfg_scale < 1 or args.guidance_low > args.guidance_high:
         raise UserError("--cfg-scale: 1 (no guidance) or more; --guidance-low: at most --guidance-high")
-    if args.compile and not can_compile(pick_device(args.device)):
-        raise UserError("--compile: no C++ compiler here; leave it out")
+    lacking = why_no_compile(pick_device(args.device)) if args.compile else ""
+    if lacking:
+        raise UserError(f"--compile: {lacking}; leave it out")
     names = "num_steps mode heun cfg_scale guidance_low guidance_high seed mixed_precision"
     return {name: getattr(args, name) for name in names.split()}
 
 
-def draw(model, labels, batch_size, rank, world, **settings):
+def draw(model, labels, batch_size, processes, **settings):
     """Draw image i with label labels[i], the work split over the processes. Process 0 yields all images in
-    order, as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs."""
+    order, as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs, and wait while
+    it writes them."""
+    rank, world = processes.rank, processes.world
     starts = range(0, len(labels), batch_size * world)
     for start in tqdm(starts, desc="sampling", unit="batch", disable=rank > 0):
         rest = len(labels) - start
         share = min(batch_size, math.ceil(rest / world))
         indices = [start + min(k * world + rank, rest - 1) for k in range(share)]    # pads with the last one
         images = sample_images(model, indices, [labels[i] for i in indices], **settings)
-        images = images.permute(0, 2, 3, 1).contiguous()                               # [share, H, W, 3]
+        images = images.permute(0, 2, 3, 1).contiguous().cpu()                         # [share, H, W, 3]
         if world > 1:
             parts = [torch.empty_like(images) for _ in range(world)] if rank == 0 else None
-            dist.gather(images, parts)
+            dist.gather(images, parts, group=processes.host)
         if rank == 0:
             images = torch.stack(parts, dim=1).flatten(0, 1)[:rest] if world > 1 else images
-            yield start, images.cpu()
+            yield start, images
 
 
 def save_images(out, batches, shape, columns):
@@ -228,7 +232,8 @@ def main():
     settings = sampler_settings(args)
     device = pick_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True     # as the paper samples
-    processes = start_processes(device, timeout=timedelta(hours=2))             # process 0 may write for long
+    processes = start_processes(device)
+    settings["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
     names, size = model.args["classes"], model.args["resolution"]
@@ -239,7 +244,7 @@ def main():
         raise UserError(f"--classes {e}: take 0 to {len(names) - 1}, or of {', '.join(names[:20])}") from None
     n = args.num_samples or min(8 * len(classes), 80)
     labels = [label_of(i, args.seed, classes, args.label_sampling, n) for i in range(n)]
-    batches = draw(model, labels, args.batch_size, processes.rank, processes.world, **settings)
+    batches = draw(model, labels, args.batch_size, processes, **settings)
     if processes.rank > 0:
         list(batches)                                                            # draws this process's share
     else:

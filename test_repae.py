@@ -261,7 +261,7 @@ PAPER = dict(batch_size=256, max_train_steps=400_000, resolution=256, learning_r
              enc_type="vit_base_patch14_dinov2.lvd142m", encoder_depth=8, projector="mlp", projector_dim=2048,
              spatial_norm=0.0, proj_coeff=0.5, vae_align_proj_coeff=1.5, vae_grad="repa", latent_norm=True,
              perceptual="lpips", perceptual_weight=1.0, kl_weight=1e-6, disc_weight=0.1, seed=0,
-             mixed_precision="bf16", gradient_accumulation_steps=1, vae_only=False)
+             mixed_precision="auto", gradient_accumulation_steps=1, vae_only=False)
 SECOND_STAGE = dict(vae_grad="none", max_train_steps=4_000_000, cache_latents=True)
 NUMBERS = {
     "sdvae-xl2": dict(model="SiT-XL/2", vae="f8d4"),

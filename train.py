@@ -11,13 +11,11 @@ import copy
 import dataclasses
 import json
 import logging
-import multiprocessing
 import os
-import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -33,17 +31,18 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.images import (ImageFolder, cache_latents, latents_folder, load_batches, report_unreadable,
-                         step_batches)
+from data.images import (ImageFolder, cache_latents, end_loaders, image_folder, latents_folder, load_batches,
+                         report_unreadable, step_batches)
 from data.openmoji import draw_openmoji
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
 from sample import Model, sample_images
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
-from support.checkpoints import (Saver, check_settings, checkpoints, load_parts, newest_complete,
-                                 read_checkpoint, start_from)
-from support.commands import (Parser, UserError, catch_signals, count, existing_folder, existing_path,
-                              fraction, non_negative, positive, positive_int, run_command)
-from support.devices import can_compile, end_processes, pick_device, start_processes
+from support.checkpoints import (Saver, check_settings, checkpoints, clear_run, load_parts,
+                                 newest_complete, read_checkpoint, start_from, sweep_run)
+from support.commands import (Parser, UserError, catch_signals, count, existing_path, fraction,
+                              non_negative, plain_name, positive, positive_int, run_command)
+from support.devices import (choose_precision, cores, end_processes, memory_format, pick_device,
+                             start_processes, why_no_compile)
 from support.files import hash_tensors, load_into, load_tensors, lock, write_atomic
 from support.metrics import start_metrics
 from support.pictures import image_grid, latents_in_colour, save_png, to_float, to_uint8
@@ -63,7 +62,7 @@ class Config:
     preset: str = flag("tiny", "a row of PRESETS, see train.py")
     # the run
     output_dir: str = flag("exps", "runs go to OUTPUT_DIR/EXP_NAME")
-    exp_name: str = flag("", "default: the preset's name")
+    exp_name: str = flag("", "default: the preset's name", plain_name)
     seed: int = flag(0, "with the step it fixes all randomness", count)
     max_train_steps: int = flag(400_000, "the paper's 80 epochs", positive_int)
     checkpointing_steps: int = flag(5_000, "between checkpoints; the last is always saved", positive_int)
@@ -72,18 +71,19 @@ class Config:
     log_steps: int = flag(100, "steps between lines of metrics.jsonl", positive_int)
     profile: int = flag(0, "run that many steps, print where the time goes, and stop", count)
     resume: bool = flag(False, "go on from the newest checkpoint, or start afresh where there is none")
-    overwrite: bool = flag(False, "delete the run of the same name")
+    overwrite: bool = flag(False, "delete what the run of the same name has written")
     report_to: str = flag("", "also log to this", choices=["", "tensorboard", "wandb"])
     device: str = flag("auto", "cpu, cuda, mps or auto")
-    mixed_precision: str = flag("bf16", "autocast; losses and norms stay float32", choices=["no", "bf16"])
+    mixed_precision: str = flag("auto", "autocast: bf16, no, or auto: bf16 where the hardware computes it; "
+                                "losses and norms stay float32", choices=["auto", "no", "bf16"])
     compile: bool = flag(True, "torch.compile the networks")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass, compute it again instead")
     gradient_accumulation_steps: int = flag(1, "parts of a batch, each with its own statistics", positive_int)
     num_workers: int = flag(8, "loader processes per GPU", count)
     # the data
     data_dir: str = flag("", "DIR/CLASS/*.jpg, DIR with dataset.json, or a folder of images (one class); "
-                         "without it (tiny) OpenMoji is drawn into data/", existing_folder)
-    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: data_dir", existing_folder)
+                         "without it (tiny) OpenMoji is drawn into data/", image_folder)
+    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: data_dir", image_folder)
     resolution: int = flag(256, "pixels", positive_int)
     num_classes: int = flag(0, "labels 0 to N-1, label N stands for none; 0: as many as the data has", count)
     batch_size: int = flag(256, "global, over all processes", positive_int)
@@ -237,9 +237,9 @@ def update(m, cfg):
     bad = ~torch.stack(list(norms.values())).isfinite().all()
     for optimizer in m.trained.values():
         if optimizer.defaults["fused"]:
-            optimizer.found_inf = bad.float()                # the fused kernels read it, and skip, on the device
+            optimizer.found_inf = bad.float()             # the fused kernels read it, and skip, on the device
             optimizer.step()
-        elif not bad:                                        # without them (MPS) the device is waited for here
+        elif not bad:                                     # without them (MPS) the device is waited for here
             optimizer.step()
         optimizer.zero_grad()
     for buffer, kept in zip(m.statistics, m.kept_statistics):
@@ -255,8 +255,8 @@ def update(m, cfg):
 
 
 def in_a_row(before, happened, alarm):
-    """How often it has now happened in a row, after `before` times. A latch: a number that has reached `alarm`
-    stays, so that the next logged step reads it."""
+    """How often it has now happened in a row, after `before` times. A latch: a number that has reached
+    `alarm` stays, so that the next logged step reads it."""
     now = torch.where(happened, before + 1, 0)
     return torch.where(before >= alarm, before, now)
 
@@ -267,7 +267,7 @@ def run_step(m, cfg, step, batch, rank, world):
     """train_step on each part of a batch as it comes from the loader; returns {name: mean over the parts}."""
     images, y, _, *moments = batch                               # moments: where latents are cached
     images, y, *moments = (tensor.to(m.device, non_blocking=True) for tensor in (images, y, *moments))
-    x = to_float(images).contiguous(memory_format=torch.channels_last)
+    x = to_float(images).contiguous(memory_format=memory_format(m.device))
     set_rates(m, cfg, step)
     noise = draw_noise(cfg, step, m.latent_shape, rank, world, m.device)
     parts, logs = cfg.gradient_accumulation_steps, []
@@ -276,11 +276,23 @@ def run_step(m, cfg, step, batch, rank, world):
         z = None
         if cfg.vae_grad == "none":
             z = frozen_latents(m, x_k, noise_k[0], moments[0].chunk(parts)[k] if moments else None)
-        logs.append(train_step(m, cfg, step, x_k, y_k, z, *noise_k, last=k == parts - 1))
+        last = k == parts - 1
+        with nullcontext() if last else without_averaging(m):
+            logs.append(train_step(m, cfg, step, x_k, y_k, z, *noise_k, last))
     metrics = {}
     for name in logs[-1]:                                        # the last part's has the norms as well
         metrics[name] = torch.stack([log[name].detach() for log in logs if name in log]).mean()
     return metrics
+
+
+@contextmanager
+def without_averaging(m):
+    """No process sends its gradients inside; they add up until the last part of a batch, and go with its."""
+    with ExitStack() as stack:
+        for net in (m.ddp_vae, m.ddp_sit, m.ddp_disc):
+            if isinstance(net, DDP):
+                stack.enter_context(net.no_sync())
+        yield
 
 
 def set_rates(m, cfg, step):
@@ -440,7 +452,7 @@ def build(cfg, device):
     if cfg.init_from:
         start_from_another(cfg, sit, ema)
     for module in filter(None, (vae, disc, perceptual, *encoders)):
-        module.to(device, memory_format=torch.channels_last)
+        module.to(device, memory_format=memory_format(device))
     sit.place(device)
     ema.place(device)
 
@@ -481,7 +493,7 @@ def measure_latents(m, dataset, images=512):
     for chunk in np.array_split(indices, -(-len(indices) // 32)):
         x = to_float(torch.stack([dataset[int(i), False][0] for i in chunk]))
         with m.autocast():
-            posterior = m.vae.encode(x.to(m.device, memory_format=torch.channels_last))
+            posterior = m.vae.encode(x.to(m.device, memory_format=memory_format(m.device)))
         z.append(posterior.sample(torch.randn(posterior.mean.shape, generator=g).to(m.device)))
     z = torch.cat(z)
     statistics = torch.stack([z.mean((0, 2, 3)), z.var((0, 2, 3))])
@@ -497,13 +509,14 @@ def wrap(m, cfg, world):
     """Compile the networks, then let DDP average gradients. Statistics are not broadcast: the latent norm's
     are equal everywhere by construction, the discriminator's are per process, as released."""
     if cfg.compile:
+        torch._inductor.config.compile_threads = min(cores(), 32)                # each process would take all
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)    # no GPU is no fault
         m.sit.compile_blocks()
         m.vae.encoder.compile()
         m.vae.decoder.compile()
         for encoder in m.encoders:
-            encoder.forward = torch.compile(encoder.forward)
+            encoder.compile()
         if isinstance(m.perceptual, LPIPS):                  # EncoderDistance takes longer compiled, on a CPU
             m.perceptual.features = torch.compile(m.perceptual.features)
     if cfg.gradient_checkpointing:
@@ -545,7 +558,7 @@ def draw_pictures(m, cfg, folder, step, held_out):
     latents, decoded = [], []
     with m.autocast():
         for x in originals.split(32):
-            z = m.vae.encode(x.to(m.device, memory_format=torch.channels_last)).mean
+            z = m.vae.encode(x.to(m.device, memory_format=memory_format(m.device))).mean
             latents.append(z.cpu())
             decoded.append(m.vae.decode(z).cpu())
     latents, decoded = torch.cat(latents), torch.cat(decoded)
@@ -646,7 +659,7 @@ def use_cached_latents(m, cfg, dataset, processes):
 
     @torch.no_grad()
     def encode(images):                                                                       # in float32
-        return m.vae.encode(to_float(images.to(m.device, memory_format=torch.channels_last))).moments
+        return m.vae.encode(to_float(images.to(m.device, memory_format=memory_format(m.device)))).moments
 
     where = None
     if processes.rank == 0:
@@ -663,14 +676,10 @@ def load_run(m, cfg, dataset, step, processes):
     return load_batches(dataset, batches, cfg.num_workers, pin_memory=m.device.type == "cuda")
 
 
-def start_folder(cfg, folder, classes):
-    """A new run's folder: emptied with --overwrite, once everything else has been found right; args.json."""
-    if cfg.overwrite and (folder / "args.json").is_file():
-        for stale in set(folder.iterdir()) - {folder / ".lock"}:      # also its evaluations
-            if stale.is_dir() and not stale.is_symlink():
-                shutil.rmtree(stale)
-            else:
-                stale.unlink()
+def start_folder(cfg, folder, classes, say):
+    """A run's folder: with --overwrite cleared, now that everything else has been found right; args.json."""
+    if cfg.overwrite:
+        clear_run(folder, say)
     settings = json.dumps(vars(cfg) | dict(classes=classes), indent=2)
     write_atomic(folder / "args.json", lambda tmp: tmp.write_text(settings))
 
@@ -728,7 +737,8 @@ def train(m, cfg, folder, dataset, step, processes):
             row = read_metrics(m, metrics, processes.world)
             row["images_per_second"] = images_done / (time.time() - since)
             if main_process and pictures:
-                row |= draw_pictures(m, cfg, folder, step, shown)
+                with torch.compiler.set_stance("force_eager"):          # other shapes, not worth compiling
+                    row |= draw_pictures(m, cfg, folder, step, shown)
             if main_process:
                 log(step, row)
                 tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
@@ -749,7 +759,7 @@ def main():
     # Settings and folder
     cfg = parse_config()
     device, folder = pick_device(cfg.device), Path(cfg.output_dir) / cfg.exp_name
-    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+    atexit.register(end_loaders)
     if checkpoints(folder) and not (cfg.resume or cfg.overwrite or cfg.profile):
         raise UserError(f"{folder} holds checkpoints already: --resume goes on from the newest, --overwrite "
                         "starts afresh, --exp-name NAME keeps both")
@@ -757,8 +767,10 @@ def main():
     writes = processes.rank == 0 and not cfg.profile
     if writes:
         held = lock(folder)                                           # while this name lives
-    if cfg.compile and not can_compile(device):
-        processes.say("no C++ compiler here: running eagerly (--no-compile says so in advance)")
+        sweep_run(folder)
+    cfg.mixed_precision = choose_precision(cfg.mixed_precision, device, processes)
+    if cfg.compile and processes.any(why_no_compile(device)):
+        processes.say(f"{why_no_compile(device)}: running eagerly (--no-compile says so in advance)")
         cfg.compile = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -778,7 +790,7 @@ def main():
     flops = flops_of_a_step(m, cfg) if cfg.profile else None          # before anything is compiled
     wrap(m, cfg, processes.world)
     if writes:
-        start_folder(cfg, folder, dataset.classes)
+        start_folder(cfg, folder, dataset.classes, processes.say)
         sizes = [sum(p.numel() for p in params) / 1e6 for params in (m.sit_params, m.vae_params)]
         processes.say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} "
                       f"{sizes[0]:.1f} M, VAE {cfg.vae} {sizes[1]:.1f} M, {processes.world} x {device.type}, "
@@ -795,4 +807,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, less_memory="--gradient-checkpointing, --gradient-accumulation-steps N, or a smaller "
+                "--batch-size")

@@ -3,9 +3,12 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
+from pathlib import Path, PureWindowsPath
 
+import torch
 from tqdm import tqdm
 
 
@@ -18,6 +21,9 @@ def one_line(e):
     return (str(e).splitlines() or [type(e).__name__])[0][:80]
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)                               # of a disk
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without the usage block: a bad flag is one line too."""
 
@@ -25,30 +31,59 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def run_command(main):
-    """Run `main()`. A UserError, or an OSError about a file or a full disk, becomes one line on stderr and
-    exit code 2; bugs keep their traceback. File names that are not UTF-8 print with backslashes."""
+def memory_ended(e, instead):
+    """The line to print where an exception says that memory, or a loader's shared memory, is not enough; None
+    for others. instead: the flags that need less."""
+    text = str(e)
+    if isinstance(e, torch.OutOfMemoryError):
+        tried = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        total = re.search(r"total capacity of ([\d.]+ \w+)", text)
+        size = f"{tried[1]} more were asked for" if tried else one_line(e)
+        if total:
+            size += f", it has {total[1]}"
+        return f"the GPU's memory is not enough ({size}): {instead}"
+    asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text)
+    if asked or isinstance(e, MemoryError):
+        size = f"{int(asked[1]) / 2 ** 30:.2f} GiB more were asked for" if asked else one_line(e)
+        return f"memory is not enough ({size}): {instead}"
+    if re.search(r"Bus error|shared memory|torch_shm|/torch_\d+", text):
+        return ("a loader process has no shared memory left: --num-workers 0, or more of it (docker run "
+                "--shm-size=8g)")
+    if "DataLoader worker" in text and re.search(r"killed by signal: Killed|exited unexpectedly", text):
+        return f"a loader process was killed, most likely for memory: a smaller --num-workers, or {instead}"
+    return None
+
+
+def run_command(main, less_memory="a smaller --batch-size"):
+    """Run `main()`. A UserError, an OSError about a file or a full disk, or the end of memory (less_memory:
+    the flags that need less) becomes one line on stderr and exit code 2; bugs keep their traceback. File
+    names that are not UTF-8 print with backslashes."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                                     # not a stand-in for a stream
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (UserError, OSError) as e:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        if isinstance(e, OSError) and e.filename is None and e.errno not in full:
+    except (UserError, OSError, RuntimeError, MemoryError) as e:
+        full = isinstance(e, OSError) and (e.filename is not None or e.errno in NO_ROOM)
+        line = str(e) if full or isinstance(e, UserError) else memory_ended(e, less_memory)
+        if line is None:
             raise
         rank = os.environ.get("RANK", "0")
         who = "error" if rank == "0" else f"error (rank {rank})"
-        tqdm.write(f"{who}: {e}", file=sys.stderr)                             # above progress bars
+        tqdm.write(f"{who}: {line}", file=sys.stderr)                          # above progress bars
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+# By which a person or a cluster asks to stop: Ctrl-C, SIGTERM, and before a job's time is up often SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
 def catch_signals():
-    """From now on SIGINT and SIGTERM end nothing: returns the list that takes them. A second one ends the
-    process at once."""
+    """From now on STOP_SIGNALS end nothing: returns the list that takes them. A second one ends the process
+    at once."""
     signals = []
 
     def on_signal(number, frame):
@@ -56,9 +91,17 @@ def catch_signals():
             os._exit(128 + number)
         signals.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
     return signals
+
+
+def check_output(out, inputs):
+    """Raises UserError where a file to be written is one of those that are read, or in a folder of them."""
+    for path in inputs:
+        same = Path(out).resolve() == Path(path).resolve()
+        if same or os.path.exists(out) and Path(out).resolve().is_relative_to(Path(path).resolve()):
+            raise UserError(f"{out}: this file is read, it is not written over; name another")
 
 
 # --- Types for argparse: each says what it wants where it gets something else -------------------------------
@@ -83,3 +126,5 @@ non_negative = argument(float, lambda x: 0 <= x < math.inf, "a number, 0 or more
 fraction = argument(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
 existing_path = argument(str, os.path.exists, "a file or folder that exists")
 existing_folder = argument(str, os.path.isdir, "a folder that exists")
+plain_name = argument(str, lambda name: PureWindowsPath(name).name == name != "" and not name.startswith("."),
+                      "one plain name, without / or \\ and not hidden")

@@ -1,18 +1,25 @@
-"""devices.py: the device a program runs on, and the processes that torchrun started."""
+"""devices.py: what a program runs on: the device, its precision, a compiler, the processes of torchrun."""
 import os
+import platform
 import shutil
+import sysconfig
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 from support.commands import UserError
 
 
+# --- The device ---------------------------------------------------------------------------------------------
+
 def pick_device(name):
-    """'auto' is the first of cuda, mps, cpu that is there; under torchrun, this process's own GPU."""
+    """'auto' is the first of cuda, mps, cpu that is there; under torchrun, this process's own GPU. Raises
+    UserError for one that is not there, and for a GPU that this PyTorch has no kernels for."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -24,14 +31,84 @@ def pick_device(name):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        if not has_kernels(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()):
+            kinds = ", ".join(torch.cuda.get_arch_list())
+            raise UserError(f"--device {device}: {torch.cuda.get_device_name(device)} is none of {kinds}, "
+                            "which this PyTorch is built for; install another build, or take --device cpu")
         torch.cuda.set_device(device)
     return device
 
 
-def can_compile(device):
-    """torch.compile needs a C++ compiler on CPU and a C compiler on CUDA."""
-    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
-    return device.type != "mps" and any(shutil.which(os.environ.get(name, name)) for name in names)
+def has_kernels(capability, built_for):
+    """Whether a build of PyTorch runs on a GPU of this compute capability, (major, minor). built_for: names
+    like sm_86 (kernels, which run on later minor versions of the same major) and compute_90 (code compiled on
+    the way, for all that are later). Other names are another maker's: not judged."""
+    major, minor = capability
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        number = number.rstrip("af")                                  # sm_90a: for that one alone
+        if kind not in ("sm", "compute") or not number.isdecimal():
+            return True
+        built = int(number[:-1]), int(number[-1])
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
+            return True
+    return not built_for
+
+
+def memory_format(device):
+    """The order of image tensors in memory: channels last, but not on MPS, where PyTorch has had wrong
+    gradients of batch norm (its issue 175189) and very slow ones of convolutions (193349) with it."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+def computes_bf16(device):
+    """Whether the hardware has bf16 arithmetic. PyTorch's autocast does not ask: it emulates, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # On x86 oneDNN says yes to AVX-512 alone, and then takes three times as long as in float32.
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        instructions = torch.cpu._is_avx512_bf16_supported() if x86 else True
+        return bool(instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False                                                      # MPS: it saves memory, but no time
+
+
+def choose_precision(asked, device, processes):
+    """--mixed-precision: 'bf16' or 'no' as asked, for 'auto' by what the hardware of all processes computes.
+    What 'auto' has chosen, or that what was asked for is slow here, is said in one line."""
+    if asked == "no":
+        return asked
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    emulated = processes.any(not computes_bf16(device))
+    if asked == "auto" and emulated:
+        processes.say(f"precision: float32 (this {kind} has no bf16 arithmetic)")
+    elif asked == "auto":
+        processes.say(f"precision: bf16 (this {kind} computes it)")
+    elif emulated:
+        processes.say(f"warning: this {kind} only emulates bf16; --mixed-precision no is faster")
+    return "no" if asked == "auto" and emulated else "bf16"
+
+
+def why_no_compile(device):
+    """What torch.compile lacks here, in words; '' where it lacks nothing."""
+    if device.type == "mps":
+        return "torch.compile is not used on MPS"
+    names = ("CXX", "g++", "clang++", "cl") if device.type == "cpu" else ("CC", "gcc", "clang", "cl")
+    if not any(shutil.which(os.environ.get(name, name)) for name in names):
+        return f"no {'C++' if device.type == 'cpu' else 'C'} compiler here"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "no Python.h here (Debian's package is python3-dev)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "Triton needs a GPU of compute capability 7.0 or more"
+    if device.type == "cuda" and not has_triton():
+        return "no Triton here"
+    return ""
+
+
+def cores():
+    """CPU cores for each process on this machine."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # --- Processes ----------------------------------------------------------------------------------------------
@@ -79,15 +156,15 @@ class Processes:
         return values[0]
 
 
-def start_processes(device, timeout=timedelta(minutes=10)):
-    """The Processes of torchrun, after joining their group if there is one. timeout: how long a process may
-    wait for data of another one (NCCL's own is 10 minutes). Raises UserError."""
+def start_processes(device):
+    """The Processes of torchrun, after joining their group if there is one. Raises UserError."""
     if os.environ.get("WORLD_SIZE", "1") == "1":          # a platform may set it for a process without group
         return Processes()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is above 1, but {', '.join(missing)} not set: start with torchrun")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    on_gpus = device.type == "cuda" and dist.is_nccl_available()                     # Windows has none
+    dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
     host = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     return Processes(dist.get_rank(), dist.get_world_size(), host)
 

@@ -31,9 +31,9 @@ def mark_sections(sections):
 
 
 def profile(run_step, steps, images, flops, peak, device, say):
-    """The rate of `steps` steps after three of warm-up; then torch.profiler's table of three more, with a row for
-    each section of the forward pass (its backward stands in autograd's own rows). run_step(k): the k-th step, of
-    so many images over all processes and FLOPs in this one; peak: FLOP/s; say(line) prints."""
+    """The rate of `steps` steps after three of warm-up; then torch.profiler's table of three more, with a row
+    for each section of the forward pass (its backward stands in autograd's own rows). run_step(k): the k-th
+    step, of so many images over all processes and FLOPs in this one; peak: FLOP/s; say(line) prints."""
     def seconds_a_step(first, steps):
         start = time.perf_counter()
         for k in range(first, first + steps):

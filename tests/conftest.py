@@ -1,4 +1,5 @@
 """What the tests share: running commands, small pictures, a short run, the tiny preset's networks."""
+import hashlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support import commands, metrics
+from support.commands import run_command
 import fid
 import sample
 import train
@@ -50,7 +51,7 @@ def run_here(script, *flags, cwd):
     os.chdir(cwd)
     sys.argv = [f"{script}.py", *map(str, flags)]
     try:
-        commands.run_command(dict(train=train.main, sample=sample.main, fid=fid.main, vae=vae.main)[script])
+        run_command(dict(train=train.main, sample=sample.main, fid=fid.main, vae=vae.main)[script])
     except SystemExit as e:
         code = e.code
     finally:
@@ -107,6 +108,23 @@ def flatten(tree, prefix=""):
     if isinstance(tree, dict):
         return [pair for k, v in tree.items() for pair in flatten(v, f"{prefix}.{k}")]
     return [(prefix, tree)] if isinstance(tree, torch.Tensor) else []
+
+
+def digest(module):
+    """(number, hash) of the lines 'name shape' of its tensors."""
+    lines = sorted(f"{name} {tuple(t.shape)}" for name, t in module.state_dict().items())
+    return len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def smooth_pictures(n, size, seed=0, blur=4):
+    """Random smooth pictures uint8 [n, size, size, 3]."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (n, blur, blur, 3), dtype=np.uint8)
+    return np.stack([np.array(Image.fromarray(c).resize((size, size), Image.BICUBIC)) for c in coarse])
+
+
+def nchw(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def noise_pictures(folder, n, size=40, seed=0):

@@ -1,4 +1,4 @@
-"""What data/openmoji.py draws, and the numbers and pictures of experiments/."""
+"""experiments/: its numbers, pictures and commands."""
 import json
 import math
 import os
@@ -11,16 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from data import images
-from support import metrics
 import sit
 import vae
-from data import openmoji
+from conftest import ROOT
+from data.images import list_images, read_image
 from experiments import analyze, compare, curves
 from support.commands import UserError
+from support.pictures import to_float, to_uint8
 
 EMBEDDED = "efficientnet-lite0"
 
@@ -36,7 +33,6 @@ def call(main, monkeypatch, *argv):
 @pytest.mark.parametrize("command, words", [
     ("data/openmoji.py --size 0", "--size"),
     ("experiments/analyze.py evaluate nowhere.pt", "nowhere.pt: no such file"),
-    ("experiments/analyze.py reconstruct nowhere.pt .", "nowhere.pt: no such file"),
     ("experiments/compare.py nowhere", "nowhere: no results"),
     ("experiments/curves.py nowhere", "nowhere: no such file"),
 ])
@@ -56,60 +52,6 @@ def test_without_matplotlib_one_line_says_how_to_get_it(main, argv, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         call(main, monkeypatch, *argv)
-
-
-# --- OpenMoji ----------------------------------------------------------------------------------------------------
-
-def test_openmoji_is_drawn_whole(tmp_path):
-    folder = tmp_path / "om"
-    left = subprocess.Popen([sys.executable, "-c", "pass"])               # a process that has ended
-    left.wait()
-    stale = tmp_path / f".om.{left.pid}.tmp/train/faces"                  # what it left, had it been killed
-    living = tmp_path / f".om.{os.getppid()}.tmp/train/faces"
-    stale.mkdir(parents=True)
-    living.mkdir(parents=True)
-    openmoji.draw_openmoji(folder, 32)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f".om.{os.getppid()}.tmp", "om"])
-
-    files = {part: list((folder / part).glob("*/*.png")) for part in ("train", "val")}
-    assert len(files["train"]) == 4126 and len(files["val"]) == 240
-    pictures = {Image.open(file).tobytes() for found in files.values() for file in found}
-    assert len(pictures) == 4366                                          # no two alike
-    bases = {part: {file.stem.split("-")[0] for file in found} for part, found in files.items()}
-    assert not bases["train"] & bases["val"]                              # variants stay together
-    assert {file.parent.name for file in files["train"]} == set(openmoji.OPENMOJI_CLASSES)
-    assert {file.parent.name for file in files["val"]} == set(openmoji.OPENMOJI_CLASSES) - {"people"}
-    face = np.asarray(Image.open(folder / "train/faces/1F600.png"), float)
-    assert face.shape == (32, 32, 3) and face[..., 0].mean() > face[..., 2].mean() + 40                 # yellow
-    flag = np.asarray(Image.open(next(folder.glob("*/flags/1F1EE-1F1F9.png"))), float)    # Italy, two code points
-    assert flag[16, 7, 1] > flag[16, 7, 0] + 60 and flag[16, 24, 0] > flag[16, 24, 1] + 60
-
-
-@pytest.mark.parametrize("name, code", [
-    ("faces", 0x1F600), ("flags", 0x1F1E9), ("animals", 0x1F415), ("food", 0x1F355), ("travel", 0x1F697),
-    ("hands", 0x1F44D), ("people", 0x1F469), ("objects", 0x231A), ("brands", 0xE000), ("symbols", 0x2764)])
-def test_openmoji_class(name, code):
-    assert openmoji.openmoji_class(code) == name
-
-
-def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
-    save, count = Image.Image.save, []
-
-    def interrupted(image, *args, **kwargs):
-        count.append(1)
-        if len(count) == 5:
-            raise KeyboardInterrupt
-        save(image, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        openmoji.draw_openmoji(tmp_path / "om", 8)
-    assert len(count) == 5 and not list(tmp_path.iterdir())
-
-
-def test_openmoji_by_hand_keeps_what_is_there(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="exists already"):
-        call(openmoji.main, monkeypatch, "--out", tmp_path)
 
 
 # --- alignment ---------------------------------------------------------------------------------------------------
@@ -252,20 +194,6 @@ def test_evaluate_matches_classes_by_name(checkpoint, pictures, tmp_path, monkey
 
 # --- latents -----------------------------------------------------------------------------------------------------
 
-def test_latents_in_colour_are_their_principal_components():
-    rng = np.random.default_rng(0)
-    z = torch.tensor(rng.normal(size=(3, 5, 4, 4)) * np.array([1, 2, 3, 4, 5]).reshape(1, 5, 1, 1))
-    flat = z.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
-    flat = flat - flat.mean(0)
-    axes = np.linalg.svd(flat, full_matrices=False)[2][:3]
-    axes *= np.sign([axis[np.abs(axis).argmax()] for axis in axes])[:, None]
-    values = flat @ axes.T
-    expected = np.clip(127.5 * (1 + values / (2.5 * values.std(0))), 0, 255).reshape(3, 4, 4, 3)
-    colour = pictures.latents_in_colour(z, 2)
-    assert colour.shape == (3, 3, 8, 8) and torch.equal(colour[:, :, ::2, ::2], colour[:, :, 1::2, 1::2])
-    assert np.abs(colour[:, :, ::2, ::2].permute(0, 2, 3, 1).numpy() - expected).max() < 0.6
-
-
 @torch.no_grad()
 def test_latents_command_prints_the_spectrum(checkpoint, pictures, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
@@ -285,7 +213,7 @@ def test_latents_command_prints_the_spectrum(checkpoint, pictures, tmp_path, mon
 
     autoencoder = vae.AutoencoderKL("f4d8")
     autoencoder.load_state_dict(torch.load(checkpoint, weights_only=True)["vae"])
-    x = torch.stack([pictures.to_float(images.read_image(file)) for file in images.list_images(pictures)])
+    x = torch.stack([to_float(read_image(file)) for file in list_images(pictures)])
     flat = autoencoder.quant_conv(autoencoder.encoder(x))[:, :8].permute(0, 2, 3, 1).reshape(-1, 8).numpy()
     eigenvalues = np.linalg.eigvalsh(np.cov(flat.T.astype(float), bias=True))[::-1]
     for variances in spectra.values():
@@ -303,12 +231,12 @@ def test_reconstruct_command_prints_psnr_and_ssim(checkpoint, pictures, tmp_path
          tmp_path / "r.png", "--vgg-ckpt", "nowhere", "--device", "cpu")
     out = capsys.readouterr().out
     autoencoder, _ = vae.load_vae(checkpoint)
-    x = torch.stack([images.read_image(file) for file in images.list_images(pictures)])
-    y = pictures.to_uint8(autoencoder.decode(autoencoder.encode(pictures.to_float(x)).mean))
+    x = torch.stack([read_image(file) for file in list_images(pictures)])
+    y = to_uint8(autoencoder.decode(autoencoder.encode(to_float(x)).mean))
     mse = ((x.double() - y.double()) / 255).square().mean((1, 2, 3))
     printed = dict(line.rsplit(None, 1) for line in out.splitlines() if line.startswith("  "))
     assert float(printed["  PSNR (dB)"]) == pytest.approx((-10 * mse.log10()).mean().item(), abs=0.01)
-    assert float(printed["  SSIM"]) == pytest.approx(vae.ssim(pictures.to_float(x), pictures.to_float(y)).mean().item(), abs=1e-3)
+    assert float(printed["  SSIM"]) == pytest.approx(vae.ssim(to_float(x), to_float(y)).mean().item(), abs=1e-3)
     assert "no LPIPS: " in out and "LPIPS" not in "".join(printed) and "24 images; originals beside" in out
     grid = np.asarray(Image.open(tmp_path / "r.png"))[::2, ::2]                # 4 pairs a row, doubled; gap 2
     assert grid.shape == (6 * 34 - 2, 8 * 34 - 2, 3)
@@ -402,7 +330,8 @@ def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
     text = "\n".join(lines[6:])
     assert "REPA ends at 400 after 300 steps. REPA-E reaches it after 200." in text
     assert "SiT ends at 500 after 300 steps. REPA-E reaches it after at most 100." in text
-    assert "left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2, nonorm-1, noalign-1, irepa-1." in text
+    assert ("left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2, nonorm-1, noalign-1, irepa-1."
+            in text)
     assert Image.open(tmp_path / "comparison.png").width > 600
 
     (tmp_path / "repa-1/fd-0000100-1000.json").write_text(json.dumps(dict(fid=600)))

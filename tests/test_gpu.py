@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 
-from support import files
 import sample
 import train
-import vae
-from conftest import ROOT, SHORT, close, losses, metrics_of, run, torchrun
+from conftest import ROOT, SHORT, close, losses, metrics_of, one_line, run, torchrun
+from support import commands, devices
+from support.checkpoints import Saver
+from support.files import load_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = [*SHORT[:SHORT.index("--mixed-precision")], "--device", "cuda", "--compile", "--mixed-precision", "bf16"]
@@ -66,12 +67,13 @@ def test_saving_goes_on_beside_the_steps(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", slowly)
     start = time.perf_counter()
-    train.save_checkpoint(m, cfg, tmp_path, 1, ["a"])
+    saver = Saver(tmp_path, 1)
+    saver.save(1, m.parts(), vars(cfg))
     train.train_step(m, cfg, 1, *args)                                  # changes what is being saved
     torch.cuda.synchronize()
     assert time.perf_counter() - start < 2
-    m.saving.result()
-    saved = files.load_tensors(tmp_path / "checkpoints/0000001.pt")
+    saver.wait()
+    saved = load_tensors(tmp_path / "checkpoints/0000001.pt")
     assert torch.equal(saved["vae"]["encoder.conv_in.weight"], weight.cpu())
     assert not torch.equal(m.vae.encoder.conv_in.weight, weight)
 
@@ -107,3 +109,13 @@ def test_two_nccl_processes_give_the_losses_of_one(pictures, tmp_path):
     sampler = [ROOT / "sample.py", "--ckpt", ckpt, "--num-samples", "5", "--num-steps", "3"]
     run(sys.executable, *sampler, "--out", "one.npz", cwd=tmp_path)
     run(*torchrun(2), *sampler, "--out", "two.npz", cwd=tmp_path)
+
+
+def test_precision_and_memory_of_this_gpu(capsys):
+    """bf16 is computed from capability 8.0 on; a request beyond the GPU's memory is one line with both sizes."""
+    device = devices.pick_device("cuda")
+    assert devices.computes_bf16(device) == (torch.cuda.get_device_capability(device) >= (8, 0))
+    assert devices.memory_format(device) == torch.channels_last
+    with pytest.raises(SystemExit):
+        commands.run_command(lambda: torch.empty(1 << 45, device=device), "TAKE LESS")
+    one_line(capsys.readouterr().err, "the GPU's memory is not enough (32768.00 GiB more", "it has", "TAKE LESS")

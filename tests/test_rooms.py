@@ -1,0 +1,55 @@
+"""The rooms: imports go one way, and no stray package of the same name wins over a folder of ours."""
+import ast
+import sys
+
+import pytest
+
+from conftest import ROOT, run
+
+NETWORKS = {"vae", "sit", "repa", "sample"}
+MAY_IMPORT = {                                              # of what is ours: {room or file at the top: these}
+    "support": {"support"},
+    "data": {"data", "support"},
+    "vae": {"data", "support"},
+    "sit": {"vae", "data", "support"},
+    "repa": {"vae", "data", "support"},
+    "sample": {"vae", "sit", "repa", "data", "support"},
+    "train": NETWORKS | {"data", "support"},
+    "fid": NETWORKS | {"data", "support"},
+    "experiments": NETWORKS | {"train", "fid", "experiments", "data", "support"},
+    "test_repae": NETWORKS | {"train", "fid", "data", "support"},
+}
+
+
+def imported(file):
+    """The first words of all modules that a file imports, at its top or inside of a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(file.parent.name if node.level else node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_go_one_way(room):
+    files = sorted((ROOT / room).glob("*.py")) or [ROOT / f"{room}.py"]
+    ours = MAY_IMPORT.keys() | {"tests"} | {file.stem for file in (ROOT / "tests").glob("*.py")}
+    assert all(file.is_file() for file in files)
+    for file in files:
+        assert imported(file) & ours <= MAY_IMPORT[room], file
+
+
+def test_every_file_has_its_room():
+    assert {file.stem for file in ROOT.glob("*.py")} | {"data", "support", "experiments"} == MAY_IMPORT.keys()
+    for folder in ("data", "support"):
+        assert (ROOT / folder / "__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("script", ["train.py", "data/openmoji.py"])
+def test_a_stray_package_of_the_same_name_does_not_win(script, tmp_path):
+    for name in ("data", "support"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the stray {name}')\n")
+    assert "--help" in run(sys.executable, ROOT / script, "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
