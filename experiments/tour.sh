@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The experiments of docs/tour.md: bash experiments/tour.sh, from the project's root; about 20 minutes of two cores.
+# The experiments of docs/tour.md: bash experiments/tour.sh, from the project's root. On two idle cores it should take
+# about a quarter of an hour.
 #
 # One VAE is trained by its own losses (base). From it five runs train a fresh SiT, all else equal:
 #     naive    the diffusion loss into the VAE        nonorm   REPA-E, latent statistics that stay as at the start
