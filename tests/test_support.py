@@ -30,7 +30,7 @@ from support.pictures import image_grid, latents_in_colour, to_float, to_uint8
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def command(monkeypatch):
+def strict(monkeypatch):
     """What a command of ours prints on strictly UTF-8 streams, and its exit code."""
     def run(main):
         streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict") for _ in range(2)]
@@ -44,7 +44,7 @@ def command(monkeypatch):
     return run
 
 
-def test_names_that_are_no_utf8(tmp_path, command):
+def test_names_that_are_no_utf8(tmp_path, strict):
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "a.tmp", format="PNG")
     os.rename(tmp_path / "a.tmp", name)
@@ -55,20 +55,20 @@ def test_names_that_are_no_utf8(tmp_path, command):
         print(path)
         raise UserError(f"{path}: as it is")
 
-    out, err, code = command(main)
+    out, err, code = strict(main)
     assert out.endswith("caf\\udce9.png\n") and err.endswith("caf\\udce9.png: as it is\n") and code == 2
 
 
-def test_which_errors_are_one_line(command):
+def test_which_errors_are_one_line(strict):
     for main, words in ((lambda: os.makedirs("/proc/nowhere/x"), "/proc/nowhere"),
                         (lambda: open("/nowhere"), "/nowhere")):
-        out, err, code = command(main)
+        out, err, code = strict(main)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
     def fail(*args):
         raise OSError(*args)
 
-    out, err, code = command(lambda: fail(errno.ENOSPC, "full"))
+    out, err, code = strict(lambda: fail(errno.ENOSPC, "full"))
     assert code == 2 and err.count("\n") == 1 and "full" in err
     with pytest.raises(OSError, match="a bug"):
         commands.run_command(lambda: fail("a bug"))
