@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.images import list_images, read_image
+from data.images import how_to_unpack, list_images, read_image, several_frames
 from repa import EMBEDDED, FrozenEncoder, fold_batch_norms
 from sample import add_sampler_flags, label_of, load_checkpoint, sample_images, sampler_settings
 from support.checkpoints import newest_checkpoint
-from support.commands import Parser, UserError, count, existing_path, one_line, positive_int, run_command
+from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, positive_int,
+                              run_command)
 from support.devices import choose_precision, end_processes, memory_format, pick_device, start_processes
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
 from support.pictures import to_float, to_uint8
@@ -151,7 +152,9 @@ class ImageSet:
             except READ_ERRORS as e:
                 raise UserError(f"{path}: not a readable .npz ({one_line(e)})") from None
         else:
-            raise UserError(f"{path}: a file of type {self.path.suffix or '?'}; give a folder or an .npz")
+            kind = self.path.suffix.lower()
+            raise UserError(f"{path}: a file of type {kind or '?'}; give a folder or an .npz"
+                            f"{how_to_unpack(path, [kind])}")
 
     def open_npz(self):
         with np.load(self.path) as f:                         # reads what is asked for, no array of others
@@ -401,6 +404,9 @@ def parse_args(argv=None):
             (args.resolution and (args.ckpt or not args.ref), "--resolution: a checkpoint brings its own")):
         if wrong:
             raise UserError(line)
+    inputs = args.ref, args.samples, args.ckpt, args.vae_ckpt, args.inception_weights, args.features_weights
+    for out in filter(None, (args.save_stats, args.json)):
+        check_output(out, [path for path in inputs if path and not os.path.isdir(path)])
     return args
 
 
@@ -429,6 +435,7 @@ def check(sources, net):
     for source in [source for source in sources if isinstance(source, ImageSet)]:
         if source.others:
             lines.append(f"{source.path}: {source.n} images; not read, other files: {dict(source.others)}")
+        lines += filter(None, [several_frames(source.path, source.files)])
         width = len(source.given["pool"][0]) if source.given else net.channels
         name = source.marks.get("features", "inception" if width == 2048 else net.name)
         sha256 = source.marks.get("sha256", net.sha256)

@@ -11,9 +11,7 @@ import copy
 import dataclasses
 import json
 import logging
-import multiprocessing
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -33,16 +31,16 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.images import (ImageFolder, cache_latents, latents_folder, load_batches, report_unreadable,
-                         step_batches)
+from data.images import (ImageFolder, cache_latents, end_loaders, image_folder, latents_folder, load_batches,
+                         report_unreadable, step_batches)
 from data.openmoji import draw_openmoji
 from repa import DINOV2_B, EMBEDDED, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
 from sample import Model, sample_images
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
-from support.checkpoints import (Saver, check_settings, checkpoints, load_parts, newest_complete,
-                                 read_checkpoint, start_from)
-from support.commands import (Parser, UserError, catch_signals, count, existing_folder, existing_path,
-                              fraction, non_negative, positive, positive_int, run_command)
+from support.checkpoints import (Saver, check_settings, checkpoints, clear_run, load_parts,
+                                 newest_complete, read_checkpoint, start_from, sweep_run)
+from support.commands import (Parser, UserError, catch_signals, count, existing_path, fraction,
+                              non_negative, plain_name, positive, positive_int, run_command)
 from support.devices import (choose_precision, cores, end_processes, memory_format, pick_device,
                              start_processes, why_no_compile)
 from support.files import hash_tensors, load_into, load_tensors, lock, write_atomic
@@ -64,7 +62,7 @@ class Config:
     preset: str = flag("tiny", "a row of PRESETS, see train.py")
     # the run
     output_dir: str = flag("exps", "runs go to OUTPUT_DIR/EXP_NAME")
-    exp_name: str = flag("", "default: the preset's name")
+    exp_name: str = flag("", "default: the preset's name", plain_name)
     seed: int = flag(0, "with the step it fixes all randomness", count)
     max_train_steps: int = flag(400_000, "the paper's 80 epochs", positive_int)
     checkpointing_steps: int = flag(5_000, "between checkpoints; the last is always saved", positive_int)
@@ -73,7 +71,7 @@ class Config:
     log_steps: int = flag(100, "steps between lines of metrics.jsonl", positive_int)
     profile: int = flag(0, "run that many steps, print where the time goes, and stop", count)
     resume: bool = flag(False, "go on from the newest checkpoint, or start afresh where there is none")
-    overwrite: bool = flag(False, "delete the run of the same name")
+    overwrite: bool = flag(False, "delete what the run of the same name has written")
     report_to: str = flag("", "also log to this", choices=["", "tensorboard", "wandb"])
     device: str = flag("auto", "cpu, cuda, mps or auto")
     mixed_precision: str = flag("auto", "autocast: bf16, no, or auto: bf16 where the hardware computes it; "
@@ -84,8 +82,8 @@ class Config:
     num_workers: int = flag(8, "loader processes per GPU", count)
     # the data
     data_dir: str = flag("", "DIR/CLASS/*.jpg, DIR with dataset.json, or a folder of images (one class); "
-                         "without it (tiny) OpenMoji is drawn into data/", existing_folder)
-    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: data_dir", existing_folder)
+                         "without it (tiny) OpenMoji is drawn into data/", image_folder)
+    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: data_dir", image_folder)
     resolution: int = flag(256, "pixels", positive_int)
     num_classes: int = flag(0, "labels 0 to N-1, label N stands for none; 0: as many as the data has", count)
     batch_size: int = flag(256, "global, over all processes", positive_int)
@@ -680,14 +678,10 @@ def load_run(m, cfg, dataset, step, processes):
     return load_batches(dataset, batches, cfg.num_workers, pin_memory=m.device.type == "cuda")
 
 
-def start_folder(cfg, folder, classes):
-    """A new run's folder: emptied with --overwrite, once everything else has been found right; args.json."""
-    if cfg.overwrite and (folder / "args.json").is_file():
-        for stale in set(folder.iterdir()) - {folder / ".lock"}:      # also its evaluations
-            if stale.is_dir() and not stale.is_symlink():
-                shutil.rmtree(stale)
-            else:
-                stale.unlink()
+def start_folder(cfg, folder, classes, say):
+    """A run's folder: with --overwrite cleared, now that everything else has been found right; args.json."""
+    if cfg.overwrite:
+        clear_run(folder, say)
     settings = json.dumps(vars(cfg) | dict(classes=classes), indent=2)
     write_atomic(folder / "args.json", lambda tmp: tmp.write_text(settings))
 
@@ -767,7 +761,7 @@ def main():
     # Settings and folder
     cfg = parse_config()
     device, folder = pick_device(cfg.device), Path(cfg.output_dir) / cfg.exp_name
-    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+    atexit.register(end_loaders)
     if checkpoints(folder) and not (cfg.resume or cfg.overwrite or cfg.profile):
         raise UserError(f"{folder} holds checkpoints already: --resume goes on from the newest, --overwrite "
                         "starts afresh, --exp-name NAME keeps both")
@@ -775,6 +769,7 @@ def main():
     writes = processes.rank == 0 and not cfg.profile
     if writes:
         held = lock(folder)                                           # while this name lives
+        sweep_run(folder)
     cfg.mixed_precision = choose_precision(cfg.mixed_precision, device, processes)
     if cfg.compile and processes.any(why_no_compile(device)):
         processes.say(f"{why_no_compile(device)}: running eagerly (--no-compile says so in advance)")
@@ -797,7 +792,7 @@ def main():
     flops = flops_of_a_step(m, cfg) if cfg.profile else None          # before anything is compiled
     wrap(m, cfg, processes.world)
     if writes:
-        start_folder(cfg, folder, dataset.classes)
+        start_folder(cfg, folder, dataset.classes, processes.say)
         sizes = [sum(p.numel() for p in params) / 1e6 for params in (m.sit_params, m.vae_params)]
         processes.say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} "
                       f"{sizes[0]:.1f} M, VAE {cfg.vae} {sizes[1]:.1f} M, {processes.world} x {device.type}, "

@@ -2,10 +2,13 @@
 
 Images are uint8 [3, H, W], in batches [B, 3, H, W].
 """
+import argparse
 import json
 import math
+import multiprocessing
 import os
 import signal
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -15,27 +18,62 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from support.commands import UserError, one_line
+from support.commands import STOP_SIGNALS, UserError, existing_folder, one_line
 from support.files import READ_ERRORS, write_atomic
+
+warnings.filterwarnings("ignore", module="PIL")      # it tells of what it reads all the same, in each process
 
 # --- Files --------------------------------------------------------------------------------------------------
 
+PACKED = {".parquet", ".tar", ".tgz", ".zip"}             # data sets in a few files, for data/unpack.py
 NO_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # data, documents
 
 
+def image_suffixes():
+    """The suffixes of image files, in lower case: those that Pillow registers for pictures and can open."""
+    return {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind not in NO_PICTURES and (kind in Image.OPEN or kind == "MPO")}        # MPO opens as JPEG
+
+
+def how_to_unpack(path, suffixes):
+    """What to type where data comes in files of these suffixes, as the end of an error's line; else ''."""
+    return f"; python data/unpack.py {path} DIR writes its images to DIR" if PACKED & set(suffixes) else ""
+
+
+def image_folder(text):
+    """argparse's type of a folder of images."""
+    try:
+        return existing_folder(text)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"{e}{how_to_unpack(text, [Path(text).suffix.lower()])}") from None
+
+
+def several_frames(folder, files):
+    """A line for people on a folder's images of several frames, of which one is read; '' where none is found
+    among the first hundred files whose format has frames."""
+    animated, files = 0, [f for f in files if f.suffix.lower() in (".apng", ".gif", ".tif", ".tiff", ".webp")]
+    for file in files[:100]:
+        try:
+            with Image.open(file) as image:
+                animated += getattr(image, "n_frames", 1) > 1
+        except READ_ERRORS:
+            pass                                                      # told where it is read
+    return f"{folder}: images of several frames in it; the first frame of each is read" if animated else ""
+
+
 def list_images(folder, others=None):
-    """Every image file under `folder`, sorted: those whose suffix Pillow registers for pictures, none that is
-    hidden, no link to nothing or to a folder it stands in. others: a Counter that takes the suffixes of files
-    that are no images. Raises UserError where no image is."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
-                if kind not in NO_PICTURES and (kind in Image.OPEN or kind == "MPO")}    # MPO opens as JPEG
+    """Every image file under `folder`, sorted: those of `image_suffixes`, none that is hidden, no link to
+    nothing or to a folder it stands in. others: a Counter that takes the suffixes of files that are no
+    images. Raises UserError where no image is."""
+    suffixes = image_suffixes()
     found, others, folders = [], Counter() if others is None else others, [(str(folder), ())]
     while folders:
         root, above = folders.pop()
         try:
             entries, here = list(os.scandir(root)), os.path.realpath(root)
         except OSError as e:
-            raise UserError(f"{root}: no such folder, or not readable ({e.strerror})") from None
+            reason = f"no such folder, or not readable ({e.strerror})"
+            raise UserError(f"{root}: {reason}{how_to_unpack(root, [Path(root).suffix.lower()])}") from None
         if here in above:
             continue
         for entry in entries:
@@ -50,7 +88,10 @@ def list_images(folder, others=None):
                 others[suffix or "no suffix"] += 1
     if not found:
         kinds = ", ".join(f"{n} of {suffix}" for suffix, n in others.most_common(5))
-        raise UserError(f"{folder}: no images in it, {kinds or 'it is empty'}")
+        advice = how_to_unpack(folder, others)
+        if ".npy" in others:
+            advice = "; arrays are not read, images are (PNG, JPEG and all that Pillow opens)"
+        raise UserError(f"{folder}: no images in it, {kinds or 'it is empty'}{advice}")
     return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
 
 
@@ -58,8 +99,16 @@ def list_classes(folder):
     """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name;
     where DIR holds dataset.json (of EDM's and StyleGAN's tools), its "labels", [file, number] pairs, count; a
     folder of images alone is one class. Raises UserError."""
-    root, table, classes = Path(folder), Path(folder) / "dataset.json", defaultdict(list)
-    files = list_images(root)
+    root, table, classes, others = Path(folder), Path(folder) / "dataset.json", defaultdict(list), Counter()
+    files = list_images(root, others)
+    beside = [suffix for suffix in (".txt", ".jsonl", ".csv", ".npy") if suffix in others]
+    if beside:
+        kinds = ", ".join(f"{others[suffix]} of {suffix}" for suffix in beside)
+        tqdm.write(f"{folder}: captions, tables and arrays are not read ({kinds}); classes are folders, or "
+                   "the labels in dataset.json")
+    frames = several_frames(folder, files)
+    if frames:
+        tqdm.write(frames)
     if table.is_file():
         try:
             labels = dict(json.loads(table.read_text())["labels"] or {})
@@ -88,11 +137,15 @@ def list_classes(folder):
 # --- One image ----------------------------------------------------------------------------------------------
 
 def center_crop(image, size):
-    """ADM's crop: box-halve a PIL image while its sides are >= 2 * size, bicubic to size, cut the middle."""
+    """ADM's crop: box-halve a PIL image while its sides are >= 2 * size, bicubic to size, cut the middle.
+    Raises ValueError for an image so thin that it is enlarged beyond Pillow's limit of 89 million pixels."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"so thin that it is enlarged to {width} x {height} pixels")
+    image = image.resize((width, height), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -115,11 +168,14 @@ def grey_to_8_bits(image):
 
 
 def read_image(path, size=None, fast=False):
-    """An image file as uint8 [3, H, W], on white where transparent; with `size`, ADM's centre crop. EXIF does
-    not rotate it, as in ADM. fast: lets the JPEG decoder halve sides of four times `size` and more, which is
-    not ADM's box filter (2 levels apart on average). Raises UserError for a file that cannot be decoded."""
+    """An image file as uint8 [3, H, W], on white where transparent, of several frames the first; with `size`,
+    ADM's centre crop. EXIF does not rotate it, as in ADM. fast: lets the JPEG decoder halve sides of four
+    times `size` and more, which is not ADM's box filter (2 levels apart on average). Raises UserError for a
+    file that cannot be decoded or has more pixels than Pillow's limit, as it is or enlarged to `size`."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, above {Image.MAX_IMAGE_PIXELS}")
             if fast and size is not None:
                 image.draft("RGB", (2 * size, 2 * size))
             if image.mode.startswith(("I", "F")):                # Pillow's convert would clip them
@@ -139,8 +195,8 @@ def read_image(path, size=None, fast=False):
 
 class ImageFolder(Dataset):
     """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, ''
-    or the path of an unreadable file, in whose place the next readable one comes). Once `cached` is the
-    folder of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty."""
+    or what is wrong with an unreadable file, in whose place the next readable one comes). Once `cached` is
+    the folder of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty."""
     cached, with_images = None, True
 
     def __init__(self, folder, resolution):
@@ -162,12 +218,12 @@ class ImageFolder(Dataset):
                     rows = torch.load(chunk_file(self.cached, i // CHUNK), mmap=True, weights_only=True)
                     moments = [rows[i % CHUNK].clone()]
                     if moments[0].isnan().any():
-                        raise UserError("unreadable when the latents were cached")
+                        raise UserError(f"{path}: unreadable when the latents were cached")
                 if self.with_images:
                     image = read_image(path, self.resolution, fast=True)
                 return image.flip(2) if flip else image, int(self.labels[i]), bad, *moments
-            except UserError:
-                bad = bad or path
+            except UserError as e:
+                bad = bad or str(e)
         raise UserError(f"{path}: unreadable, as all {len(self)} images of its data set are")
 
 
@@ -187,9 +243,17 @@ def step_batches(n, cfg, step, rank, world):
 
 
 def ignore_signals(worker):
-    """Loader processes outlive a Ctrl-C or SIGTERM to the group: the main process ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Loader processes outlive a signal to stop that goes to the group: the main process ends them."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_loaders():
+    """End all loader processes, however the main one ends."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # PyTorch would report it as an accident
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def load_batches(dataset, batches, num_workers, pin_memory=False):
@@ -198,14 +262,14 @@ def load_batches(dataset, batches, num_workers, pin_memory=False):
                       persistent_workers=num_workers > 0, worker_init_fn=ignore_signals)
 
 
-def report_unreadable(names, known, n):
-    """Name each unreadable image once. known: the set of those named, of n images. Raises UserError above
-    1%."""
-    for name in set(filter(None, names)) - known:
-        tqdm.write(f"skipped an unreadable image: {name}")
-        known.add(name)
+def report_unreadable(lines, known, n):
+    """Print each line about an unreadable image once; known: the set of those printed, of n images. Raises
+    UserError above 1%."""
+    for line in set(filter(None, lines)) - known:
+        tqdm.write(f"skipped an unreadable image: {line}")
+        known.add(line)
         if len(known) > 0.01 * n:
-            raise UserError(f"{len(known)} of {n} images unreadable, the last one {name}")
+            raise UserError(f"{len(known)} of {n} images unreadable, the last one {line}")
 
 
 # --- Cached latents -----------------------------------------------------------------------------------------
@@ -238,7 +302,7 @@ def write_latents(dataset, folder, numbers, encode, num_workers, show):
         for _ in batches[k]:
             images, _, bad = next(loader)
             rows.append(encode(images).half().cpu())
-            rows[-1][torch.tensor([name != "" for name in bad])] = math.nan
+            rows[-1][torch.tensor([line != "" for line in bad])] = math.nan
         write_atomic(chunk_file(folder, k), lambda tmp: torch.save(torch.cat(rows), tmp))
 
 

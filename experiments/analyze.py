@@ -25,7 +25,7 @@ from repa import FrozenEncoder
 from sample import load_checkpoint
 from sit import interpolate
 from support.checkpoints import read_checkpoint
-from support.commands import Parser, UserError, existing_path, positive_int, run_command
+from support.commands import Parser, UserError, check_output, existing_path, positive_int, run_command
 from support.devices import pick_device
 from support.files import write_atomic
 from support.pictures import image_grid, latents_in_colour, save_png, to_float, to_uint8
@@ -200,6 +200,7 @@ def latents_command(args):
     """A row of images, and for each VAE a row of their latents in colour; below, the variance of each
     principal component of the latents, as shares of the whole (over at most 256 images)."""
     load_matplotlib()
+    check_output(args.out, [args.images, *args.vaes])
     files, device = list_images(args.images), pick_device(args.device)
     count = min(len(files), 256)
     files = [files[i * len(files) // count] for i in range(count)]
@@ -230,6 +231,7 @@ def latents_command(args):
 def reconstruct_command(args):
     """PSNR, SSIM and, where its weights are to be had, LPIPS of a VAE's reconstructions (of the posterior's
     mean); a picture of the first 24 images beside their reconstructions."""
+    check_output(args.out, [args.images, args.vae])
     vae, _ = load_vae(args.vae)
     vae.latent_size(args.resolution)                                           # raises where it does not fit
     device = pick_device(args.device)

@@ -5,6 +5,7 @@ discriminator (state dicts of networks), opt, opt_vae, opt_disc (of optimizers),
 dict; in the release an argparse.Namespace) and steps. A run keeps them as checkpoints/STEP.pt.
 """
 import itertools
+import re
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,54 @@ from support.commands import UserError
 from support.files import load_into, load_tensors, strip_wrappers, write_atomic
 
 OPTIMIZERS = ("opt", "opt_vae", "opt_disc")
+
+
+# --- A run's folder -----------------------------------------------------------------------------------------
+
+FOLDERS = ("checkpoints", "pictures", ".")
+BY_THE_RUN = r"args\.json|metrics\.jsonl|checkpoints/\d+\.pt|pictures/(samples|reconstructions)-\d+\.png"
+BY_OTHERS = (r"checkpoints/\d+\.damaged|events\.out\.tfevents\..+"        # set aside; tensorboard's
+             r"|samples-\d+\.png|evaluation-\d+\.(json|png)"              # sample.py, analyze.py
+             r"|rfd\.json|fd-\d+-\d+\.json")                                 # compare.sh
+
+
+def files_of(run):
+    """(file, its name) of each file in a run's folder and in the two folders that it makes there; the name is
+    relative to the run, with / in it. A folder that is a link counts as a file."""
+    for folder in FOLDERS:
+        if (run / folder).is_dir() and (folder == "." or not (run / folder).is_symlink()):
+            for path in sorted((run / folder).iterdir()):
+                if path.name not in (".lock", *FOLDERS) or path.is_symlink():
+                    yield path, path.relative_to(run).as_posix()
+
+
+def finished_name(name):
+    """The name of the file that `write_atomic` would make of this one; the same for a finished file."""
+    return re.sub(r"(^|/)\.([^/]+)\.\d+\.tmp$", r"\1\2", name)
+
+
+def sweep_run(run):
+    """Delete what a killed run left half-written. The run's lock must be held."""
+    for path, name in files_of(run):
+        if finished_name(name) != name and re.fullmatch(BY_THE_RUN, finished_name(name)):
+            path.unlink()
+
+
+def clear_run(run, say):
+    """Delete what a run, and the commands that judge it, have written into its folder, and nothing else:
+    say(line) names what is left, wandb's folder for one. Of a link only the link goes."""
+    left = []
+    for path, name in files_of(run):
+        ours = re.fullmatch(f"{BY_THE_RUN}|{BY_OTHERS}", finished_name(name)) and not path.is_dir()
+        if ours or path.is_symlink() and name in FOLDERS:
+            path.unlink()
+        else:
+            left.append(name)
+    for folder in FOLDERS[:2]:
+        if (run / folder).is_dir() and not any((run / folder).iterdir()):
+            (run / folder).rmdir()
+    if left:
+        say(f"{run}: left as they were: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}")
 
 
 # --- Finding ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path, PureWindowsPath
 
 import torch
 from tqdm import tqdm
@@ -76,9 +77,13 @@ def run_command(main, less_memory="a smaller --batch-size"):
         sys.exit(130)
 
 
+# By which a person or a cluster asks to stop: Ctrl-C, SIGTERM, and before a job's time is up often SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
 def catch_signals():
-    """From now on SIGINT and SIGTERM end nothing: returns the list that takes them. A second one ends the
-    process at once."""
+    """From now on STOP_SIGNALS end nothing: returns the list that takes them. A second one ends the process
+    at once."""
     signals = []
 
     def on_signal(number, frame):
@@ -86,9 +91,17 @@ def catch_signals():
             os._exit(128 + number)
         signals.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
     return signals
+
+
+def check_output(out, inputs):
+    """Raises UserError where a file to be written is one of those that are read, or in a folder of them."""
+    for path in inputs:
+        same = Path(out).resolve() == Path(path).resolve()
+        if same or os.path.exists(out) and Path(out).resolve().is_relative_to(Path(path).resolve()):
+            raise UserError(f"{out}: this file is read, it is not written over; name another")
 
 
 # --- Types for argparse: each says what it wants where it gets something else -------------------------------
@@ -113,3 +126,5 @@ non_negative = argument(float, lambda x: 0 <= x < math.inf, "a number, 0 or more
 fraction = argument(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
 existing_path = argument(str, os.path.exists, "a file or folder that exists")
 existing_folder = argument(str, os.path.isdir, "a folder that exists")
+plain_name = argument(str, lambda name: PureWindowsPath(name).name == name != "" and not name.startswith("."),
+                      "one plain name, without / or \\ and not hidden")

@@ -50,21 +50,18 @@ def save_npz(file, **arrays):
     write_atomic(file, write)
 
 
-def lock(folder):
-    """Refuse a folder that a living run writes to (the lock goes with the process, however it ends); sweep up
-    what a killed one left half-written. Returns the lock's file, to be kept open. Raises UserError."""
+def lock(folder, instead="--exp-name NAME names another"):
+    """Refuse a folder that a living run writes to (the lock goes with the process, however it ends). Returns
+    the lock's file, to be kept open. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)          # flock's would live on in the loaders
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder}: another run is writing to it; --exp-name NAME names another") from None
+        raise UserError(f"{folder}: another run is writing to it; {instead}") from None
     except OSError as e:
         tqdm.write(f"{folder}: no locks on this file system ({e.strerror}); let no other run write to it")
-    for half_written in folder.rglob(".*.tmp"):
-        if half_written.is_file():
-            half_written.unlink()
     return file
 
 

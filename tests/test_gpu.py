@@ -9,7 +9,8 @@ import torch
 
 import sample
 import train
-from conftest import ROOT, SHORT, close, losses, metrics_of, run, torchrun
+from conftest import ROOT, SHORT, close, losses, metrics_of, one_line, run, torchrun
+from support import commands, devices
 from support.checkpoints import Saver
 from support.files import load_tensors
 
@@ -108,3 +109,13 @@ def test_two_nccl_processes_give_the_losses_of_one(pictures, tmp_path):
     sampler = [ROOT / "sample.py", "--ckpt", ckpt, "--num-samples", "5", "--num-steps", "3"]
     run(sys.executable, *sampler, "--out", "one.npz", cwd=tmp_path)
     run(*torchrun(2), *sampler, "--out", "two.npz", cwd=tmp_path)
+
+
+def test_precision_and_memory_of_this_gpu(capsys):
+    """bf16 is computed from capability 8.0 on; a request beyond the GPU's memory is one line with both sizes."""
+    device = devices.pick_device("cuda")
+    assert devices.computes_bf16(device) == (torch.cuda.get_device_capability(device) >= (8, 0))
+    assert devices.memory_format(device) == torch.channels_last
+    with pytest.raises(SystemExit):
+        commands.run_command(lambda: torch.empty(1 << 45, device=device), "TAKE LESS")
+    one_line(capsys.readouterr().err, "the GPU's memory is not enough (32768.00 GiB more", "it has", "TAKE LESS")
