@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.commands import run_command
+from support.commands import STOP_SIGNALS, run_command
 import fid
 import sample
 import train
@@ -45,7 +45,7 @@ def run(*command, cwd, env=None, code=0, timeout=600):
 
 def run_here(script, *flags, cwd):
     """train, sample, fid or vae in this process, which starts faster, and leaves no trace in it; its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     switches = {module: module.allow_tf32 for module in (torch.backends.cuda.matmul, torch.backends.cudnn)}
     folder, argv, code = os.getcwd(), sys.argv, 0
     os.chdir(cwd)
