@@ -318,7 +318,8 @@ def test_evaluating_a_run(pictures, short_run, command, processes):
         return json.loads((short_run / "out.json").read_text())
 
     ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    draw, metrics = ["--ckpt", ckpt, "--num-samples", "20", "--num-steps", "2"], ["--metrics", "fid,kid,recall"]
+    draw = ["--ckpt", ckpt, "--num-samples", "20", "--num-steps", "2", "--mixed-precision", "no"]
+    metrics = ["--metrics", "fid,kid,recall"]
     command("sample", *draw, "--out", "samples.npz", "--device", "cpu", cwd=short_run)
     drawn = numbers(1, *draw, *metrics)
     again = numbers(processes, *draw, *metrics, "--batch-size", "3")
