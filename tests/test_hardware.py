@@ -86,7 +86,8 @@ def test_the_commands_run_in_the_precision_that_was_chosen(cpu, pictures, tmp_pa
 @pytest.mark.parametrize("capability, built_for, expected", [
     ((7, 0), ["sm_75", "sm_80", "sm_90"], False),                       # V100 under today's wheels
     ((8, 6), ["sm_75", "sm_80", "sm_90"], True),                        # kernels of an earlier minor version
-    ((10, 3), ["sm_80", "sm_90"], False), ((8, 0), ["sm_86"], False), ((9, 0), ["sm_90a"], True), ((12, 0), ["sm_90", "sm_120"], True),
+    ((10, 3), ["sm_80", "sm_90"], False), ((8, 0), ["sm_86"], False), ((9, 0), ["sm_90a"], True),
+    ((12, 0), ["sm_90", "sm_120"], True),
     ((10, 3), ["sm_80", "compute_90"], True),                           # compiled on the way
     ((7, 5), ["sm_80", "compute_80"], False), ((9, 4), ["gfx942"], True)])
 def test_a_gpu_without_kernels_is_known(capability, built_for, expected):
@@ -109,7 +110,8 @@ def test_nothing_is_channels_last_on_mps(tiny, monkeypatch):
         m.vae.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), [""] * 4
         train.run_step(m, cfg, 0, batch, 0, 1)
-        weights = [p for net in (m.vae, m.disc, *m.encoders) for p in net.parameters() if p.ndim == 4 and p.shape[1] > 1]
+        parameters = [p for net in (m.vae, m.disc, *m.encoders) for p in net.parameters()]
+        weights = [p for p in parameters if p.ndim == 4 and p.shape[1] > 1]
         assert all(t.is_contiguous() is pretended for t in seen) and seen
         assert all(p.is_contiguous() for p in weights) or not pretended
         assert any(not p.is_contiguous() for p in weights) or pretended
@@ -144,10 +146,10 @@ def ended(error, capsys, **hint):
     return capsys.readouterr().err
 
 
-CUDA_MEMORY = ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.20 GiB "
-               "is free. Including non-PyTorch memory, this process has 22.43 GiB memory in use.\nmore")
-BUS_ERROR = ("DataLoader worker (pid 77) is killed by signal: Bus error. It is possible that dataloader's workers are out "
-             "of shared memory. Please try to raise your shared memory limit.")
+CUDA_MEMORY = ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which "
+               "1.20 GiB is free. Including non-PyTorch memory, this process has 22.43 GiB memory in use.\nmore")
+BUS_ERROR = ("DataLoader worker (pid 77) is killed by signal: Bus error. It is possible that dataloader's workers are "
+             "out of shared memory. Please try to raise your shared memory limit.")
 
 
 @pytest.mark.parametrize("error, words", [
@@ -201,8 +203,8 @@ def test_a_small_shared_memory_is_one_line(pictures, tmp_path):
     train_py = [sys.executable, str(ROOT / "train.py"), "--data-dir", str(pictures), *SHORT, "--resolution", "256",
                 "--batch-size", "16", "--num-workers", "2", "--vae-only"]
     shell = "mount -t tmpfs -o size=2m tmpfs /dev/shm || exit 77; exec \"$@\""
-    done = subprocess.run(["unshare", "-m", "sh", "-c", shell, "sh", *train_py], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(["unshare", "-m", "sh", "-c", shell, "sh", *train_py], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     if done.returncode in (1, 77) and "Traceback" not in done.stderr:
         pytest.skip("no mounts here: " + done.stderr[-200:])
     assert done.returncode == 2, done.stderr[-2000:]
