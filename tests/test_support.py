@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 import fid
 import vae
-from conftest import SHORT, one_line, slow
+from conftest import SHORT, one_line, run, slow
 from data.images import list_images, read_image
 from support import commands, files
 from support.checkpoints import Saver, checkpoints, newest_complete, read_checkpoint
@@ -91,6 +92,14 @@ def test_argument_types(kind, good, bad):
     for text in bad:
         with pytest.raises(UserError, match="^argument --x: must be [^\n]*see --help.$"):
             parser.parse_args([f"--x={text}"])
+
+
+def test_a_first_signal_is_taken_and_a_second_ends_the_process(tmp_path):
+    code = ("import os, signal\nfrom support.commands import catch_signals\nsignals = catch_signals()\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\nprint('taken', signals, flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGINT)\nprint('still here')")
+    out = run(sys.executable, "-c", code, cwd=tmp_path, code=128 + signal.SIGINT)
+    assert "taken [15]" in out and "still here" not in out
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
