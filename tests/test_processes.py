@@ -24,7 +24,7 @@ TRAIN = ["--data-dir", "pictures", *SHORT, "--max-train-steps", "6", "--checkpoi
 
 
 def work(folder, env, script, *flags):
-    """A process's whole life: a command in a folder, as torchrun would have started it. It prints to FOLDER.log."""
+    """A process's whole life: a command in a folder, as torchrun would have started it; prints to FOLDER-RANK.log."""
     log = os.open(f"{folder}-{env['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
