@@ -1,0 +1,113 @@
+"""The estimate of experiments/memory.py against what PyTorch's allocator reports."""
+import gc
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from conftest import CPU, ROOT, one_line, run, slow
+from experiments import memory
+
+SMALL = ["--preset", "sdvae-xl2", "--model", "SiT-T/2", "--vae", "f4d8", "--resolution", "32", "--encoder-depth", "2",
+         "--enc-type", "resnet18", "--perceptual", "encoder", "--projector-dim", "256", "--mixed-precision", "no"]
+FROZEN = ["--vae-grad", "none", "--cache-latents"]
+
+
+def allocated(cfg, processes, tmp_path):
+    """Bytes at the peak of a process's second step on real tensors, by the events of the CPU's allocator; DDP, where
+    there are several processes, is one of a single process."""
+    gc.collect()
+    if processes > 1:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        m = train.build(cfg, CPU)
+        for block in (*m.sit.blocks, *m.ema.blocks):
+            block.attn.fused_attn = True
+        train.wrap(m, cfg, processes)
+        n = cfg.batch_size // processes
+        for k in range(2):
+            with torch.profiler.record_function(f"step {k}"):
+                batch = [torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), [""] * n]
+                if cfg.cache_latents:
+                    batch.append(torch.zeros(n, 16, 8, 8, dtype=torch.float16))
+                train.run_step(m, cfg, k, batch, 0, processes)
+    if processes > 1:
+        dist.destroy_process_group()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    second, = (e for e in events if e["name"] == "step 1")
+    now = peak = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        if second["ts"] <= event["ts"] <= second["ts"] + second["dur"]:
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("flags, processes", [([], 1), ([], 2), (["--gradient-checkpointing"], 1),
+                                              (["--gradient-accumulation-steps", "4"], 1), (FROZEN, 1)])
+def test_the_estimate_is_what_is_allocated(flags, processes, tmp_path):
+    cfg = memory.read_flags([*SMALL, "--batch-size", str(32 * processes), *flags], processes)
+    real = allocated(cfg, processes, tmp_path)
+    assert memory.estimate(cfg, [cfg.batch_size], processes)[0] == pytest.approx(real, rel=0.03)
+
+
+def test_autocast_follows_the_rules_that_cuda_has():
+    """No operation of the forward passes that PyTorch's header lists as float32 gets anything else."""
+    header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
+    rules = re.search(r"define AT_FORALL_FP32\(_\)(.*?)\n\n", header.read_text(), re.S)[1]
+    names, lower = set(re.findall(r"_\((\w+)", rules)), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if name.removeprefix("native_") in names and any(
+                    isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 for t in args):
+                lower.add(name)
+            return func(*args, **(kwargs or {}))
+
+    cfg = memory.read_flags([*SMALL, "--qk-norm", "--mixed-precision", "bf16"], 1)
+
+    def forward():
+        lower.clear()
+        with m.autocast(), torch.no_grad(), Watch():
+            x, z = torch.zeros(2, 3, 32, 32), torch.zeros(2, 8, 8, 8)
+            m.vae(x, z)[0].kl()
+            m.perceptual(x, x)
+            m.encoders[0](x)
+            m.sit(z, torch.zeros(2), torch.zeros(2, dtype=torch.long))
+        return lower
+
+    with FakeTensorMode():
+        m = memory.build(cfg)
+        assert forward() >= {"native_group_norm", "upsample_nearest2d"}          # by a CPU's own rules
+        with patch.multiple(F, **memory.CUDA_RULES):
+            assert not forward()
+
+
+def test_the_command_says_what_a_step_takes(tmp_path):
+    script = [sys.executable, ROOT / "experiments/memory.py"]
+    out = run(*script, *SMALL, "--gpus", "1", "--batch-size", "32", cwd=tmp_path)
+    training, pictures = (float(number) for number in re.findall(r"([\d.]+) GiB", out))
+    assert training > pictures > 0 and not list(tmp_path.iterdir())
+    one_line(run(*script, *SMALL, "--gpus", "3", cwd=tmp_path, code=2), "--batch-size 256", "3")
+    one_line(run(*script, "--gpu", "1", cwd=tmp_path, code=2), "--gpu")
+
+
+@slow
+def test_nothing_is_allocated(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    out = run(sys.executable, ROOT / "experiments/memory.py", "--preset", "sdvae-xl2", "--batch-size", "32",
+              cwd=tmp_path)
+    assert float(re.search(r"([\d.]+) GiB", out)[1]) > 20
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before, 3 * 2 ** 20)           # in KiB
