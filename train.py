@@ -550,9 +550,11 @@ def draw_pictures(m, cfg, folder, step, held_out):
     scale = max(1, 64 // cfg.resolution)
     if not cfg.vae_only:
         ema = Model(m.ema, m.vae, vars(cfg), step, m.device)
-        samples = [sample_images(ema, range(i, i + columns), range(columns), num_steps=25,
-                                 cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision)
-                   for i in range(0, columns * rows, columns)]
+        numbers, labels = range(columns * rows), [*range(columns)] * rows
+        batch, samples = 10 // columns * columns, []                  # about ten at a time, whole rows
+        for i in range(0, len(labels), batch):
+            samples.append(sample_images(ema, numbers[i:i + batch], labels[i:i + batch], num_steps=25,
+                                         cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision))
         save_png(image_grid(torch.cat(samples), columns, scale), folder / f"pictures/samples-{step:07d}.png")
     originals = to_float(held_out)
     latents, decoded = [], []

@@ -1,5 +1,6 @@
 """data/openmoji.py: which pictures it draws, as which class, and nothing by halves."""
 import os
+import socket
 import subprocess
 import sys
 
@@ -15,12 +16,13 @@ def test_openmoji_is_drawn_whole(tmp_path):
     folder = tmp_path / "om"
     left = subprocess.Popen([sys.executable, "-c", "pass"])               # a process that has ended
     left.wait()
-    stale = tmp_path / f".om.{left.pid}.tmp/train/faces"                  # what it left, had it been killed
-    living = tmp_path / f".om.{os.getppid()}.tmp/train/faces"
-    stale.mkdir(parents=True)
-    living.mkdir(parents=True)
+    ours = f".om.{socket.gethostname()}"
+    stale = f"{ours}.{left.pid}.tmp"                                      # what it left, had it been killed
+    kept = [f"{ours}.{os.getppid()}.tmp", f".om.elsewhere.{left.pid}.tmp"]     # of one that lives; of another machine
+    for name in (stale, *kept):
+        (tmp_path / name / "train/faces").mkdir(parents=True)
     openmoji.draw_openmoji(folder, 32)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f".om.{os.getppid()}.tmp", "om"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "om"])
 
     files = {part: list((folder / part).glob("*/*.png")) for part in ("train", "val")}
     assert len(files["train"]) == 4126 and len(files["val"]) == 240

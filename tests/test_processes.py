@@ -24,7 +24,7 @@ TRAIN = ["--data-dir", "pictures", *SHORT, "--max-train-steps", "6", "--checkpoi
 
 
 def work(folder, env, script, *flags):
-    """A process's whole life: a command in a folder, as torchrun would have started it. It prints to FOLDER.log."""
+    """A process's whole life: a command in a folder, as torchrun would have started it; prints to FOLDER-RANK.log."""
     log = os.open(f"{folder}-{env['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -128,7 +128,7 @@ def test_sampling_and_evaluating_on_two_machines_give_one_process_s_numbers(trai
     shutil.copytree(trained / "one/exps/a", trained / "same/exps/a")
     checkpoint = trained / "same/exps/a/checkpoints/0000006.pt"
     drawing = ["--ckpt", checkpoint, "--num-samples", 11, "--num-steps", 3, "--mode", "sde", "--device", "cpu",
-               "--batch-size", 4]
+               "--batch-size", 4, "--mixed-precision", "no"]
     judging = ["--data-dir", "pictures", "--features", repa.EMBEDDED, "--num-workers", 0]
     for out, command in (("x.npz", ["sample", *drawing, "--out"]), ("x.json", ["fid", *drawing, *judging, "--json"])):
         before = sorted(p.name for p in (trained / "node0").iterdir())

@@ -70,9 +70,10 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     assert sorted(p.name for p in (exp / "pictures").iterdir()) == [
         f"{kind}-000000{step}.png" for kind in ("reconstructions", "samples") for step in (2, 4)]
     (exp / "evaluation-0000004.json").write_text("{}")
-    out = command("train", *flags, "--log-steps", "2", "--max-train-steps", "2", "--overwrite")
+    out = command("train", *flags, "--log-steps", "2", "--max-train-steps", "2", "--vae-only", "--overwrite")
     assert "step 2: " in out and [row["step"] for row in metrics_of(exp)] == [2]
     assert sorted(p.name for p in exp.iterdir()) == [".lock", "args.json", "checkpoints", "metrics.jsonl", "pictures"]
+    assert [p.name for p in (exp / "pictures").iterdir()] == ["reconstructions-0000002.png"]
     assert [p.name for p in checkpoints(exp)] == ["0000002.pt"]
     other = noise_pictures(tmp_path / "exps/mine", 2)  # a folder that no run made is not cleared
     command("train", *flags, "--exp-name", "mine", "--vae-only", "--overwrite")

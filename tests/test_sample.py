@@ -250,7 +250,8 @@ def test_few_samples_are_spread_over_the_classes():
 def command(monkeypatch, capsys):
     """Runs sample.py here; returns (exit code, what it printed)."""
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--num-steps", "2", *map(str, flags)])
+        usual = ["sample.py", "--device", "cpu", "--mixed-precision", "no", "--num-steps", "2"]
+        monkeypatch.setattr(sys, "argv", [*usual, *map(str, flags)])
         code = 0
         try:
             run_command(sample.main)

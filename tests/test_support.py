@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 import fid
 import vae
-from conftest import SHORT, one_line, slow
+from conftest import SHORT, one_line, run, slow
 from data.images import list_images, read_image
 from support import commands, files
 from support.checkpoints import Saver, checkpoints, newest_complete, read_checkpoint
@@ -30,7 +31,7 @@ from support.pictures import image_grid, latents_in_colour, to_float, to_uint8
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def command(monkeypatch):
+def strict(monkeypatch):
     """What a command of ours prints on strictly UTF-8 streams, and its exit code."""
     def run(main):
         streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict") for _ in range(2)]
@@ -44,7 +45,7 @@ def command(monkeypatch):
     return run
 
 
-def test_names_that_are_no_utf8(tmp_path, command):
+def test_names_that_are_no_utf8(tmp_path, strict):
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "a.tmp", format="PNG")
     os.rename(tmp_path / "a.tmp", name)
@@ -55,20 +56,20 @@ def test_names_that_are_no_utf8(tmp_path, command):
         print(path)
         raise UserError(f"{path}: as it is")
 
-    out, err, code = command(main)
+    out, err, code = strict(main)
     assert out.endswith("caf\\udce9.png\n") and err.endswith("caf\\udce9.png: as it is\n") and code == 2
 
 
-def test_which_errors_are_one_line(command):
+def test_which_errors_are_one_line(strict):
     for main, words in ((lambda: os.makedirs("/proc/nowhere/x"), "/proc/nowhere"),
                         (lambda: open("/nowhere"), "/nowhere")):
-        out, err, code = command(main)
+        out, err, code = strict(main)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
     def fail(*args):
         raise OSError(*args)
 
-    out, err, code = command(lambda: fail(errno.ENOSPC, "full"))
+    out, err, code = strict(lambda: fail(errno.ENOSPC, "full"))
     assert code == 2 and err.count("\n") == 1 and "full" in err
     with pytest.raises(OSError, match="a bug"):
         commands.run_command(lambda: fail("a bug"))
@@ -91,6 +92,14 @@ def test_argument_types(kind, good, bad):
     for text in bad:
         with pytest.raises(UserError, match="^argument --x: must be [^\n]*see --help.$"):
             parser.parse_args([f"--x={text}"])
+
+
+def test_a_first_signal_is_taken_and_a_second_ends_the_process(tmp_path):
+    code = ("import os, signal\nfrom support.commands import catch_signals\nsignals = catch_signals()\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\nprint('taken', signals, flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGINT)\nprint('still here')")
+    out = run(sys.executable, "-c", code, cwd=tmp_path, code=128 + signal.SIGINT)
+    assert "taken [15]" in out and "still here" not in out
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

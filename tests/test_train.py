@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
@@ -24,6 +25,15 @@ compiled = pytest.mark.skipif(bool(why_no_compile(CPU)), reason="nothing to comp
 
 
 # --- What a run starts from -------------------------------------------------------------------------------------------
+
+def test_pictures_to_show_are_of_all_classes(tmp_path):
+    for name, level in (("black", 0), ("white", 255)):
+        (tmp_path / name).mkdir()
+        for k in range(200):
+            Image.new("L", (8, 8), level).save(tmp_path / name / f"{k}.png")
+    shown = train.pictures_to_show(tiny_config(), ImageFolder(tmp_path, 32))
+    assert shown.shape == (256, 3, 32, 32) and 100 < (shown[:, 0, 0, 0] == 255).sum() < 156
+
 
 @torch.no_grad()
 def test_latents_are_measured_over_samples_of_the_posterior(pictures):
