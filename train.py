@@ -467,11 +467,12 @@ def build(cfg, device):
         trained["disc_grad_norm"] = opt_disc
     if not cfg.vae_only:
         trained["grad_norm"] = opt
+    # bf16, where the release has fp16, in which a user's run collapsed to gradients of zero.
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
     zero = torch.zeros((), device=device)
     return Networks(
         vae, sit, ema, disc, encoders if aligned else [], perceptual, opt, opt_vae, opt_disc, trained,
-        autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16"),
-        device=device, latent_shape=(vae.latent_channels, size, size), has_statistics=bool(stats),
+        autocast=autocast, device=device, latent_shape=(vae.latent_channels, size, size), has_statistics=bool(stats),
         health=dict(skipped=zero, skipped_in_a_row=zero, zero_gradients_in_a_row=zero))
 
 
@@ -768,7 +769,7 @@ def main():
     processes = start_processes(device)
     writes = processes.rank == 0 and not cfg.profile
     if writes:
-        held = lock(folder)                                           # while this name lives
+        held = lock(folder)                                           # a lock, for as long as this name lives
         sweep_run(folder)
     cfg.mixed_precision = choose_precision(cfg.mixed_precision, device, processes)
     if cfg.compile and processes.any(why_no_compile(device)):
