@@ -472,7 +472,8 @@ def build(cfg, device):
     zero = torch.zeros((), device=device)
     return Networks(
         vae, sit, ema, disc, encoders if aligned else [], perceptual, opt, opt_vae, opt_disc, trained,
-        autocast=autocast, device=device, latent_shape=(vae.latent_channels, size, size), has_statistics=bool(stats),
+        autocast=autocast, device=device, latent_shape=(vae.latent_channels, size, size),
+        has_statistics=bool(stats),
         health=dict(skipped=zero, skipped_in_a_row=zero, zero_gradients_in_a_row=zero))
 
 
