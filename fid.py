@@ -228,7 +228,7 @@ class Reconstructions:
 
     def __init__(self, path, model, originals):
         self.path, self.model, self.originals, self.n = path, model, originals, originals.n
-        self.given, self.shape, self.quality = {}, originals.shape, torch.zeros(2, device=model.device)
+        self.given, self.shape, self.quality = {}, originals.shape, torch.zeros(2)
 
     def batches(self, indices, batch_size, num_workers=0):
         for images in self.originals.batches(indices, batch_size, num_workers):
@@ -236,7 +236,7 @@ class Reconstructions:
             z = self.model.vae.encode(x.to(self.model.device)).mean
             y = to_uint8(self.model.vae.decode(z)).cpu()
             scores = torch.stack([psnr(x, to_float(y)), ssim(x, to_float(y)).float()])               # [2, B]
-            self.quality += scores.sum(1).to(self.model.device)
+            self.quality += scores.sum(1)
             yield y
 
 
@@ -296,10 +296,11 @@ def precision_recall(reference, samples, k=3, block=1000):
 
 
 @torch.no_grad()
-def collect(source, net, needs, *, device, batch_size, num_workers=0, rank=0, world=1, desc=""):
+def collect(source, net, needs, *, device, batch_size, num_workers=0, rank=0, world=1, group=None, desc=""):
     """One pass over a source, every process over a run of neighbouring images. needs, a set: 'pool' and
     'spatial' (-> mean and covariance, those of the file where it has them), 'rows' (pooled features [N, D]),
-    'logits' ([N, 1008]). Process 0 gets {need: value}, the others {}. Raises UserError."""
+    'logits' ([N, 1008]). Process 0 gets {need: value}, the others {}; group: by which they send it, the
+    processes' host group for long passes. Raises UserError."""
     needs = needs - source.given.keys()
     mine = range(rank * source.n // world, (rank + 1) * source.n // world) if needs else range(0)
     widths = {"pool": net.channels, "spatial": SPATIAL}
@@ -322,7 +323,7 @@ def collect(source, net, needs, *, device, batch_size, num_workers=0, rank=0, wo
     parts = [(sums, rows)]
     if world > 1:
         parts = [None] * world if rank == 0 else None
-        dist.gather_object((sums, rows), parts)
+        dist.gather_object((sums, rows), parts, group=group)
         if rank > 0:
             return {}
     found = {key: torch.cat([batch for _, part in parts for batch in part[key]]) for key in rows}
@@ -469,7 +470,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = False              # its ten bits of mantissa would show in the numbers
     processes = start_processes(device)
     rank, world = processes.rank, processes.world
-    if args.ckpt or not args.ref:                                                    # it draws
+    if (args.ckpt or not args.ref) and not args.reconstruct:                         # it draws
         args.sampler["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
     sources, net = open_sources(args, device), load_features(args)
     ref, samples, lines = sources[0], sources[-1], check(sources, net)
@@ -488,18 +489,20 @@ def main():
         raise UserError(f"--save-stats: {ref.path} holds statistics already, no images")
     if world > 1:                                               # each machine reads its own copies: the same?
         seen = [None] * world
-        dist.all_gather_object(seen, [net.sha256[:8], *((source.n, source.shape) for source in sources)])
+        here = [net.sha256[:8], *((source.n, source.shape) for source in sources)]
+        dist.all_gather_object(seen, here, group=processes.host)
         if any(other != seen[0] for other in seen):
             raise UserError(f"the machines hold different images or weights: {seen}")
     if rank == 0 and lines:
         print(*lines, sep="\n")
     net.to(device, memory_format=memory_format(device))
     results = evaluate(sources, net, metrics if len(sources) == 2 else [], args.save_stats,
-                       device=device, rank=rank, world=world, num_workers=args.num_workers,
+                       device=device, rank=rank, world=world, group=processes.host,
+                       num_workers=args.num_workers,
                        batch_size=args.batch_size or (64 if device.type == "cuda" else 32))
     if args.reconstruct:
         if world > 1:
-            dist.all_reduce(samples.quality)
+            dist.all_reduce(samples.quality, group=processes.host)
         results |= dict(zip(("psnr", "ssim"), (samples.quality / samples.n).tolist()))
     if rank == 0:
         names = [f"{source.path} ({source.n or 'statistics'})" for source in reversed(sources)]

@@ -71,7 +71,7 @@ def guided_velocity(sit, y, cfg_scale=1.0, low=0.0, high=1.0):
     guides the drift of either sampler: it is affine in v, and the two weights sum to 1."""
     null = torch.full_like(y, sit.null_class or 0)
 
-    def velocity(x, t, start):
+    def velocity(x, t, start):                   # Heun's second look, at s, is guided as its step's start t
         dtype, x, times = x.dtype, x.float(), torch.full((len(y),), t, device=y.device)
         if cfg_scale <= 1 or not low <= start <= high:
             return sit(x, times, y)[0].to(dtype)

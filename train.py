@@ -24,6 +24,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -226,8 +227,8 @@ SKIPPED, ZEROS = 20, 100                                      # so many bad step
 
 def update(m, cfg):
     """Clip each network's gradient, step its optimizer, move the EMA; returns {name: norm before clipping}
-    and m.health. Where a gradient is not finite, no network steps and the statistics go back: decided on the
-    device, and alike on all processes, since averaging brings a bad gradient of one to all."""
+    and m.health. Where a gradient is not finite, no network steps and the statistics go back (the EMA moves
+    on): decided on the device, and alike on all processes, as averaging brings one's bad gradient to all."""
     norms = {}
     for name, optimizer in m.trained.items():
         params = optimizer.param_groups[0]["params"]
@@ -553,7 +554,7 @@ def draw_pictures(m, cfg, folder, step, held_out):
     if not cfg.vae_only:
         ema = Model(m.ema, m.vae, vars(cfg), step, m.device)
         numbers, labels = range(columns * rows), [*range(columns)] * rows
-        batch, samples = 10 // columns * columns, []                  # about ten at a time, whole rows
+        batch, samples = columns * (10 // columns), []                # about ten at a time, whole rows
         for i in range(0, len(labels), batch):
             samples.append(sample_images(ema, numbers[i:i + batch], labels[i:i + batch], num_steps=25,
                                          cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision))
@@ -705,7 +706,7 @@ def read_metrics(m, metrics, world):
     return dict(zip(metrics, values.tolist()))
 
 
-def raise_alarm(row, step, folder):
+def raise_alarm(row, step, folder, saver):
     """End a run whose gradients are not finite, or exactly zero, for too long: a UserError."""
     if row["skipped_in_a_row"] >= SKIPPED:
         what = f"not finite for {SKIPPED}"
@@ -713,18 +714,21 @@ def raise_alarm(row, step, folder):
         what = f"exactly zero for {ZEROS}"
     else:
         return
+    saver.wait()                                                       # the newest may still be on its way
     good = checkpoints(folder)[-1].name if checkpoints(folder) else "none yet"
     raise UserError(f"step {step}: gradients {what} steps in a row; last good checkpoint: {good}")
 
 
-def train(m, cfg, folder, dataset, step, processes):
-    """The loop, from `step` to the last one or to a signal. Process 0 writes the run's folder."""
-    main_process, settings = processes.rank == 0, vars(cfg) | dict(
-        classes=dataset.classes, vae_groups=m.vae.config["groups"])      # no tensor's shape shows the groups
-    saver, signals, bad_files = Saver(folder, cfg.keep_every), catch_signals(), set()
+def train(m, cfg, folder, dataset, shown, step, processes):
+    """The loop, from `step` to the last one or to a signal. Process 0 writes the run's folder; shown: what it
+    draws reconstructions of, uint8 [N, 3, R, R]."""
+    main_process = processes.rank == 0
+    settings = vars(cfg) | dict(classes=dataset.classes,
+                                vae_groups=m.vae.config["groups"])       # no tensor's shape shows the groups
+    saver, bad_files = Saver(folder, cfg.keep_every), set()
+    signals = catch_signals()
     if main_process:
         log = start_metrics(folder, step, cfg.report_to, cfg.exp_name, vars(cfg))
-        shown = pictures_to_show(cfg, dataset)
     bar = tqdm(total=cfg.max_train_steps, initial=step, unit="step", disable=not main_process, smoothing=0.05)
     since, images_done = time.time(), 0
     for batch in load_run(m, cfg, dataset, step, processes):
@@ -746,7 +750,7 @@ def train(m, cfg, folder, dataset, step, processes):
             if main_process:
                 log(step, row)
                 tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            raise_alarm(row, step, folder)
+            raise_alarm(row, step, folder, saver)
             saver.check()
             since, images_done = time.time(), 0
         if (step % cfg.checkpointing_steps == 0 or last or stopping) and main_process:
@@ -773,8 +777,10 @@ def main():
         held = lock(folder)                                           # a lock, for as long as this name lives
         sweep_run(folder)
     cfg.mixed_precision = choose_precision(cfg.mixed_precision, device, processes)
-    if cfg.compile and processes.any(why_no_compile(device)):
-        processes.say(f"{why_no_compile(device)}: running eagerly (--no-compile says so in advance)")
+    lacking = why_no_compile(device) if cfg.compile else ""
+    if processes.any(lacking):
+        reason = lacking or "another machine cannot compile"
+        processes.say(f"{reason}: running eagerly (--no-compile says so in advance)")
         cfg.compile = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -784,6 +790,7 @@ def main():
         resume_from = processes.from_first(newest_complete(folder) if processes.rank == 0 else None)
     if processes.any(resume_from and not resume_from.is_file()):
         raise UserError(f"{resume_from}: not on every machine; copy it to the same path on each")
+    shown = pictures_to_show(cfg, dataset) if writes else None
 
     # Networks
     m, step = build(cfg, device), 0
@@ -793,20 +800,20 @@ def main():
         processes.say(f"latent statistics: measured over {measure_latents(m, dataset)} images")
     flops = flops_of_a_step(m, cfg) if cfg.profile else None          # before anything is compiled
     wrap(m, cfg, processes.world)
+    if cfg.cache_latents:
+        use_cached_latents(m, cfg, dataset, processes)
     if writes:
         start_folder(cfg, folder, dataset.classes, processes.say)
         sizes = [sum(p.numel() for p in params) / 1e6 for params in (m.sit_params, m.vae_params)]
         processes.say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} "
                       f"{sizes[0]:.1f} M, VAE {cfg.vae} {sizes[1]:.1f} M, {processes.world} x {device.type}, "
                       f"step {step}")
-    if cfg.cache_latents:
-        use_cached_latents(m, cfg, dataset, processes)
     torch.backends.cudnn.benchmark = True                             # the shapes from here on are the steps'
 
     # The loop
     if cfg.profile:
         profile_run(m, cfg, dataset, processes, flops)
-    train(m, cfg, folder, dataset, step, processes)
+    train(m, cfg, folder, dataset, shown, step, processes)
     end_processes(processes)
 
 

@@ -35,18 +35,18 @@ def memory_ended(e, instead):
     """The line to print where an exception says that memory, or a loader's shared memory, is not enough; None
     for others. instead: the flags that need less."""
     text = str(e)
-    if isinstance(e, torch.OutOfMemoryError):
+    if isinstance(e, torch.OutOfMemoryError) or "MPS backend out of memory" in text:
         tried = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
         total = re.search(r"total capacity of ([\d.]+ \w+)", text)
         size = f"{tried[1]} more were asked for" if tried else one_line(e)
         if total:
             size += f", it has {total[1]}"
         return f"the GPU's memory is not enough ({size}): {instead}"
-    asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text)
+    asked = re.search(r"(can't allocate|not enough) memory: you tried to allocate (\d+) bytes", text)
     if asked or isinstance(e, MemoryError):
-        size = f"{int(asked[1]) / 2 ** 30:.2f} GiB more were asked for" if asked else one_line(e)
+        size = f"{int(asked[2]) / 2 ** 30:.2f} GiB more were asked for" if asked else one_line(e)
         return f"memory is not enough ({size}): {instead}"
-    if re.search(r"Bus error|shared memory|torch_shm|/torch_\d+", text):
+    if re.search(r"Bus error|shared memory object|shared memory\(shm\)|torch_shm|</torch_\d+", text):
         return ("a loader process has no shared memory left: --num-workers 0, or more of it (docker run "
                 "--shm-size=8g)")
     if "DataLoader worker" in text and re.search(r"killed by signal: Killed|exited unexpectedly", text):
@@ -64,8 +64,8 @@ def run_command(main, less_memory="a smaller --batch-size"):
     try:
         main()
     except (UserError, OSError, RuntimeError, MemoryError) as e:
-        full = isinstance(e, OSError) and (e.filename is not None or e.errno in NO_ROOM)
-        line = str(e) if full or isinstance(e, UserError) else memory_ended(e, less_memory)
+        of_a_file = isinstance(e, OSError) and (e.filename is not None or e.errno in NO_ROOM)
+        line = str(e) if of_a_file or isinstance(e, UserError) else memory_ended(e, less_memory)
         if line is None:
             raise
         rank = os.environ.get("RANK", "0")

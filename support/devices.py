@@ -26,6 +26,9 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: no such device; take cpu, cuda, cuda:N, mps or auto") from None
+    here = dict(cpu=True, cuda=True, mps=torch.backends.mps.is_available())                # cuda: see below
+    if not here.get(device.type):
+        raise UserError(f"--device {name}: not here; take cpu, cuda, cuda:N, mps or auto")
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -80,12 +83,13 @@ def choose_precision(asked, device, processes):
         return asked
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     emulated = processes.any(not computes_bf16(device))
+    why = "on MPS bf16 saves memory, no time" if device.type == "mps" else f"this {kind} only emulates bf16"
     if asked == "auto" and emulated:
-        processes.say(f"precision: float32 (this {kind} has no bf16 arithmetic)")
+        processes.say(f"precision: float32 ({why})")
     elif asked == "auto":
         processes.say(f"precision: bf16 (this {kind} computes it)")
     elif emulated:
-        processes.say(f"warning: this {kind} only emulates bf16; --mixed-precision no is faster")
+        processes.say(f"warning: {why}; --mixed-precision no is as fast or faster")
     return "no" if asked == "auto" and emulated else "bf16"
 
 
@@ -93,9 +97,11 @@ def why_no_compile(device):
     """What torch.compile lacks here, in words; '' where it lacks nothing."""
     if device.type == "mps":
         return "torch.compile is not used on MPS"
-    names = ("CXX", "g++", "clang++", "cl") if device.type == "cpu" else ("CC", "gcc", "clang", "cl")
-    if not any(shutil.which(os.environ.get(name, name)) for name in names):
-        return f"no {'C++' if device.type == 'cpu' else 'C'} compiler here"
+    language, variable, names = "C", "CC", ["gcc", "clang", "cl"]
+    if device.type == "cpu":
+        language, variable, names = "C++", "CXX", ["g++", "clang++", "cl"]
+    if not any(shutil.which(name) for name in [os.environ.get(variable, ""), *names]):
+        return f"no {language} compiler here"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "no Python.h here (Debian's package is python3-dev)"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
@@ -119,7 +125,7 @@ TIMEOUT = timedelta(minutes=8)                                # before NCCL's ow
 @dataclass
 class Processes:
     """This process's place among those of torchrun: rank of `world`. host: their group over the network's
-    CPUs (gloo), None for one process alone. All processes call each method, at the same place."""
+    CPUs (gloo), None for one process alone. All call `any`, `wait` and `from_first` at the same place."""
     rank: int = 0
     world: int = 1
     host: dist.ProcessGroup = None

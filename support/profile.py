@@ -1,5 +1,4 @@
 """profile.py: how fast a step is, what share of the device's peak that is, and where its time goes."""
-import math
 import os
 import time
 import timeit
@@ -43,8 +42,10 @@ def profile(run_step, steps, images, flops, peak, device, say):
 
     seconds_a_step(0, 3)
     seconds = seconds_a_step(3, steps)
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else math.nan
-    say(f"step {seconds * 1e3:.1f} ms, {images / seconds:.1f} images/s, GPU memory {memory:.2f} GiB\n"
+    memory = ""
+    if device.type == "cuda":
+        memory = f", GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB"
+    say(f"step {seconds * 1e3:.1f} ms, {images / seconds:.1f} images/s{memory}\n"
         f"{flops / 1e12:.4f} TFLOP a step and process: {flops / seconds / 1e12:.3f} TFLOP/s, "
         f"{flops / seconds / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
     os.environ["KINETO_LOG_LEVEL"] = "99"                             # the profiler's own notes stay unsaid

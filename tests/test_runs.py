@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train
 import vae
@@ -206,3 +207,22 @@ def test_a_run_is_not_overwritten(short_run, pictures, command):
     out = command("train", "--data-dir", pictures, "--exp-name", "a", "--device", "cpu", cwd=short_run, code=2)
     one_line(out, "holds checkpoints already", "--resume", "--overwrite")
     assert before == {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
+
+
+def test_pictures_of_a_run_that_reads_latents_alone(pictures, frozen_vae, tmp_path, command):
+    """Without alignment the data set gives no pixels, and without --val-dir the pictures shown are its own."""
+    command("train", "--data-dir", pictures, *SHORT, "--vae-grad", "none", "--cache-latents", "--vae-ckpt", frozen_vae,
+            "--proj-coeff", "0", "--max-train-steps", "1")
+    assert metrics_of(tmp_path / "exps/tiny")[0]["val_psnr"] > 0
+    with Image.open(tmp_path / "exps/tiny/pictures/reconstructions-0000001.png") as grid:
+        assert len(np.unique(np.asarray(grid))) > 50                    # not white: the pictures are there
+
+
+def test_overwriting_begins_once_everything_is_found_right(pictures, tmp_path, command):
+    flags = ["--data-dir", pictures, *SHORT, "--max-train-steps", "1", "--vae-only"]
+    command("train", *flags)
+    before = sorted((tmp_path / "exps/tiny").rglob("*"))
+    (tmp_path / "empty").mkdir()
+    out = command("train", *flags, "--overwrite", "--val-dir", tmp_path / "empty", code=2)
+    one_line(out, "no images in it")
+    assert sorted((tmp_path / "exps/tiny").rglob("*")) == before
