@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, noise_pictures
+from conftest import ROOT, noise_pictures, slow
 from PIL import Image
 
 from vae import load_vae
@@ -18,6 +18,7 @@ DIFFERENT = {"naive": dict(vae_grad="diffusion"), "nonorm": dict(latent_norm=Fal
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a bash script")
+@slow
 def test_tour_sh_at_toy_size(tmp_path):
     """Each run is its regime and starts from base's VAE; what is done is not done twice; other settings are refused."""
     pytest.importorskip("matplotlib")
