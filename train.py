@@ -68,7 +68,7 @@ class Config:
     max_train_steps: int = flag(400_000, "the paper's 80 epochs", positive_int)
     checkpointing_steps: int = flag(5_000, "between checkpoints; the last is always saved", positive_int)
     keep_every: int = flag(50_000, "checkpoints at its multiples stay, and the newest two", positive_int)
-    sampling_steps: int = flag(10_000, "steps between pictures", positive_int)
+    sampling_steps: int = flag(10_000, "steps between pictures, which the last has too; 0: none at all", count)
     log_steps: int = flag(100, "steps between lines of metrics.jsonl", positive_int)
     profile: int = flag(0, "run that many steps, print where the time goes, and stop", count)
     resume: bool = flag(False, "go on from the newest checkpoint, or start afresh where there is none")
@@ -721,7 +721,7 @@ def raise_alarm(row, step, folder, saver):
 
 def train(m, cfg, folder, dataset, shown, step, processes):
     """The loop, from `step` to the last one or to a signal. Process 0 writes the run's folder; shown: what it
-    draws reconstructions of, uint8 [N, 3, R, R]."""
+    draws reconstructions of, uint8 [N, 3, R, R], or None."""
     main_process = processes.rank == 0
     settings = vars(cfg) | dict(classes=dataset.classes,
                                 vae_groups=m.vae.config["groups"])       # no tensor's shape shows the groups
@@ -739,9 +739,9 @@ def train(m, cfg, folder, dataset, shown, step, processes):
         bar.update()
         images_done += cfg.batch_size
         last = step == cfg.max_train_steps
-        pictures = step % cfg.sampling_steps == 0 or last
+        pictures = cfg.sampling_steps > 0 and (step % cfg.sampling_steps == 0 or last)
 
-        if step % cfg.log_steps == 0 or pictures:
+        if step % cfg.log_steps == 0 or pictures or last:
             row = read_metrics(m, metrics, processes.world)
             row["images_per_second"] = images_done / (time.time() - since)
             if main_process and pictures:
@@ -790,7 +790,7 @@ def main():
         resume_from = processes.from_first(newest_complete(folder) if processes.rank == 0 else None)
     if processes.any(resume_from and not resume_from.is_file()):
         raise UserError(f"{resume_from}: not on every machine; copy it to the same path on each")
-    shown = pictures_to_show(cfg, dataset) if writes else None
+    shown = pictures_to_show(cfg, dataset) if writes and cfg.sampling_steps > 0 else None
 
     # Networks
     m, step = build(cfg, device), 0

@@ -51,7 +51,7 @@ def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, command):
 
 def test_what_is_logged_and_when(pictures, tmp_path, command):
     """PSNR and error of chroma with every picture, whatever --log-steps; the latents' variance is that of the norm;
-    --overwrite leaves nothing of the run before."""
+    --overwrite leaves nothing of the run before; without pictures nothing of them, and the last step's line."""
     flags = ["--data-dir", pictures, *SHORT, "--sampling-steps", "2"]
     command("train", *flags, "--log-steps", "3")
     exp = tmp_path / "exps/tiny"
@@ -76,6 +76,10 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     assert sorted(p.name for p in exp.iterdir()) == [".lock", "args.json", "checkpoints", "metrics.jsonl", "pictures"]
     assert [p.name for p in (exp / "pictures").iterdir()] == ["reconstructions-0000002.png"]
     assert [p.name for p in checkpoints(exp)] == ["0000002.pt"]
+    command("train", *flags, "--exp-name", "plain", "--vae-only", "--sampling-steps", "0", "--log-steps", "3")
+    rows = metrics_of(tmp_path / "exps/plain")                                       # the last step's line stays
+    assert [row["step"] for row in rows] == [3, 4] and not any("val_psnr" in row for row in rows)
+    assert not (tmp_path / "exps/plain/pictures").exists() and len(checkpoints(tmp_path / "exps/plain")) == 1
     other = noise_pictures(tmp_path / "exps/mine", 2)  # a folder that no run made is not cleared
     command("train", *flags, "--exp-name", "mine", "--vae-only", "--overwrite")
     assert len(list(other.glob("*.png"))) == 2
