@@ -100,7 +100,7 @@ def run(name, *command, stop=None):
             if stop and Path(stop).exists():
                 ask_to_stop(pids)
                 stop = None
-            time.sleep(1)
+            time.sleep(0.1 if stop else 1)
     if process.returncode:
         print(log.read_text()[-3000:])
         raise UserError(f"{name}: ended with {process.returncode}, see {log}")
@@ -134,7 +134,10 @@ def check_losses(run, steps, other=None):
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad or row["skipped"]:
             raise UserError(f"{run}: step {row['step']}: not finite: {bad}; skipped: {row['skipped']:.0f}")
-    for row, same in zip(rows, read_rows(Path(other) / "metrics.jsonl") if other else ()):
+    others = read_rows(Path(other) / "metrics.jsonl") if other else rows
+    if len(others) < len(rows):
+        raise UserError(f"{other}: logged {len(others)} steps, fewer than {run}")
+    for row, same in zip(rows, others):
         for name, value in row.items():
             if "loss" in name and not math.isclose(value, same[name], rel_tol=1e-3, abs_tol=1e-4):
                 raise UserError(f"step {row['step']}: {name} is {value} in {run}, {same[name]} in {other}")
