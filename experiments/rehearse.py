@@ -73,8 +73,11 @@ def memory(pids):
 def ask_to_stop(pids):
     """Send SIGUSR1 to train.py as torchrun has started it, as a batch script does."""
     for pid in pids:
-        if b"\0-u\0train.py\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGUSR1)
+        try:
+            if b"\0-u\0train.py\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGUSR1)
+        except OSError:
+            pass                                                      # it has ended
 
 
 def files_here():
@@ -91,20 +94,23 @@ def files_here():
 def run(name, *command, stop=None):
     """A command, measured. stop: a file; once it is there, training is asked to stop. Raises UserError."""
     before, start, peak, log = files_here(), time.time(), 0, Path(f"logs/{name}.log")
+    asked = False
     log.parent.mkdir(exist_ok=True)
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
             pids = family(process.pid)
             peak = max(peak, memory(pids))
-            if stop and Path(stop).exists():
+            if stop and not asked and Path(stop).exists():
                 ask_to_stop(pids)
-                stop = None
-            time.sleep(0.1 if stop else 1)
+                asked = True
+            time.sleep(0.1 if stop and not asked else 1)
+    seconds = time.time() - start
     if process.returncode:
         print(log.read_text()[-3000:])
         raise UserError(f"{name}: ended with {process.returncode}, see {log}")
-    seconds = time.time() - start
+    if stop and "stopped after step" not in log.read_text():
+        raise UserError(f"{name}: it ended before it was stopped, see {log}")
     written = {file: stat[0] for file, stat in files_here().items() if before.get(file) != stat}
     row = dict(name=name, seconds=seconds, memory=peak, written=written, command=" ".join(command))
     note(**row)
