@@ -145,7 +145,7 @@ def check_losses(run, steps, other=None):
         raise UserError(f"{other}: logged {len(others)} steps, fewer than {run}")
     for row, same in zip(rows, others):
         for name, value in row.items():
-            if "loss" in name and not math.isclose(value, same[name], rel_tol=1e-3, abs_tol=1e-4):
+            if "loss" in name and not math.isclose(value, same[name], rel_tol=1e-4, abs_tol=1e-6):
                 raise UserError(f"step {row['step']}: {name} is {value} in {run}, {same[name]} in {other}")
 
 

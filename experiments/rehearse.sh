@@ -14,7 +14,8 @@ SIZE=${SIZE:-XL}
 OUT=${OUT:-exps/rehearsal-$SIZE}
 PROCESSES=${PROCESSES:-$([ "$SIZE" = XL ] && echo 1 || echo 2)}                 # in place of 8
 BATCH=${BATCH:-2}                                           # in place of 256
-STEPS=${STEPS:-3}                                           # in place of 400,000 and 4,000,000
+STEPS=${STEPS:-4}                                           # in place of 400,000; the stop comes after 1 or 2, and
+                                                            # two more show that no moments were lost
 SAMPLES=${SAMPLES:-8}                                       # in place of 50,000
 NUM_STEPS=${NUM_STEPS:-4}                                   # of the sampler, in place of 250
 RESOLUTION=${RESOLUTION:-256}                               # and once twice that
