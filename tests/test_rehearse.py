@@ -97,10 +97,12 @@ def test_vaes_bit_for_bit(tmp_path):
 
 
 def test_a_command_is_measured(tmp_path, monkeypatch, capsys):
-    """Memory of a process and its child, which share most of it, and a file that is new; not one that was there."""
+    """Memory of a process and its child, which share most of it, without a file's that is read; files that are new."""
     monkeypatch.chdir(tmp_path)
-    Path("old").write_bytes(bytes(200_000))
-    Path("own.py").write_text("import os, time\n"
+    Path("old").write_bytes(bytes(100_000_000))
+    Path("own.py").write_text("import mmap, os, time\n"
+                              "old = mmap.mmap(open('old').fileno(), 0, access=mmap.ACCESS_READ)\n"
+                              "old.find(b'x')\n"
                               "shared = bytearray(b'x') * 200_000_000\n"
                               "if os.fork() == 0:\n"
                               "    own = bytearray(b'y') * 100_000_000\n"
