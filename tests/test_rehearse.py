@@ -101,7 +101,8 @@ def test_a_command_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("old").write_bytes(bytes(100_000_000))
     Path("own.py").write_text("import mmap, os, time\n"
-                              "old = mmap.mmap(open('old').fileno(), 0, access=mmap.ACCESS_READ)\n"
+                              "file = open('old')\n"
+                              "old = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
                               "old.find(b'x')\n"
                               "shared = bytearray(b'x') * 200_000_000\n"
                               "if os.fork() == 0:\n"
