@@ -120,42 +120,46 @@ def steps(args, cfg, device, settings):
     """A step's time and memory for args.images images in it, twice as many, ..., until memory or args.most
     ends it. Compiled, it begins with the most that went eagerly: to compile for each would take long."""
     rows = [row for row in read_rows(args.file) if row.get("flags") == settings["flags"]]
-    known = {(row["compiled"], row["images"]): "step" in row for row in rows if row["measured"] == "steps"}
-    images = args.images
+    went = {(row["compiled"], row["images"]): "step" in row for row in rows if row["measured"] == "steps"}
+    images, sizes = args.images, []
     if cfg.compile:
-        images = max([images, *(n for (compiled, n), went in known.items() if went and not compiled)])
+        images = max([images, *(n for compiled, n in went if went[compiled, n] and not compiled)])
+    while images <= args.most and went.get((cfg.compile, images), True):      # but beyond where memory ended
+        if (cfg.compile, images) not in went:
+            sizes.append(images)
+        images *= 2
+    if not sizes:
+        return
     peak = peak_flops(device, torch.bfloat16 if cfg.mixed_precision == "bf16" else None)
     m = train.build(cfg, device)
     flops = train.flops_of_a_step(m, cfg)
     train.wrap(m, cfg, 1)
     torch.backends.cudnn.benchmark = True
-    while images <= args.most and known.get((cfg.compile, images), True):        # not what memory ended before
-        if (cfg.compile, images) not in known:
-            torch.compiler.reset()                              # else other sizes would make graphs for any size
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-            cfg.batch_size = images
-            row = settings | dict(images=images, steps=args.steps, tflop=flops * images / 1e12,
-                                  peak_tflops=peak / 1e12)
-            try:
-                batch = random_batch(m, cfg)
-                row["first_step"] = seconds_a_step(m, cfg, batch, 0, 1)
-                seconds_a_step(m, cfg, batch, 1, 2)
-                row["step"] = seconds_a_step(m, cfg, batch, 3, args.steps)
-            except (RuntimeError, MemoryError) as e:
-                if memory_ended(e, "") is None:
-                    raise
-                write_row(args.file, device, row | dict(ended=memory_ended(e, "smaller batches went")))
-                return                                          # an error in a step leaves networks half frozen
-            row["images_per_second"] = images / row["step"]
-            row["share_of_peak"] = flops * images / row["step"] / peak
-            if device.type == "cuda":
-                row["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
-                row["reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2 ** 30
-            write_row(args.file, device, row)
-        images *= 2
+    for images in sizes:
+        torch.compiler.reset()                              # else a second size would compile for any size
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        cfg.batch_size = images
+        row = settings | dict(images=images, steps=args.steps, tflop=flops * images / 1e12,
+                              peak_tflops=peak / 1e12)
+        try:
+            batch = random_batch(m, cfg)
+            row["first_step"] = seconds_a_step(m, cfg, batch, 0, 1)
+            seconds_a_step(m, cfg, batch, 1, 2)
+            row["step"] = seconds_a_step(m, cfg, batch, 3, args.steps)
+        except (RuntimeError, MemoryError) as e:
+            if memory_ended(e, "") is None:
+                raise
+            write_row(args.file, device, row | dict(ended=memory_ended(e, "fewer images at once")))
+            return                                          # an error in a step leaves networks half frozen
+        row["images_per_second"] = images / row["step"]
+        row["share_of_peak"] = flops * images / row["step"] / peak
+        if device.type == "cuda":
+            row["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
+            row["reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2 ** 30
+        write_row(args.file, device, row)
 
 
 def sampling(args, cfg, device, settings):
@@ -233,7 +237,8 @@ def step_cells(row):
     if "step" not in row:
         return ["memory ends", "", "", ""]
     memory = f"{row['memory_gib']:.1f}" if "memory_gib" in row else ""
-    return [f"{row['step'] * 1e3:.1f}", f"{row['images_per_second']:.1f}", f"{row['share_of_peak']:.0%}", memory]
+    rate = f"{row['images_per_second']:.1f}"
+    return [f"{row['step'] * 1e3:.1f}", rate, f"{row['share_of_peak']:.0%}", memory]
 
 
 def table(rows):
@@ -248,11 +253,12 @@ def table(rows):
                           [[what, f"{seconds:.2f}"] for (*_, what), seconds in laps.items()])
     found = {(row["model"], regime(row), row["images"], row["compiled"]): row for row in of["steps"]}
     if found:
-        peak = max(row["peak_tflops"] for row in of["steps"])
+        peaks = [row["peak_tflops"] for row in of["steps"]]
         cells = []
         for key in dict.fromkeys(key[:3] for key in found):
             cells.append([*key, *step_cells(found.get((*key, False))), *step_cells(found.get((*key, True)))])
-        lines += [f"A step, in {of['steps'][-1]['precision']}; peak: a matrix product's {peak:.4g} TFLOP/s.", ""]
+        lines += [f"A step; precision: {of['steps'][-1]['precision']}; peak: of a matrix product measured in "
+                  f"the same place, {min(peaks):.4g} to {max(peaks):.4g} TFLOP/s.", ""]
         lines += markdown(["", "", "images", "eager ms", "images/s", "peak", "GiB", "compiled ms", "images/s",
                            "peak", "GiB"], cells)
     rates = {(row["model"], row["num_steps"], row["images"], row["cfg_scale"], row["compiled"]):
@@ -285,7 +291,7 @@ MEASURED = "startup", "steps", "sampling", "evaluating", "comparison"
 
 
 def main():
-    parser = Parser(description="Measure this device. Further flags are those of train.py.", allow_abbrev=False)
+    parser = Parser(description="Measure this device. Further flags are train.py's.", allow_abbrev=False)
     parser.add_argument("what", choices=[*MEASURED, "table"])
     parser.add_argument("file", metavar="FILE", help="takes a line of JSON for each measurement")
     parser.add_argument("--compile", action="store_true")
