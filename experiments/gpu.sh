@@ -54,6 +54,9 @@ sizes() {
 
 fail() { echo "error: $*" >&2; exit 2; }
 
+# last_line FILE: without what a line of JSON cannot hold, and without progress bars
+last_line() { tr '\r' '\n' < "$1" | LC_ALL=C tr -cd '[:print:]\n' | tr -d '"\\' | awk 'NF { line = $0 } END { print line }'; }
+
 # part NAME LIMIT COMMAND...: once, within LIMIT seconds and what is left of TOTAL
 part() {
     local name=$1 limit=$2 began=$SECONDS code=0 log=$OUT/logs/$1.log outcome=done
@@ -69,10 +72,10 @@ part() {
     fi
     case $code in
         0)         touch "$OUT/done/$name"
-                   [ $name != tests ] || outcome=$(tail -n 1 "$log") ;;
+                   [ $name != tests ] || outcome=$(last_line "$log") ;;
         124)       outcome="not done within $limit s" ;;
         "no time") outcome="no time was left" ;;
-        *)         outcome="failed: $(tail -n 1 "$log" | tr -d '"\\' | cut -c 1-200)" ;;
+        *)         outcome="failed: $(last_line "$log")" ;;
     esac
     [ "$code" = 0 ] || echo "$name: $outcome; this script, started again, tries it again"
     printf '{"device": "%s", "torch": "%s", "part": "%s", "outcome": "%s", "seconds": %d}\n' \
@@ -158,5 +161,4 @@ print(torch.cuda.get_device_name() if here else 'CPU', torch.__version__, int(he
     python experiments/measure.py table "$RESULTS" | tee "$OUT/table.md"
 }
 
-main
-exit
+main; exit

@@ -33,10 +33,10 @@ from experiments.memory import read_flags
 from sample import Model, sample_images
 from support.commands import Parser, UserError, memory_ended, positive_int, run_command
 from support.devices import Processes, choose_precision, pick_device, why_no_compile
-from support.files import load_tensors
 from support.profile import peak_flops
 
 IMPORTED = time.perf_counter()
+MEASURED = "startup", "steps", "sampling", "evaluating", "comparison"
 
 
 # --- The file -----------------------------------------------------------------------------------------------
@@ -88,10 +88,10 @@ def startup(args, cfg, device, settings):
     loader = iter(train.load_run(m, cfg, dataset, 0, Processes()))
     batches = [next(loader) for _ in range(3)]
     since = lap("the loader and three batches", since)
-    names = "first step, with compiling" if cfg.compile else "first step", "second step", "third step"
-    for k in range(3):
+    compiling = ", with compiling" if cfg.compile else ""
+    for k, name in enumerate([f"first step{compiling}", "second step", "third step"]):
         train.run_step(m, cfg, k, batches[k], 0, 1)
-        since = lap(names[k], since)
+        since = lap(name, since)
 
 
 def random_batch(m, cfg):
@@ -140,7 +140,6 @@ def steps(args, cfg, device, settings):
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
         cfg.batch_size = images
         row = settings | dict(images=images, steps=args.steps, tflop=flops * images / 1e12,
                               peak_tflops=peak / 1e12)
@@ -148,6 +147,8 @@ def steps(args, cfg, device, settings):
             batch = random_batch(m, cfg)
             row["first_step"] = seconds_a_step(m, cfg, batch, 0, 1)
             seconds_a_step(m, cfg, batch, 1, 2)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)     # in the first, cuDNN tried what takes more
             row["step"] = seconds_a_step(m, cfg, batch, 3, args.steps)
         except (RuntimeError, MemoryError) as e:
             if memory_ended(e, "") is None:
@@ -158,7 +159,6 @@ def steps(args, cfg, device, settings):
         row["share_of_peak"] = flops * images / row["step"] / peak
         if device.type == "cuda":
             row["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
-            row["reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2 ** 30
         write_row(args.file, device, row)
 
 
@@ -285,9 +285,6 @@ def table(rows):
     if parts:
         lines += markdown(["part", "outcome", "s"], parts.values())
     return lines
-
-
-MEASURED = "startup", "steps", "sampling", "evaluating", "comparison"
 
 
 def main():
