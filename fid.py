@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.images import how_to_unpack, list_images, read_image, several_frames
-from repa import EMBEDDED, FrozenEncoder, fold_batch_norms
+from repa import EMBEDDED, LITE2, FrozenEncoder, fold_batch_norms
 from sample import add_sampler_flags, label_of, load_checkpoint, sample_images, sampler_settings
 from support.checkpoints import newest_checkpoint
 from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, positive_int,
@@ -112,7 +112,7 @@ class Inception(nn.Module):
 
 def load_features(args):
     """The network the flags name; by default Inception if its weights are here, else the embedded one."""
-    instead = f"give {URL} by --inception-weights FILE; --features {EMBEDDED} works meanwhile"
+    instead = f"give {URL} by --inception-weights FILE; --features {LITE2} works meanwhile"
     if args.download:
         try:
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -127,7 +127,7 @@ def load_features(args):
         return Inception(file)
     if args.features == "inception":
         raise UserError(f"--features inception: no weights here; --download fetches them, or {instead}")
-    name = args.features or EMBEDDED
+    name = args.features or LITE2
     net = FrozenEncoder("dinov2-vit-l" if name == "dinov2" else name, ckpt=args.features_weights)
     net.name, net.sha256 = name, hash_tensors(net).hexdigest()                       # the hub gives no file
     return net
@@ -367,7 +367,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("ref", nargs="?", metavar="REF", type=existing_path, help="a folder, an .npz, --save-stats' file")
     add("samples", nargs="?", metavar="SAMPLES", type=existing_path, help="images to judge; in these forms")
-    add("--features", help=f"inception (default if its weights are here), dinov2, {EMBEDDED} or a timm model")
+    add("--features", help=f"inception (default if its weights are here), dinov2, {LITE2} or a timm model")
     add("--metrics", help=f"some of {','.join(METRICS)} (default: all that can be had)")
     add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(WEIGHTS))
     add("--download", action="store_true", help="fetch the Inception weights once (95 MB)")
@@ -390,7 +390,7 @@ def parse_args(argv=None):
     unknown = set(args.metrics or ()) - METRICS.keys()
     for wrong, line in (
             (unknown, f"--metrics {','.join(unknown)}: unknown; take some of {','.join(METRICS)}"),
-            (args.features_weights and args.features in (None, "inception", EMBEDDED),
+            (args.features_weights and args.features in (None, "inception", *EMBEDDED),
              "--features-weights goes with --features and a timm model's name"),
             ((args.inception_weights or args.download) and args.features not in (None, "inception"),
              f"--inception-weights and --download go with --features inception, not {args.features}"),
@@ -474,8 +474,8 @@ def main():
         args.sampler["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
     sources, net = open_sources(args, device), load_features(args)
     ref, samples, lines = sources[0], sources[-1], check(sources, net)
-    if args.features is None and net.name == EMBEDDED:
-        lines.append(f"features: {EMBEDDED}; Inception's weights are not here (see --download)")
+    if args.features is None and net.name == LITE2:
+        lines.append(f"features: {LITE2}; Inception's weights are not here (see --download)")
     wanted = args.metrics or (["fid"] if args.reconstruct else list(METRICS))
     every = {"pool", "spatial", "logits", "rows"} if net.name == "inception" else {"pool", "rows"}
     r, s = (every if source.n else source.given.keys() for source in (ref, samples))

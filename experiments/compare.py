@@ -19,8 +19,10 @@ from support.commands import Parser, UserError, run_command
 
 REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive", "repae": "REPA-E",
            "second": "REPA over REPA-E's VAE, frozen", "scratch": "REPA-E from random weights"}
-ABLATIONS = {"both": "diffusion and alignment into the VAE", "nonorm": "REPA-E, latent statistics fixed",
-             "noalign": "REPA-E, no alignment in the VAE's pass", "irepa": "REPA-E with iREPA's alignment"}
+ABLATIONS = {"noalign": "REPA-E, no alignment in the VAE's pass",
+             "lite0": "REPA-E, EfficientNet-Lite0 as teacher", "both": "diffusion and alignment into the VAE",
+             "nonorm": "REPA-E, latent statistics fixed", "irepa": "REPA-E with iREPA's alignment",
+             "float32": "REPA-E in float32"}
 
 
 def read_json(file):
@@ -30,27 +32,18 @@ def read_json(file):
         raise UserError(f"{file}: damaged; delete it and start compare.sh again") from None
 
 
-def frechet_distance(file):
-    """(name, value) of the Frechet distance in a file that fid.py wrote: 'fid', or 'fd_' and its network."""
-    record = read_json(file)
-    for name, value in record.items():
-        if name == "fid" or name.startswith("fd_"):
-            return name, value
-    raise UserError(f"{file}: no Frechet distance in it")
-
-
-def read_run(run, names):
-    """{column: value} of a run's folder. Columns are ('fd', samples, step), 'cknna' of the aligned block, and
-    'rfd' and 'psnr' of its VAE's reconstructions. names: a set that takes the names of the distances."""
+def read_run(run, settings):
+    """{column: value} of a run's folder. Columns are the steps at which it was judged; 'to_reconstructions',
+    the last distance to what its VAE makes of the pictures; 'cknna' of the aligned block; 'rfd' and 'psnr' of
+    these reconstructions. settings: a set that takes (network, samples) of the distances."""
     row = {}
-    for file in run.glob("fd-*-*.json"):
-        _, step, samples = file.stem.split("-")
-        name, row["fd", int(samples), int(step)] = frechet_distance(file)
-        names.add(name)
-    if (run / "rfd.json").is_file():
-        name, row["rfd"] = frechet_distance(run / "rfd.json")
-        names.add(name)
-        row["psnr"] = read_json(run / "rfd.json")["psnr"]
+    if (run / "judged.json").is_file():
+        record = read_json(run / "judged.json")
+        row = {int(step): value for step, value in record["fd"].items()}
+        settings.add((record["features"], record["samples"]))
+        if "rfd" in record:
+            row |= {"to_reconstructions": record["fd_to_reconstructions"], "rfd": record["rfd"],
+                    "psnr": record["psnr"]}
     evaluations = sorted(run.glob("evaluation-*.json"))
     if evaluations and (run / "args.json").is_file():
         block = read_json(run / "args.json")["encoder_depth"]                               # counted from 1
@@ -59,25 +52,26 @@ def read_run(run, names):
 
 
 def read_runs(folder, seeds):
-    """({regime: [row of each finished run]}, names of the others). A run is finished once it has all columns
-    of the one that has most. Raises UserError where there are none, or where the distances are not alike."""
-    rows, names = {}, set()
+    """({regime: [row of each finished run]}, names of the others, (network, samples) of the distances). A run
+    is finished once it has all columns of the one that has most. Raises UserError where there are none, or
+    where the distances are not alike."""
+    rows, settings = {}, set()
     for regime in REGIMES | ABLATIONS:
         for seed in seeds if regime in REGIMES else seeds[:1]:
-            rows[regime, seed] = read_run(folder / f"{regime}-{seed}", names)
+            rows[regime, seed] = read_run(folder / f"{regime}-{seed}", settings)
     columns = max(rows.values(), key=len).keys()
     if not columns:
         raise UserError(f"{folder}: no results of runs in it; bash experiments/compare.sh makes them")
-    if len(names) > 1:
-        raise UserError(f"{folder}: distances over different features ({', '.join(sorted(names))}) cannot be "
-                        "compared; delete the fd-*.json and rfd.json of one kind")
+    if len(settings) > 1:
+        raise UserError(f"{folder}: distances over different features or numbers of samples "
+                        f"({sorted(settings)}) cannot be compared; delete the judged.json of one kind")
     finished, missing = {}, []
     for (regime, seed), row in rows.items():
         if row.keys() >= columns:
             finished.setdefault(regime, []).append({column: row[column] for column in columns})
         else:
             missing.append(f"{regime}-{seed}")
-    return finished, missing
+    return finished, missing, *settings
 
 
 def spread(values, digits):
@@ -86,31 +80,30 @@ def spread(values, digits):
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+TITLES = {"to_reconstructions": ("to its VAE's reconstructions", 1), "cknna": ("CKNNA", 3),
+          "rfd": ("FD of these reconstructions", 1), "psnr": ("their PSNR, dB", 2)}      # and digits behind
+
+
+def points(finished):
+    """The steps at which all runs were judged."""
+    return sorted(column for column in next(iter(finished.values()))[0] if isinstance(column, int))
+
+
 def table(finished):
     """The lines of the markdown table."""
-    columns = next(iter(finished.values()))[0]                                       # all rows have the same
-    points = sorted((column for column in columns if isinstance(column, tuple)), key=lambda point: point[1:])
-    heads = {point: f"FD, {point[2]:,} steps, {point[1]:,} samples" for point in points}
-    digits = dict.fromkeys(points, 0)
-    for column, title, places in (("cknna", "CKNNA", 3), ("rfd", "FD of its VAE's reconstructions", 1),
-                                  ("psnr", "their PSNR, dB", 2)):
-        if column in columns:
-            heads[column] = title
-            digits[column] = places
-    lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
+    heads = {step: (f"FD, {step:,} steps", 1) for step in points(finished)}
+    heads |= {column: title for column, title in TITLES.items() if column in next(iter(finished.values()))[0]}
+    titles = [title for title, _ in heads.values()]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(heads) + 1) + "|"]
     for regime, runs in finished.items():
-        cells = [spread([run[column] for run in runs], digits[column]) for column in heads]
+        cells = [spread([run[column] for run in runs], digits) for column, (_, digits) in heads.items()]
         lines.append(f"| {(REGIMES | ABLATIONS)[regime]} (`{regime}`) | " + " | ".join(cells) + " |")
     return lines
 
 
-def curve(runs):
-    """(steps [n], distances [runs, n]) at the number of samples that was drawn at most points."""
-    points = [column for column in runs[0] if isinstance(column, tuple)]
-    counts = [samples for _, samples, _ in points]
-    samples = max(sorted(set(counts)), key=counts.count)
-    steps = sorted(step for _, count, step in points if count == samples)
-    return steps, np.array([[run["fd", samples, step] for step in steps] for run in runs])
+def curve(runs, steps):
+    """The distances [runs, n] at these steps."""
+    return np.array([[run[step] for step in steps] for run in runs])
 
 
 def steps_to_reach(distance, steps, curve):
@@ -127,13 +120,11 @@ def steps_to_reach(distance, steps, curve):
 
 def speed_ups(finished):
     """Lines that say after how many steps REPA-E reaches what REPA and SiT end with (mean curves)."""
-    lines = []
+    lines, steps = [], points(finished)
     for regime in ("repa", "sit"):
         if regime in finished and "repae" in finished:
-            steps, theirs = curve(finished[regime])
-            _, ours = curve(finished["repae"])
-            end = theirs.mean(0)[-1]
-            reached = steps_to_reach(end, steps, ours.mean(0))
+            end = curve(finished[regime], steps).mean(0)[-1]
+            reached = steps_to_reach(end, steps, curve(finished["repae"], steps).mean(0))
             if reached is None:
                 outcome = "REPA-E does not reach it."
             else:
@@ -144,15 +135,21 @@ def speed_ups(finished):
 
 
 def draw_comparison(finished, path):
-    """Frechet distance by step: a line through the seeds' mean, a band from the least to the greatest."""
+    """Frechet distance by step, both logarithmic: a line through the seeds' mean, a band from the least to
+    the greatest."""
     figure = load_matplotlib()(figsize=(7, 4.6), layout="constrained")
-    axis = figure.subplots()
+    axis, steps = figure.subplots(), points(finished)
+    axis.loglog()
     for regime, colour in zip(REGIMES, COLOURS):
         if regime in finished:
-            steps, values = curve(finished[regime])
+            values = curve(finished[regime], steps)
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
             axis.plot(steps, values.mean(0), "o-", color=colour, markersize=4, label=REGIMES[regime])
-            axis.set_xticks(steps)
+    axis.set_xticks(steps, [f"{step:,}" for step in steps])
+    axis.minorticks_off()
+    low, high = axis.get_ylim()
+    ticks = np.geomspace(low * 1.02, high / 1.02, 5)
+    axis.set_yticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axis.set(xlabel="SiT steps", ylabel="Frechet distance (lower is better)")
     figure.legend(loc="outside upper center", ncols=2)
     save_figure(figure, path)
@@ -166,9 +163,9 @@ def main():
     args = parser.parse_args()
     load_matplotlib()
     folder = Path(args.folder)
-    finished, missing = read_runs(folder, args.seeds)
+    finished, missing, (network, samples) = read_runs(folder, args.seeds)
     draw_comparison(finished, args.out or folder / "comparison.png")
-    print("\n".join(table(finished)))
+    print(*table(finished), f"\nFD: the Frechet distance of {samples:,} samples over {network}.", sep="\n")
     for line in speed_ups(finished):
         print(f"\n{line}")
     if missing:

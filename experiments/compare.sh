@@ -10,25 +10,33 @@
 # and, with the first seed, what REPA-E is without one of its parts, or with another:
 #     both     diffusion loss and alignment into the VAE      noalign  no alignment in the VAE's pass
 #     nonorm   latent statistics that stay as at the start    irepa    iREPA's projector and norm of the features
+#     lite0    another teacher, EfficientNet-Lite0            float32  the same in float32
+#
+# The teacher is ENC_TYPE, from the hub or, without network, from the file ENC_CKPT. What judges is FEATURES, a
+# network that teaches none of the runs (the perceptual distance of all of them is over EfficientNet-Lite0).
 #
 # Run it again at any time: what is done is not done twice, and a stopped run goes on where it was. Everything goes
 # to OUT, a run's output to OUT/logs. At the end: the table (OUT/table.md) and the pictures beside it.
-# Another length or architecture: VAE=f4d8 MODEL=SiT-T/1 STEPS=3200 OUT=exps/longer bash experiments/compare.sh
+# Another architecture: VAE=f4d8 MODEL=SiT-T/1 OUT=exps/other bash experiments/compare.sh
+# Another length: STEPS=6400 EVERY=400 POINTS="400 800 1600 3200 6400" SEEDS=1 REGIMES="repae repa second" \
+#     ABLATIONS= OUT=exps/longer bash experiments/compare.sh
 set -euo pipefail
 
 export OUT=${OUT:-exps/compare}
 export SEEDS=${SEEDS:-1 2 3}
 export REGIMES=${REGIMES:-repae naive sit repa scratch second}                              # some of the six
-export ABLATIONS=${ABLATIONS-both nonorm noalign irepa}                                     # and of the four
+export ABLATIONS=${ABLATIONS-noalign lite0 both nonorm irepa float32}                       # and of the six
+export ENC_TYPE=${ENC_TYPE:-dinov2-vit-s}                   # the teacher
+export ENC_CKPT=${ENC_CKPT:-}                               # its weights; without, the hub's
 export MODEL=${MODEL:-SiT-T/2}
 export VAE=${VAE:-f4d32}                                    # the VAE's architecture
 export BASE_STEPS=${BASE_STEPS:-1000}                       # of the VAE that all start from
 export STEPS=${STEPS:-1600}                                 # of each regime
-export EVERY=${EVERY:-$((STEPS / 4))}                       # a run is judged, and its checkpoint kept, so often
-export SAMPLES=${SAMPLES:-1000}                             # at each of these points
-export LAST_SAMPLES=${LAST_SAMPLES:-4000}                   # and once more at the end
+export EVERY=${EVERY:-$((STEPS / 4))}                       # checkpoints are kept so often
+export POINTS=${POINTS:-$((STEPS / 4)) $((STEPS / 2)) $STEPS}           # the steps at which a run is judged
+export SAMPLES=${SAMPLES:-2000}                             # at each of them
 export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
-export FEATURES=${FEATURES:-efficientnet-lite0}             # the network of the Frechet distance
+export FEATURES=${FEATURES:-efficientnet-lite2}             # the network of the Frechet distance
 export FLAGS=${FLAGS:---kl-weight 1e-6}                     # more flags for each train.py: the paper's KL term
 export RESOLUTION=${RESOLUTION:-32}
 export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; drawn where it is missing
@@ -46,30 +54,17 @@ train() {
     [ -f "$(checkpoint $run $steps)" ] && return
     python train.py --output-dir "$OUT" --exp-name $run --data-dir "$DATA/train" --val-dir "$DATA/val" \
         --resolution $RESOLUTION --vae $VAE --model $MODEL --max-train-steps $steps --checkpointing-steps $EVERY \
-        --keep-every $EVERY --sampling-steps $steps --cfg-scale 1 --seed $seed --resume $FLAGS "$@"
+        --keep-every $EVERY --sampling-steps $steps --cfg-scale 1 --seed $seed --resume --enc-type "$ENC_TYPE" \
+        ${ENC_CKPT:+--enc-ckpt "$ENC_CKPT"} $FLAGS "$@"
     [ -f "$(checkpoint $run $steps)" ] || { echo "$run: stopped before step $steps"; return 1; }
-}
-
-# distance RUN STEP SAMPLES: of so many samples to the training pictures
-distance() {
-    local json
-    json=$OUT/$1/fd-$(printf %07d $2)-$3.json
-    [ -f "$json" ] || python fid.py "$OUT/ref.npz" --ckpt "$(checkpoint $1 $2)" --num-steps $SAMPLER_STEPS \
-        --num-samples $3 --features $FEATURES --metrics fid --mixed-precision bf16 --num-workers 0 --json "$json"
-}
-
-# reconstruct RUN [FROM]: what its VAE makes of the training pictures; FROM, another run with the same VAE, knows it
-reconstruct() {
-    local json=$OUT/$1/rfd.json from=${2:-$1}
-    [ -f "$OUT/$from/rfd.json" ] || python fid.py "$DATA/train" --ckpt "$(checkpoint $from $STEPS)" \
-        --reconstruct --features $FEATURES --num-workers 0 --json "$OUT/$from/rfd.json"
-    [ -f "$json" ] || cp "$OUT/$from/rfd.json" "$json"
 }
 
 # one REGIME SEED: train it and judge it
 one() {
     set -euo pipefail
-    local run=$1-$2 base vae tuned step from
+    local run=$1-$2 base vae tuned judged
+    judged=$OUT/$run/evaluation-$(printf %07d $STEPS).json                                  # the last that is written
+    [ ! -f "$judged" ] || return 0
     base=$(checkpoint base $BASE_STEPS) vae=$(checkpoint vae $STEPS) tuned=$(checkpoint repae-$2 $STEPS)
     case $1 in
         sit)     train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" --proj-coeff 0 ;;
@@ -82,16 +77,14 @@ one() {
         nonorm)  train $run $STEPS $2 --vae-ckpt "$base" --no-latent-norm ;;
         noalign) train $run $STEPS $2 --vae-ckpt "$base" --vae-align-proj-coeff 0 ;;
         irepa)   train $run $STEPS $2 --vae-ckpt "$base" --projector conv --spatial-norm 0.6 --proj-coeff 1 ;;
+        lite0)   train $run $STEPS $2 --vae-ckpt "$base" --enc-type efficientnet-lite0 ;;
+        float32) train $run $STEPS $2 --vae-ckpt "$base" --mixed-precision no ;;
         *)       fail "$1: no regime; REGIMES and ABLATIONS name those above" ;;
     esac
-    for ((step = EVERY; step <= STEPS; step += EVERY)); do
-        distance $run $step $SAMPLES
-    done
-    distance $run $STEPS $LAST_SAMPLES
-    case $1 in sit | repa) from=vae ;; second) from=repae-$2 ;; *) from=$run ;; esac
-    reconstruct $run $from
-    [ -f "$OUT/$run/evaluation-$(printf %07d $STEPS).json" ] ||
-        python experiments/analyze.py evaluate "$(checkpoint $run $STEPS)"
+    python experiments/judge.py "$OUT/$run" --points $POINTS --samples $SAMPLES --num-steps $SAMPLER_STEPS \
+        --features $FEATURES
+    python experiments/analyze.py evaluate "$(checkpoint $run $STEPS)" --enc-type "$ENC_TYPE" \
+        ${ENC_CKPT:+--enc-ckpt "$ENC_CKPT"}
 }
 
 # logged REGIME SEED: the same, its output in a file; a run that fails does not stop the others
@@ -102,7 +95,7 @@ logged() {
         echo "$(date +%H:%M) $1-$2 failed: see $OUT/logs/$1-$2.log; start this script again to go on"
     fi
 }
-export -f fail checkpoint train distance reconstruct one logged
+export -f fail checkpoint train one logged
 
 all() {                                                         # "SEED..." REGIME...: every seed of each
     local seeds=$1
@@ -113,13 +106,15 @@ all() {                                                         # "SEED..." REGI
 
 main() {                                       # read whole before it starts, so that this file may change meanwhile
     [ -f train.py ] || fail "run it from the project's root: bash experiments/compare.sh"
-    [ $((STEPS % EVERY)) = 0 ] || fail "STEPS=$STEPS: not a multiple of EVERY=$EVERY"
+    for step in $POINTS $STEPS; do
+        [ $((step % EVERY)) = 0 ] && [ $step -le $STEPS ] || fail "$step: not a multiple of EVERY=$EVERY up to STEPS"
+    done
     python -c "import matplotlib" 2> /dev/null || fail "the charts need matplotlib: pip install matplotlib"
 
     # Runs of other settings must not mix with these: a folder belongs to the settings it was begun with.
     mkdir -p "$OUT/logs"
     settings="MODEL=$MODEL VAE=$VAE BASE_STEPS=$BASE_STEPS STEPS=$STEPS EVERY=$EVERY FLAGS=$FLAGS DATA=$DATA"
-    settings+=" RESOLUTION=$RESOLUTION SAMPLER_STEPS=$SAMPLER_STEPS FEATURES=$FEATURES"
+    settings+=" RESOLUTION=$RESOLUTION ENC_TYPE=$ENC_TYPE SAMPLER_STEPS=$SAMPLER_STEPS FEATURES=$FEATURES"
     [ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
     begun=$(cat "$OUT/settings")
     [ "$settings" = "$begun" ] || fail "$OUT was begun with $begun: name another folder by OUT=DIR"
@@ -131,14 +126,15 @@ main() {                                       # read whole before it starts, so
     train base $BASE_STEPS 0 --vae-only >> "$OUT/logs/base.log" 2>&1 || fail "base: see $OUT/logs/base.log"
     train vae $STEPS 0 --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
     OMP_NUM_THREADS=$threads
-    [ -f "$OUT/ref.npz" ] || python fid.py "$DATA/train" --features $FEATURES --save-stats "$OUT/ref.npz"
-    reconstruct vae >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
     seed=${SEEDS%% *}
     all "$SEEDS" ${REGIMES/second/}
     [[ $REGIMES != *second* ]] || all "$SEEDS" second               # it needs the VAE of a finished repae
     all $seed $ABLATIONS
 
-    python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" | tee "$OUT/table.md"
+    python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" > "$OUT/table.md"
+    [ -s "$OUT/floor.md" ] ||
+        python experiments/judge.py --floor "$DATA" --samples $SAMPLES --features $FEATURES > "$OUT/floor.md"
+    cat "$OUT/table.md" "$OUT/floor.md"
     runs=() vaes=("$base")
     for regime in $REGIMES; do
         [ ! -f "$OUT/$regime-$seed/metrics.jsonl" ] || runs+=("$OUT/$regime-$seed")

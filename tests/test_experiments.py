@@ -19,7 +19,7 @@ from experiments import analyze, compare, curves
 from support.commands import UserError
 from support.pictures import to_float, to_uint8
 
-EMBEDDED = "efficientnet-lite0"
+LITE0 = "efficientnet-lite0"
 
 
 def call(main, monkeypatch, *argv):
@@ -109,7 +109,7 @@ def checkpoint(pictures, tmp_path_factory):
         if p.requires_grad and p.std() == 0:
             torch.nn.init.normal_(p, std=0.1)
     net.bn.start(torch.linspace(-0.2, 0.2, 8), torch.linspace(0.5, 1.5, 8))
-    args = dict(resolution=32, num_classes=3, cfg_prob=0.1, path_type="linear", enc_type=EMBEDDED, encoder_depth=2,
+    args = dict(resolution=32, num_classes=3, cfg_prob=0.1, path_type="linear", enc_type=LITE0, encoder_depth=2,
                 proj_coeff=0.5, data_dir="nowhere", val_dir=str(pictures), classes=["extra", "two words", "one"])
     file = tmp_path_factory.mktemp("exps") / "run/checkpoints/0000004.pt"
     file.parent.mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_evaluate_measures_what_it_says(checkpoint, pictures, monkeypatch, capsy
     call(analyze.main, monkeypatch, "evaluate", checkpoint, "--device", "cpu")
     out, run = capsys.readouterr().out, checkpoint.parents[1]
     record = json.loads((run / "evaluation-0000004.json").read_text())
-    assert record["images"] == 24 and record["encoder"] == EMBEDDED and "24 images" in out
+    assert record["images"] == 24 and record["encoder"] == LITE0 and "24 images" in out
 
     ckpt = torch.load(checkpoint, weights_only=True)
     net = sit.SiT("SiT-T/2", 8, 8, num_classes=3, encoder_depth=6)
@@ -156,7 +156,7 @@ def test_evaluate_measures_what_it_says(checkpoint, pictures, monkeypatch, capsy
         assert value == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-4)
     assert list(record["denoising_loss"]) == [f"0.{k}" for k in range(1, 10)]
 
-    features = analyze.FrozenEncoder(EMBEDDED, 4)(x).mean(1)
+    features = analyze.FrozenEncoder(LITE0, 4)(x).mean(1)
     t, h = torch.full((24,), 0.5), net.x_embedder(0.5 * z + 0.5 * eps) + net.pos_embed
     c = net.t_embedder(t) + net.y_embedder(y)
     for block, value in zip(net.blocks, record["cknna"], strict=True):
@@ -294,13 +294,11 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
 # --- the comparison ----------------------------------------------------------------------------------------------
 
 def write_run(run, distances, last, cknna, psnr):
-    """Results as fid.py and analyze.py write them: `distances` of 1,000 samples at steps 100, 200, ..."""
+    """Results as judge.py and analyze.py write them: `distances` at steps 100, 200, ..., `last` to reconstructions."""
     run.mkdir(parents=True)
-    for k, value in enumerate(distances, 1):
-        text = json.dumps(dict(fd_net=value, n_samples=1000, features="net"))
-        (run / f"fd-{100 * k:07d}-1000.json").write_text(text)
-    (run / f"fd-{100 * len(distances):07d}-4000.json").write_text(json.dumps(dict(fd_net=last)))
-    (run / "rfd.json").write_text(json.dumps(dict(fd_net=50.04, psnr=psnr)))
+    fd = {str(100 * k): value for k, value in enumerate(distances, 1)}
+    record = dict(features="net", samples=2000, fd=fd, fd_to_reconstructions=last, rfd=50.04, psnr=psnr)
+    (run / "judged.json").write_text(json.dumps(record))
     (run / f"evaluation-{100 * len(distances):07d}.json").write_text(json.dumps(dict(cknna=[0.5, cknna, 0.6])))
     (run / "args.json").write_text(json.dumps(dict(encoder_depth=2)))
 
@@ -316,29 +314,32 @@ def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "both-1", [800, 700, 600], 650, 0.1, 20)
     call(compare.main, monkeypatch, tmp_path, "--seeds", 1, 2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("| | FD, 100 steps, 1,000 samples | FD, 200 steps, 1,000 samples | "
-                        "FD, 300 steps, 1,000 samples | FD, 300 steps, 4,000 samples | CKNNA | "
-                        "FD of its VAE's reconstructions | their PSNR, dB |")
+    assert lines[0] == ("| | FD, 100 steps | FD, 200 steps | FD, 300 steps | to its VAE's reconstructions | CKNNA | "
+                        "FD of these reconstructions | their PSNR, dB |")
     assert set(lines[1]) == set("|-") and lines[1].count("|") == lines[0].count("|")
     assert lines[2:5] == [
-        "| SiT (`sit`) | 700 | 600 | 500 | 480 | 0.100 | 50.0 | 27.00 |",
-        "| REPA (`repa`) | 605 (600 to 610) | 500 | 400 (390 to 410) | 395 (390 to 400) | "
+        "| SiT (`sit`) | 700.0 | 600.0 | 500.0 | 480.0 | 0.100 | 50.0 | 27.00 |",
+        "| REPA (`repa`) | 605.0 (600.0 to 610.0) | 500.0 | 400.0 (390.0 to 410.0) | 395.0 (390.0 to 400.0) | "
         "0.250 (0.200 to 0.300) | 50.0 | 27.50 (27.00 to 28.00) |",
-        "| REPA-E (`repae`) | 500 | 400 (380 to 420) | 320 (300 to 340) | 305 (300 to 310) | 0.400 | 50.0 | 26.00 |"]
-    assert lines[5] == ("| diffusion and alignment into the VAE (`both`) | 800 | 700 | 600 | 650 | 0.100 | 50.0 | "
-                        "20.00 |")
+        "| REPA-E (`repae`) | 500.0 | 400.0 (380.0 to 420.0) | 320.0 (300.0 to 340.0) | 305.0 (300.0 to 310.0) | "
+        "0.400 | 50.0 | 26.00 |"]
+    assert lines[5] == ("| diffusion and alignment into the VAE (`both`) | 800.0 | 700.0 | 600.0 | 650.0 | 0.100 | "
+                        "50.0 | 20.00 |")
     text = "\n".join(lines[6:])
+    assert "FD: the Frechet distance of 2,000 samples over net." in text
     assert "REPA ends at 400 after 300 steps. REPA-E reaches it after 200." in text
     assert "SiT ends at 500 after 300 steps. REPA-E reaches it after at most 100." in text
-    assert ("left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2, nonorm-1, noalign-1, irepa-1."
-            in text)
+    assert ("left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2, noalign-1, lite0-1, "
+            "nonorm-1, irepa-1, float32-1." in text)
     assert Image.open(tmp_path / "comparison.png").width > 600
 
-    (tmp_path / "repa-1/fd-0000100-1000.json").write_text(json.dumps(dict(fid=600)))
-    with pytest.raises(UserError, match="different features"):
-        compare.read_runs(tmp_path, [1, 2])
-    (tmp_path / "repa-1/fd-0000100-1000.json").write_text("{")
-    with pytest.raises(UserError, match="fd-0000100-1000.json: damaged"):
+    record = json.loads((tmp_path / "repa-1/judged.json").read_text())
+    for other in (dict(features="another"), dict(samples=1000)):
+        (tmp_path / "repa-1/judged.json").write_text(json.dumps(record | other))
+        with pytest.raises(UserError, match="different features or numbers of samples"):
+            compare.read_runs(tmp_path, [1, 2])
+    (tmp_path / "repa-1/judged.json").write_text("{")
+    with pytest.raises(UserError, match="judged.json: damaged"):
         compare.read_runs(tmp_path, [1, 2])
 
 
@@ -362,8 +363,8 @@ case $1 in
         case $run in *"$BREAKS") exit 0 ;; esac                          # as on Ctrl-C: stopped, and no error
         mkdir -p "$run/checkpoints"; echo > "$run/metrics.jsonl"
         touch "$run/checkpoints/$(printf %07d $((steps / 2))).pt" "$run/checkpoints/$(printf %07d $steps).pt" ;;
-    fid.py)
-        flag=--json; json=$(value "$@"); flag=--save-stats; touch "${json:-$(value "$@")}" ;;
+    experiments/judge.py)
+        if [ "$2" = --floor ]; then echo real; else touch "$2/judged.json"; fi ;;
     experiments/analyze.py)
         [ "$2" = latents ] || touch "${3%/checkpoints/*}/evaluation-$(basename "$3" .pt).json" ;;
 esac
@@ -383,11 +384,12 @@ def test_compare_sh_does_nothing_twice(tmp_path):
         notes.unlink(missing_ok=True)
         env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "NOTES": str(notes), "BREAKS": breaks,
                "OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "data"), "SEEDS": "1 2", "STEPS": "40",
-               "EVERY": "20", "BASE_STEPS": "10", **settings}
+               "EVERY": "20", "POINTS": "20 40", "BASE_STEPS": "10",
+               "ENC_CKPT": "dinov2.pt", **settings}
         done = subprocess.run(["bash", "experiments/compare.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr, [line for line in notes.read_text().splitlines()
-                                           if line.startswith(("train", "fid", "experiments/analyze.py evaluate"))]
+        kinds = "train", "experiments/judge", "experiments/analyze.py evaluate"
+        return done.stdout + done.stderr, [line for line in notes.read_text().splitlines() if line.startswith(kinds)]
 
     printed, first = start(breaks="repae-2")
     trained = {line.split("--exp-name ")[1].split()[0]: line for line in first if line.startswith("train.py")}
@@ -396,7 +398,7 @@ def test_compare_sh_does_nothing_twice(tmp_path):
     assert all(f"{run} done" in printed for run in ("repae-1", "sit-2", "second-1", "both-1"))
     assert "repae-2 failed" in printed and "second-2 failed" in printed          # the one needs the other's VAE
     out = tmp_path / "out"
-    assert not [line for line in first if "repae-2" in line and line.startswith("fid.py")]
+    assert not [line for line in first if "repae-2" in line and line.startswith("experiments")]
     base, tuned = out / "base/checkpoints/0000010.pt", out / "vae/checkpoints/0000040.pt"
     frozen, second = "--vae-grad none --cache-latents --vae-ckpt", out / "repae-1/checkpoints/0000040.pt"
     for run, flags in (("sit-1", f"{frozen} {tuned} --proj-coeff 0"), ("repa-2", f"{frozen} {tuned}"),
@@ -406,20 +408,21 @@ def test_compare_sh_does_nothing_twice(tmp_path):
                        ("repae-1", f"--vae-ckpt {base}"), ("nonorm-1", f"--vae-ckpt {base} --no-latent-norm"),
                        ("noalign-1", f"--vae-ckpt {base} --vae-align-proj-coeff 0"),
                        ("irepa-1", f"--vae-ckpt {base} --projector conv --spatial-norm 0.6 --proj-coeff 1"),
+                       ("lite0-1", f"--vae-ckpt {base} --enc-type efficientnet-lite0"),
+                       ("float32-1", f"--vae-ckpt {base} --mixed-precision no"),
                        ("vae", f"--vae-only --vae-ckpt {base}")):
         assert f"--seed {run[-1] if run != 'vae' else 0} " in trained[run]
         assert trained[run].endswith(flags) and "--max-train-steps 40 --checkpointing-steps 20" in trained[run]
-    judged = sorted(Path(line.split("--json ")[1].split()[0]).name for line in first if "out/sit-1/" in line
-                    and line.startswith("fid.py"))
-    assert judged == ["fd-0000020-1000.json", "fd-0000040-1000.json", "fd-0000040-4000.json"]
-    reconstructed = [line.split("--json ")[1] for line in first if "--reconstruct" in line]
-    assert len(reconstructed) == len(set(reconstructed)) == 1 + 2 + 1 + 2 + 4         # each VAE once: not of repae-2
-    assert (out / "sit-1/rfd.json").is_file() and (out / "second-1/rfd.json").is_file()
+        assert "--enc-type dinov2-vit-s --enc-ckpt dinov2.pt --kl-weight 1e-6" in trained[run]
+    judged = [line for line in first if line.startswith("experiments/judge.py") and "--floor" not in line]
+    assert (f"experiments/judge.py {out}/sit-1 --points 20 40 --samples 2000 --num-steps 20 --features "
+            "efficientnet-lite2") in judged
+    assert len(judged) == 6 * 2 - 2 + 6
 
     _, again = start()                                                     # only what did not get done
     assert [line.split("--exp-name ")[1].split()[0] for line in again if line.startswith("train")] == [
         "repae-2", "second-2"]
-    assert len(again) == (1 + 3 + 1 + 1) + (1 + 3 + 1)
+    assert len(again) == (1 + 1 + 1) + (1 + 1 + 1)
     assert start()[1] == []
     more = start(SEEDS="1 2 3")[1]
     assert {line.split("--seed ")[1].split()[0] for line in more if line.startswith("train")} == {"3"}

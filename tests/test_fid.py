@@ -310,7 +310,7 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
 def test_evaluating_a_run(pictures, short_run, command, processes):
     """Against its own data: drawn in memory, in whatever batches and processes, or from files: the same numbers."""
     def numbers(processes, *flags):
-        flags = [*flags, "--features", repa.EMBEDDED, "--device", "cpu", "--num-workers", "0", "--json", "out.json"]
+        flags = [*flags, "--features", repa.LITE2, "--device", "cpu", "--num-workers", "0", "--json", "out.json"]
         if processes == 1:
             command("fid", *flags, cwd=short_run)
         else:
@@ -326,7 +326,7 @@ def test_evaluating_a_run(pictures, short_run, command, processes):
     stored = numbers(1, pictures, "samples.npz", "--resolution", "32", *metrics)
     for other in (again, stored):
         assert (other["n_samples"], other["n_reference"]) == (20, 24)
-        for key in ("fd_efficientnet-lite0", "kid", "recall"):
+        for key in ("fd_efficientnet-lite2", "kid", "recall"):
             assert other[key] == pytest.approx(drawn[key], rel=1e-3)
     rec = numbers(processes, "--reconstruct", "--ckpt", ckpt)
     model = sample.load_checkpoint(ckpt)

@@ -77,9 +77,9 @@ def test_the_commands_run_in_the_precision_that_was_chosen(cpu, pictures, tmp_pa
     assert "precision: bf16" in out and "going on with another mixed_precision: no -> bf16" in out
     draw = ["--num-steps", "1", "--device", "cpu"]
     assert "precision: bf16" in command("sample", *draw, "--num-samples", "2")
-    assert "precision: bf16" in command("fid", *draw, "--num-samples", "4", "--features", repa.EMBEDDED,
+    assert "precision: bf16" in command("fid", *draw, "--num-samples", "4", "--features", repa.LITE2,
                                         "--num-workers", "0")
-    assert "precision: " not in command("fid", pictures, pictures, "--features", repa.EMBEDDED, "--num-workers", "0",
+    assert "precision: " not in command("fid", pictures, pictures, "--features", repa.LITE2, "--num-workers", "0",
                                       "--resolution", "32")
 
 

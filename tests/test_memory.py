@@ -19,7 +19,7 @@ from conftest import CPU, ROOT, one_line, run, slow
 from experiments import memory
 
 SMALL = ["--preset", "sdvae-xl2", "--model", "SiT-T/2", "--vae", "f4d8", "--resolution", "32", "--encoder-depth", "2",
-         "--enc-type", "resnet18", "--perceptual", "encoder", "--projector-dim", "256", "--mixed-precision", "no"]
+         "--enc-type", "resnet18", "--perceptual", "lpips", "--projector-dim", "256", "--mixed-precision", "no"]
 FROZEN = ["--vae-grad", "none", "--cache-latents"]
 
 

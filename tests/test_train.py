@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import repa
 import sample
 import train
 import vae
@@ -92,7 +93,7 @@ def test_512_pixels(preset, patch, tmp_path, monkeypatch):
     monkeypatch.setitem(vae.VAES, name, vae.VAES[name] | dict(ch=32))
     cfg = train.parse_config([
         "--preset", preset, "--resolution", "512", "--model", f"SiT-T/{patch}", "--encoder-depth", "2", "--enc-type",
-        "efficientnet-lite0", "--perceptual", "encoder", "--vae-from-scratch", "--data-dir", str(tmp_path),
+        "efficientnet-lite0", "--perceptual", "efficientnet-lite0", "--vae-from-scratch", "--data-dir", str(tmp_path),
         "--batch-size", "1", "--no-compile", "--disc-start", "0", "--projector-dim", "32", "--num-classes", "3"])
     m = train.build(cfg, CPU)
     train.wrap(m, cfg, 1)
@@ -132,7 +133,7 @@ def most_saved(m, step):
     return metrics, max(sizes)
 
 
-@pytest.mark.parametrize("perceptual", ["encoder", "lpips"])
+@pytest.mark.parametrize("perceptual", [repa.LITE0, "lpips"])
 def test_recomputing_changes_no_gradient_and_keeps_less(tiny, perceptual):
     """Metrics, AdamW's first moments (which are the clipped gradients) and statistics are equal."""
     def step(*flags):
@@ -225,7 +226,7 @@ def test_a_mac_steps_as_the_fused_kernels_and_skips_what_is_not_finite(tiny):
         assert log["skipped"] == 1 and log["skipped_in_a_row"] == 0 and not torch.equal(before[-1], values(m)[-1])
 
 
-@pytest.mark.parametrize("perceptual", ["encoder", "lpips"])
+@pytest.mark.parametrize("perceptual", [repa.LITE0, "lpips"])
 def test_a_step_and_sampling_keep_to_their_device(monkeypatch, perceptual):
     """All on the device "meta", where nothing is computed: a tensor left on the CPU ends in an error, and so does a
     value that is read back."""
