@@ -147,5 +147,4 @@ main() {                                       # read whole before it starts, so
     python experiments/analyze.py latents "$DATA/val" "${vaes[@]}" --resolution $RESOLUTION --out "$OUT/latents.png"
 }
 
-main
-exit
+main; exit
