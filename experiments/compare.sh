@@ -12,8 +12,9 @@
 #     nonorm   latent statistics that stay as at the start    irepa    iREPA's projector and norm of the features
 #     lite0    another teacher, EfficientNet-Lite0            float32  the same in float32
 #
-# The teacher is ENC_TYPE, from the hub or, without network, from the file ENC_CKPT. What judges is FEATURES, a
-# network that teaches none of the runs (the perceptual distance of all of them is over EfficientNet-Lite0).
+# The teacher is ENC_TYPE, from the hub or, without network, from the file ENC_CKPT (experiments/dinov2.py makes one).
+# What judges is FEATURES, a network that teaches none of the runs (the perceptual distance of all of them is over
+# EfficientNet-Lite0).
 #
 # Run it again at any time: what is done is not done twice, and a stopped run goes on where it was. Everything goes
 # to OUT, a run's output to OUT/logs. At the end: the table (OUT/table.md) and the pictures beside it.
@@ -146,5 +147,4 @@ main() {                                       # read whole before it starts, so
     python experiments/analyze.py latents "$DATA/val" "${vaes[@]}" --resolution $RESOLUTION --out "$OUT/latents.png"
 }
 
-main
-exit
+main; exit

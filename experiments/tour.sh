@@ -75,5 +75,4 @@ main() {                                       # read whole before it starts, so
     cat "$OUT/table.md"
 }
 
-main
-exit
+main; exit
