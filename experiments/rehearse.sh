@@ -120,5 +120,4 @@ main() {                                       # read whole before it starts, so
     rehearse table
 }
 
-main
-exit
+main; exit
