@@ -6,7 +6,7 @@
     python experiments/rehearse.py table                       of all that was run, as markdown
 
 What is done is noted in rehearsal.jsonl and not done twice. Memory is the most that all processes of a command
-were seen to hold together, looking about once a second: anonymous and shared memory in /proc/PID/smaps_rollup,
+were seen to hold together, looking every other second: anonymous and shared memory in /proc/PID/smaps_rollup,
 where a page that several processes have counts once. Pages of files (a checkpoint that is read) are left out:
 the system can take them back.
 """
@@ -104,7 +104,7 @@ def run(name, *command, stop=None):
             if stop and not asked and Path(stop).exists():
                 ask_to_stop(pids)
                 asked = True
-            time.sleep(0.1 if stop and not asked else 1)
+            time.sleep(0.1 if stop and not asked else 2)          # a look at many processes takes its time, too
     seconds = time.time() - start
     if process.returncode:
         print(log.read_text()[-3000:])

@@ -143,7 +143,7 @@ def test_training_is_asked_to_stop(tmp_path, monkeypatch):
 def test_rehearse_sh_in_small(tmp_path):
     """It ends well, what it ran are the README's commands, and what is done is not done twice."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-           "SIZE": "S", "RESOLUTION": "64", "OUT": str(tmp_path / "out")}
+           "SIZE": "S", "RESOLUTION": "64", "FLAGS": "--no-compile", "OUT": str(tmp_path / "out")}
 
     def start(code=0, **settings):
         done = subprocess.run(["bash", "experiments/rehearse.sh"], cwd=ROOT, env=env | settings, capture_output=True,
