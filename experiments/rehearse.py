@@ -5,10 +5,10 @@
     python experiments/rehearse.py CHECK WORD...               one of CHECKS
     python experiments/rehearse.py table                       of all that was run, as markdown
 
-What is done is noted in rehearsal.jsonl and not done twice. Memory is the most that all processes of a command
-were seen to hold together, looking every other second: anonymous and shared memory in /proc/PID/smaps_rollup,
-where a page that several processes have counts once. Pages of files (a checkpoint that is read) are left out:
-the system can take them back.
+What is done is noted in rehearsal.jsonl. Memory is the most that all processes of a command were seen to hold
+together, looking every other second: anonymous and shared memory in /proc/PID/smaps_rollup, where a page that
+several processes have counts once. Pages of files (a checkpoint that is read) are left out: the system can take
+them back.
 """
 import json
 import math
@@ -198,16 +198,12 @@ def main():
     parser.add_argument("what", choices=["run", "stop", "table", *CHECKS])
     parser.add_argument("words", nargs=REMAINDER)
     args = parser.parse_args()
-    done = read_rows(NOTES)
     if args.what == "table":
         print("| | seconds | memory, GB | written |\n|---|---|---|---|")
-        print(*(cells(row) for row in done if "seconds" in row), sep="\n")
-        return
-    name = " ".join([args.what, *args.words]) if args.what in CHECKS else args.words[0]
-    if any(row["name"] == name for row in done):
-        return
-    if args.what in CHECKS:
+        print(*(cells(row) for row in read_rows(NOTES) if "seconds" in row), sep="\n")
+    elif args.what in CHECKS:
         CHECKS[args.what](*args.words)
+        name = " ".join([args.what, *args.words])
         note(name=name)
         print(f"holds: {name}")
     elif args.what == "stop":

@@ -23,7 +23,14 @@ FLAGS=${FLAGS:-}                                            # more flags for eac
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-rehearse() { python "$ROOT/experiments/rehearse.py" "$@"; }
+noted() { grep -qsF "\"name\": \"$1\"" rehearsal.jsonl; }                       # NAME: as done
+
+# rehearse WORDS: what rehearse.py says of them, unless that is noted as done
+rehearse() {
+    local name=$*
+    [[ $1 != run && $1 != stop ]] || name=$2
+    noted "$name" || python "$ROOT/experiments/rehearse.py" "$@"
+}
 
 # readme WORDS: the README's command with these words in it, on one line; for $preset, PROCESSES and STEPS
 readme() {
@@ -41,7 +48,7 @@ readme() {
 }
 
 # afresh NAME RUN: clear what a training left that was broken off, unless NAME is done
-afresh() { grep -qs "\"name\": \"$1\"" rehearsal.jsonl || rm -rf "exps/$2"; }
+afresh() { noted $1 || rm -rf "exps/$2"; }
 
 # stopped TRAIN...: the same training twice, once through, and once stopped by a signal after a step or two
 stopped() {
@@ -73,10 +80,13 @@ all() {
     rehearse run $preset $train                                                 # of sdvae-xl2 this is the resuming
     rehearse losses $run $STEPS $([ $preset != sdvae-xl2 ] || echo exps/unstopped)
     rehearse trained_vae $ckpt $vae_ckpt
-    find $run/checkpoints -name "*.pt" ! -path $ckpt -delete                    # the stop's
+    for old in $run/checkpoints/*.pt; do
+        [ $old = $ckpt ] || rm -f $old                                          # the stop's
+    done
 
     rehearse run $preset-sample $sample
-    rehearse batch samples.npz $SAMPLES $RESOLUTION
+    cp samples.npz $run/samples.npz                                             # the other preset has the name, too
+    rehearse batch $run/samples.npz $SAMPLES $RESOLUTION
     rehearse run $preset-fid $fid
     rehearse scores $run/fid.json $SAMPLES
     rehearse run $preset-export python vae.py export $ckpt e2e-vae-$preset --resolution $RESOLUTION

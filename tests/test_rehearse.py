@@ -155,7 +155,9 @@ def test_rehearse_sh_in_small(tmp_path):
     rows = rehearse.read_rows(tmp_path / "out" / rehearse.NOTES)
     ran = {row["name"]: row for row in rows if "seconds" in row}
     for preset in ("sdvae-xl2", "vavae-xl1"):
-        assert f"holds: losses exps/{preset} 4" in printed and f"holds: scores exps/{preset}/fid.json 8" in printed
+        for what in (f"losses exps/{preset} 4", f"batch exps/{preset}/samples.npz 8 64",
+                     f"scores exps/{preset}/fid.json 8", f"losses exps/e2e-{preset} 4"):
+            assert f"holds: {what}" in printed
         for name, file in ((preset, f"exps/{preset}/checkpoints/0000004.pt"),
                            (f"e2e-{preset}", f"exps/e2e-{preset}/checkpoints/0000004.pt")):
             assert ran[name]["written"][file] > 4 * 4 * 39e6                # weights, average, two moments of SiT-S
