@@ -68,7 +68,7 @@ class Config:
     max_train_steps: int = flag(400_000, "the paper's 80 epochs", positive_int)
     checkpointing_steps: int = flag(5_000, "between checkpoints; the last is always saved", positive_int)
     keep_every: int = flag(50_000, "checkpoints at its multiples stay, and the newest two", positive_int)
-    sampling_steps: int = flag(10_000, "steps between pictures, which the last has too; 0: none at all", count)
+    sampling_steps: int = flag(10_000, "steps between pictures, which the last has too; 0: none", count)
     log_steps: int = flag(100, "steps between lines of metrics.jsonl", positive_int)
     profile: int = flag(0, "run that many steps, print where the time goes, and stop", count)
     resume: bool = flag(False, "go on from the newest checkpoint, or start afresh where there is none")

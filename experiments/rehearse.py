@@ -7,8 +7,8 @@
 
 What is done is noted in rehearsal.jsonl. Memory is the most that all processes of a command were seen to hold
 together, looking every other second: anonymous and shared memory in /proc/PID/smaps_rollup, where a page that
-several processes have counts once. Pages of files (a checkpoint that is read) are left out: the system can take
-them back.
+several processes have counts once. Pages of files (a checkpoint that is read) are left out: the system can
+take them back.
 """
 import json
 import math
@@ -104,7 +104,7 @@ def run(name, *command, stop=None):
             if stop and not asked and Path(stop).exists():
                 ask_to_stop(pids)
                 asked = True
-            time.sleep(0.1 if stop and not asked else 2)          # a look at many processes takes its time, too
+            time.sleep(0.1 if stop and not asked else 2)          # to look at many takes its time, too
     seconds = time.time() - start
     if process.returncode:
         print(log.read_text()[-3000:])

@@ -4,8 +4,8 @@
 
 writes into DIR:
 
-    imagenet/train/n00000000/...       1,000 folders of two noisy JPEGs. The first three that training asks for
-                                       are one that cannot be read, a grey one and a CMYK one.
+    imagenet/train/n00000000/...       1,000 folders of two noisy JPEGs. The first three that training asks
+                                       for are one that cannot be read, a grey one and a CMYK one.
     imagenet/few/...                   links to some of the folders
     pretrained/sdvae/sdvae-f8d4.pt     and beside it its latents' statistics and its discriminator
     pretrained/vavae/...               the same of an f16d32

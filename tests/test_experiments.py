@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,11 +80,13 @@ def test_cknna_by_counting():
     nx, ny = neighbours(x), neighbours(y)
     expected = hsic(x, y, nx, ny) / math.sqrt(hsic(x, x, nx, nx) * hsic(y, y, ny, ny))
     a, b = torch.tensor(a), torch.tensor(b)
+    torch.manual_seed(0)
     assert analyze.cknna(a, b, k) == pytest.approx(expected, rel=1e-4)
     assert analyze.cknna(a, a, k) == pytest.approx(1, rel=1e-5)
     turned = a @ torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0] * 3
     assert analyze.cknna(turned, b, k) == pytest.approx(expected, rel=1e-4)
-    assert analyze.cknna(a, torch.randn(40, 9), k) < 0.6 * expected
+    strangers = [analyze.cknna(a, torch.randn(40, 9), k) for _ in range(50)]               # of no relation to a
+    assert np.mean(strangers) < 0.6 * expected
 
 
 @pytest.fixture(scope="module")
