@@ -19,6 +19,7 @@ STEPS=${STEPS:-4}                                           # in place of 400,00
 SAMPLES=${SAMPLES:-8}                                       # in place of 50,000
 NUM_STEPS=${NUM_STEPS:-4}                                   # of the sampler, in place of 250
 RESOLUTION=${RESOLUTION:-256}                               # and once twice that
+PRESETS=${PRESETS:-sdvae-xl2 vavae-xl1}                     # or one of the two
 FLAGS=${FLAGS:-}                                            # more flags for each train.py
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -125,8 +126,9 @@ main() {                                       # read whole before it starts, so
     # on a CPU lie in the same memory: of SiT, its average and VAE 5.8 GB more at XL.
     [ $SIZE = S ] || SHORT+=" --num-workers 0"
     rehearse run standins python "$ROOT/experiments/standins.py" .
-    all sdvae-xl2
-    all vavae-xl1
+    for preset in $PRESETS; do
+        all $preset
+    done
     rehearse table
 }
 
