@@ -14,6 +14,7 @@ from experiments import judge
 from repa import FrozenEncoder
 from sample import load_checkpoint
 from support.commands import UserError
+from support.files import load_tensors
 from support.pictures import to_float, to_uint8
 
 
@@ -28,6 +29,13 @@ def test_judging_a_run(short_run, pictures, monkeypatch, capsys, tmp_path):
     """Its distances are those of fid.py for the same samples and reconstructions; what is there stays."""
     work = tmp_path / "exps"
     shutil.copytree(short_run / "exps/a", work / "a")
+    ckpt = work / "a/checkpoints/0000004.pt"
+    saved = load_tensors(ckpt)
+    torch.manual_seed(0)                                        # a velocity that is not zero: the sampler's steps count
+    saved["ema"] = {name: tensor + 0.1 * torch.randn(tensor.shape) if "final_layer" in name else tensor
+                    for name, tensor in saved["ema"].items()}
+    torch.save(saved, tmp_path / "changed.pt")                                             # it is read from its file
+    shutil.move(tmp_path / "changed.pt", ckpt)
     monkeypatch.chdir(short_run)
     judge_it = [work / "a", "--points", 4, "--samples", 20, "--num-steps", 2, "--features", "resnet18"]
     net = FrozenEncoder("resnet18", random=True)
@@ -35,7 +43,6 @@ def test_judging_a_run(short_run, pictures, monkeypatch, capsys, tmp_path):
     weights = ["--features-weights", tmp_path / "net.pth"]
     call(monkeypatch, *judge_it, *weights)
     record = json.loads((work / "a/judged.json").read_text())
-    ckpt = work / "a/checkpoints/0000004.pt"
     with_net = ["--features", "resnet18", *weights, "--num-workers", 0, "--device", "cpu"]
 
     def fid(*flags):
