@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
-from fid import ImageSet, Reconstructions, Samples, collect, frechet_distance, mean_and_covariance
+from fid import ImageSet, Reconstructions, Samples, collect, frechet_distance
 from repa import LITE2, FrozenEncoder
 from sample import load_checkpoint
 from support.commands import Parser, UserError, existing_path, positive_int, run_command
@@ -98,11 +98,8 @@ def judge(run, points, samples, num_steps, name, ckpt, device, precision):
 
 def distance_of_rows(a, b):
     """The Frechet distance of two sets of features [N, D], [M, D]."""
-    sums = []
-    for rows in (a, b):
-        rows = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), rows.double()], 1)
-        sums.append(mean_and_covariance(rows.T @ rows))
-    return frechet_distance(*sums[0], *sums[1])
+    a, b = a.double(), b.double()
+    return frechet_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
 
 def floor(folder, samples, name, ckpt, device, draws=5):
