@@ -28,6 +28,7 @@ sizes() {
         RESOLUTION=${RESOLUTION:-32}
         MODES=${MODES:-eager}                               # the last is start-up's; compiling takes minutes here
         LEAST=${LEAST:-2} MOST=${MOST:-4}                   # images of a step
+        START=${START:-$LEAST}                              # and of start-up's
         STEPS=${STEPS:-1}                                   # that are timed, after three
         SAMPLES=${SAMPLES:-2} SAMPLER_STEPS=${SAMPLER_STEPS:-2}             # at once, each in so many Euler steps
         EMOJI_MODEL=${EMOJI_MODEL:-SiT-T/2}
@@ -41,6 +42,7 @@ sizes() {
         RESOLUTION=${RESOLUTION:-256}
         MODES=${MODES:-eager compiled}
         LEAST=${LEAST:-4} MOST=${MOST:-256}
+        START=${START:-16}                                  # what goes eagerly into 80 GB: compiled once for both
         STEPS=${STEPS:-10}
         SAMPLES=${SAMPLES:-64} SAMPLER_STEPS=${SAMPLER_STEPS:-50}
         EMOJI_MODEL=${EMOJI_MODEL:-SiT-S/2}
@@ -136,13 +138,13 @@ print(torch.cuda.get_device_name() if here else 'CPU', torch.__version__, int(he
     part tests 300 python -m pytest -q tests/test_gpu.py
     [ -d "$DATA" ] || part drawing 120 python data/openmoji.py --size $EMOJI_PIXELS --out "$DATA"
     [ -f "$OUT/done/startup" ] || rm -rf "$TORCHINDUCTOR_CACHE_DIR"                         # it compiles all anew
-    measure startup 300 startup ${how[${MODES##* }]} --images $LEAST --data-dir "$DATA/train" $largest
+    measure startup 300 startup ${how[${MODES##* }]} --images $START --data-dir "$DATA/train" $largest
     for model in $MODELS; do
         for stage in repae second; do
             flags="--images $LEAST --most $MOST --steps $STEPS --preset $PRESET --model $model --resolution $RESOLUTION"
             [ $stage = repae ] || flags+=" --vae-grad none --cache-latents"
             for mode in $MODES; do
-                measure steps-${model/\//-}-$stage-$mode 180 steps ${how[$mode]} $flags
+                measure steps-${model/\//-}-$stage-$mode 300 steps ${how[$mode]} $flags
             done
         done
     done
