@@ -39,6 +39,7 @@ export SAMPLES=${SAMPLES:-2000}                             # at each of them
 export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
 export FEATURES=${FEATURES:-efficientnet-lite2}             # the network of the Frechet distance
 export FLAGS=${FLAGS:---kl-weight 1e-6}                     # more flags for each train.py: the paper's KL term
+export TUNING=${TUNING:-}                                   # and for those whose VAE goes on from base
 export RESOLUTION=${RESOLUTION:-32}
 export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; drawn where it is missing
 PROCESSES=${PROCESSES:-2}                                   # runs at a time
@@ -71,15 +72,15 @@ one() {
         sit)     train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" --proj-coeff 0 ;;
         repa)    train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" ;;
         second)  train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$tuned" ;;
-        naive)   train $run $STEPS $2 --vae-ckpt "$base" --vae-grad diffusion ;;
-        repae)   train $run $STEPS $2 --vae-ckpt "$base" ;;
+        naive)   train $run $STEPS $2 --vae-ckpt "$base" $TUNING --vae-grad diffusion ;;
+        repae)   train $run $STEPS $2 --vae-ckpt "$base" $TUNING ;;
         scratch) train $run $STEPS $2 --vae-from-scratch ;;
-        both)    train $run $STEPS $2 --vae-ckpt "$base" --vae-grad both ;;
-        nonorm)  train $run $STEPS $2 --vae-ckpt "$base" --no-latent-norm ;;
-        noalign) train $run $STEPS $2 --vae-ckpt "$base" --vae-align-proj-coeff 0 ;;
-        irepa)   train $run $STEPS $2 --vae-ckpt "$base" --projector conv --spatial-norm 0.6 --proj-coeff 1 ;;
-        lite0)   train $run $STEPS $2 --vae-ckpt "$base" --enc-type efficientnet-lite0 ;;
-        float32) train $run $STEPS $2 --vae-ckpt "$base" --mixed-precision no ;;
+        both)    train $run $STEPS $2 --vae-ckpt "$base" $TUNING --vae-grad both ;;
+        nonorm)  train $run $STEPS $2 --vae-ckpt "$base" $TUNING --no-latent-norm ;;
+        noalign) train $run $STEPS $2 --vae-ckpt "$base" $TUNING --vae-align-proj-coeff 0 ;;
+        irepa)   train $run $STEPS $2 --vae-ckpt "$base" $TUNING --projector conv --spatial-norm 0.6 --proj-coeff 1 ;;
+        lite0)   train $run $STEPS $2 --vae-ckpt "$base" $TUNING --enc-type efficientnet-lite0 ;;
+        float32) train $run $STEPS $2 --vae-ckpt "$base" $TUNING --mixed-precision no ;;
         *)       fail "$1: no regime; REGIMES and ABLATIONS name those above" ;;
     esac
     python experiments/judge.py "$OUT/$run" --points $POINTS --samples $SAMPLES --num-steps $SAMPLER_STEPS \
@@ -116,6 +117,7 @@ main() {                                       # read whole before it starts, so
     mkdir -p "$OUT/logs"
     settings="MODEL=$MODEL VAE=$VAE BASE_STEPS=$BASE_STEPS STEPS=$STEPS EVERY=$EVERY FLAGS=$FLAGS DATA=$DATA"
     settings+=" RESOLUTION=$RESOLUTION ENC_TYPE=$ENC_TYPE SAMPLER_STEPS=$SAMPLER_STEPS FEATURES=$FEATURES"
+    settings+=" TUNING=$TUNING"
     [ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
     begun=$(cat "$OUT/settings")
     [ "$settings" = "$begun" ] || fail "$OUT was begun with $begun: name another folder by OUT=DIR"
