@@ -18,7 +18,7 @@
 #
 # Run it again at any time: what is done is not done twice, and a stopped run goes on where it was. Everything goes
 # to OUT, a run's output to OUT/logs. At the end: the table (OUT/table.md) and the pictures beside it.
-# Another architecture: VAE=f4d8 MODEL=SiT-T/1 OUT=exps/other bash experiments/compare.sh
+# Another architecture: VAE=f4d8 MODEL=SiT-T/2 OUT=exps/other bash experiments/compare.sh
 # Another length: STEPS=6400 EVERY=400 POINTS="400 800 1600 3200 6400" SEEDS=1 REGIMES="repae repa second" \
 #     ABLATIONS= OUT=exps/longer bash experiments/compare.sh
 set -euo pipefail
@@ -29,7 +29,7 @@ export REGIMES=${REGIMES:-repae naive sit repa scratch second}                  
 export ABLATIONS=${ABLATIONS-noalign lite0 both nonorm irepa float32}                       # and of the six
 export ENC_TYPE=${ENC_TYPE:-dinov2-vit-s}                   # the teacher
 export ENC_CKPT=${ENC_CKPT:-}                               # its weights; without, the hub's
-export MODEL=${MODEL:-SiT-T/2}
+export MODEL=${MODEL:-SiT-T/1}
 export VAE=${VAE:-f4d32}                                    # the VAE's architecture
 export BASE_STEPS=${BASE_STEPS:-1000}                       # of the VAE that all start from
 export STEPS=${STEPS:-1600}                                 # of each regime
@@ -39,7 +39,8 @@ export SAMPLES=${SAMPLES:-2000}                             # at each of them
 export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
 export FEATURES=${FEATURES:-efficientnet-lite2}             # the network of the Frechet distance
 export FLAGS=${FLAGS:---kl-weight 1e-6}                     # more flags for each train.py: the paper's KL term
-export TUNING=${TUNING:-}                                   # and for those whose VAE goes on from base
+# And for those whose VAE goes on from base: docs/results.md says what else was tried.
+export TUNING=${TUNING---vae-learning-rate 3e-4 --vae-align-proj-coeff 0.5}
 export RESOLUTION=${RESOLUTION:-32}
 export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; drawn where it is missing
 PROCESSES=${PROCESSES:-2}                                   # runs at a time

@@ -135,7 +135,7 @@ print(torch.cuda.get_device_name() if here else 'CPU', torch.__version__, int(he
     trap 'kill $(jobs -p) 2> /dev/null; exit 130' INT TERM
     export TORCHINDUCTOR_CACHE_DIR=$(realpath "$OUT")/compiled
     largest="--preset $PRESET --model ${MODELS%% *} --resolution $RESOLUTION"
-    part tests 300 python -m pytest -q tests/test_gpu.py
+    part tests 600 python -m pytest -q tests/test_gpu.py
     [ -d "$DATA" ] || part drawing 120 python data/openmoji.py --size $EMOJI_PIXELS --out "$DATA"
     [ -f "$OUT/done/startup" ] || rm -rf "$TORCHINDUCTOR_CACHE_DIR"                         # it compiles all anew
     measure startup 300 startup ${how[${MODES##* }]} --images $START --data-dir "$DATA/train" $largest
