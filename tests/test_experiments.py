@@ -414,6 +414,7 @@ def test_compare_sh_does_nothing_twice(tmp_path):
                        ("float32-1", f"{tuning} --mixed-precision no"),
                        ("vae", f"--vae-only --vae-ckpt {base}")):
         assert f"--seed {run[-1] if run != 'vae' else 0} " in trained[run]
+        assert ("--bn-momentum" in trained[run]) == flags.startswith(tuning)
         assert trained[run].endswith(flags) and "--max-train-steps 40 --checkpointing-steps 20" in trained[run]
         assert "--enc-type dinov2-vit-s --enc-ckpt dinov2.pt --kl-weight 1e-6" in trained[run]
     judged = [line for line in first if line.startswith("experiments/judge.py") and "--floor" not in line]
