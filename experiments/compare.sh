@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's comparison at a size for a laptop: bash experiments/compare.sh, from the project's root.
 #
-# One VAE is trained by its own losses (base). From it each regime trains a SiT for STEPS steps, all else equal.
-# The frozen regimes take that VAE after STEPS more steps by itself (vae), so that every VAE but the one from
+# One VAE is trained by its own losses (base). From it each regime trains a SiT for STEPS steps, all else equal but
+# TUNING. The frozen regimes take that VAE after STEPS more steps by itself (vae), so that every VAE but the one from
 # random weights has seen equally many. The regimes, once a seed:
 #     sit      VAE frozen, no alignment              naive    diffusion loss into the VAE
 #     repa     VAE frozen, alignment                 scratch  REPA-E from a VAE of random weights
@@ -39,7 +39,7 @@ export SAMPLES=${SAMPLES:-2000}                             # at each of them
 export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
 export FEATURES=${FEATURES:-efficientnet-lite2}             # the network of the Frechet distance
 export FLAGS=${FLAGS:---kl-weight 1e-6}                     # more flags for each train.py: the paper's KL term
-# And for those whose VAE goes on from base: docs/results.md says what else was tried.
+# And for those whose VAE goes on from base, not for vae: docs/results.md says what that does to the comparison.
 export TUNING=${TUNING---vae-learning-rate 3e-4 --vae-align-proj-coeff 0.5}
 export RESOLUTION=${RESOLUTION:-32}
 export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; drawn where it is missing
