@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                    
 from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
 from support.commands import Parser, UserError, run_command
 
-REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive", "repae": "REPA-E",
+REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive",
+           "noalign": "REPA-E, no alignment in the VAE's pass", "repae": "REPA-E",
            "second": "REPA over REPA-E's VAE, frozen", "scratch": "REPA-E from random weights"}
-ABLATIONS = {"noalign": "REPA-E, no alignment in the VAE's pass",
+ABLATIONS = {"weight": "REPA-E, alignment in the VAE's pass × 1.5, as in the paper",
              "lite0": "REPA-E, EfficientNet-Lite0 as teacher", "both": "diffusion and alignment into the VAE",
              "nonorm": "REPA-E, latent statistics fixed", "irepa": "REPA-E with iREPA's alignment",
              "float32": "REPA-E in float32"}

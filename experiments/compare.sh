@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The paper's comparison at a size for a laptop: bash experiments/compare.sh, from the project's root.
 #
-# One VAE is trained by its own losses (base). From it each regime trains a SiT for STEPS steps, all else equal but
-# TUNING. The frozen regimes take that VAE after STEPS more steps by itself (vae), so that every VAE but the one from
-# random weights has seen equally many. The regimes, once a seed:
+# One VAE is trained by its own losses (base). From it each regime trains a SiT for STEPS steps, all else equal. The
+# frozen regimes take that VAE after STEPS more steps by itself (vae), so that every VAE but the one from random
+# weights has had equally many, at equal rates. The regimes, once a seed:
 #     sit      VAE frozen, no alignment              naive    diffusion loss into the VAE
-#     repa     VAE frozen, alignment                 scratch  REPA-E from a VAE of random weights
-#     repae    alignment into the VAE (REPA-E)       second   REPA over the frozen VAE of the same seed's repae
+#     repa     VAE frozen, alignment                 noalign  neither into the VAE, which its own losses train on
+#     repae    alignment into the VAE (REPA-E)       scratch  REPA-E from a VAE of random weights
+#     second   REPA over the frozen VAE of the same seed's repae
 # and, with the first seed, what REPA-E is without one of its parts, or with another:
-#     both     diffusion loss and alignment into the VAE      noalign  no alignment in the VAE's pass
+#     both     diffusion loss and alignment into the VAE      weight   the paper's weight in the VAE's pass, 1.5
 #     nonorm   latent statistics that stay as at the start    irepa    iREPA's projector and norm of the features
 #     lite0    another teacher, EfficientNet-Lite0            float32  the same in float32
 #
@@ -25,8 +26,8 @@ set -euo pipefail
 
 export OUT=${OUT:-exps/compare}
 export SEEDS=${SEEDS:-1 2 3}
-export REGIMES=${REGIMES:-repae naive sit repa scratch second}                              # some of the six
-export ABLATIONS=${ABLATIONS-noalign lite0 both nonorm irepa float32}                       # and of the six
+export REGIMES=${REGIMES:-repae noalign naive sit repa scratch second}                      # some of the seven
+export ABLATIONS=${ABLATIONS-weight lite0 both nonorm irepa float32}                        # and of the six
 export ENC_TYPE=${ENC_TYPE:-dinov2-vit-s}                   # the teacher
 export ENC_CKPT=${ENC_CKPT:-}                               # its weights; without, the hub's
 export MODEL=${MODEL:-SiT-T/1}
@@ -38,9 +39,8 @@ export POINTS=${POINTS:-$((STEPS / 4)) $((STEPS / 2)) $STEPS}           # the st
 export SAMPLES=${SAMPLES:-2000}                             # at each of them
 export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
 export FEATURES=${FEATURES:-efficientnet-lite2}             # the network of the Frechet distance
-export FLAGS=${FLAGS:---kl-weight 1e-6}                     # more flags for each train.py: the paper's KL term
-# And for those whose VAE goes on from base, not for vae: docs/results.md says what that does to the comparison.
-export TUNING=${TUNING---vae-learning-rate 3e-4 --vae-align-proj-coeff 0.5}
+# More flags for each train.py: the KL term is the paper's; docs/results.md says how the weight was chosen.
+export FLAGS=${FLAGS:---kl-weight 1e-6 --vae-align-proj-coeff 0.5}
 export RESOLUTION=${RESOLUTION:-32}
 export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; drawn where it is missing
 PROCESSES=${PROCESSES:-2}                                   # runs at a time
@@ -73,15 +73,16 @@ one() {
         sit)     train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" --proj-coeff 0 ;;
         repa)    train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" ;;
         second)  train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$tuned" ;;
-        naive)   train $run $STEPS $2 --vae-ckpt "$base" $TUNING --vae-grad diffusion ;;
-        repae)   train $run $STEPS $2 --vae-ckpt "$base" $TUNING ;;
+        naive)   train $run $STEPS $2 --vae-ckpt "$base" --vae-grad diffusion ;;
+        repae)   train $run $STEPS $2 --vae-ckpt "$base" ;;
+        noalign) train $run $STEPS $2 --vae-ckpt "$base" --vae-align-proj-coeff 0 ;;
         scratch) train $run $STEPS $2 --vae-from-scratch ;;
-        both)    train $run $STEPS $2 --vae-ckpt "$base" $TUNING --vae-grad both ;;
-        nonorm)  train $run $STEPS $2 --vae-ckpt "$base" $TUNING --no-latent-norm ;;
-        noalign) train $run $STEPS $2 --vae-ckpt "$base" $TUNING --vae-align-proj-coeff 0 ;;
-        irepa)   train $run $STEPS $2 --vae-ckpt "$base" $TUNING --projector conv --spatial-norm 0.6 --proj-coeff 1 ;;
-        lite0)   train $run $STEPS $2 --vae-ckpt "$base" $TUNING --enc-type efficientnet-lite0 ;;
-        float32) train $run $STEPS $2 --vae-ckpt "$base" $TUNING --mixed-precision no ;;
+        both)    train $run $STEPS $2 --vae-ckpt "$base" --vae-grad both ;;
+        nonorm)  train $run $STEPS $2 --vae-ckpt "$base" --no-latent-norm ;;
+        irepa)   train $run $STEPS $2 --vae-ckpt "$base" --projector conv --spatial-norm 0.6 --proj-coeff 1 ;;
+        lite0)   train $run $STEPS $2 --vae-ckpt "$base" --enc-type efficientnet-lite0 ;;
+        weight)  train $run $STEPS $2 --vae-ckpt "$base" --vae-align-proj-coeff 1.5 ;;
+        float32) train $run $STEPS $2 --vae-ckpt "$base" --mixed-precision no ;;
         *)       fail "$1: no regime; REGIMES and ABLATIONS name those above" ;;
     esac
     python experiments/judge.py "$OUT/$run" --points $POINTS --samples $SAMPLES --num-steps $SAMPLER_STEPS \
@@ -118,7 +119,6 @@ main() {                                       # read whole before it starts, so
     mkdir -p "$OUT/logs"
     settings="MODEL=$MODEL VAE=$VAE BASE_STEPS=$BASE_STEPS STEPS=$STEPS EVERY=$EVERY FLAGS=$FLAGS DATA=$DATA"
     settings+=" RESOLUTION=$RESOLUTION ENC_TYPE=$ENC_TYPE SAMPLER_STEPS=$SAMPLER_STEPS FEATURES=$FEATURES"
-    settings+=" TUNING=$TUNING"
     [ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
     begun=$(cat "$OUT/settings")
     [ "$settings" = "$begun" ] || fail "$OUT was begun with $begun: name another folder by OUT=DIR"

@@ -386,7 +386,7 @@ def test_compare_sh_does_nothing_twice(tmp_path):
         env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "NOTES": str(notes), "BREAKS": breaks,
                "OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "data"), "SEEDS": "1 2", "STEPS": "40",
                "EVERY": "20", "POINTS": "20 40", "BASE_STEPS": "10",
-               "ENC_CKPT": "dinov2.pt", "TUNING": "--bn-momentum 0.2", **settings}
+               "ENC_CKPT": "dinov2.pt", **settings}
         done = subprocess.run(["bash", "experiments/compare.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         kinds = "train", "experiments/judge", "experiments/analyze.py evaluate"
@@ -402,7 +402,7 @@ def test_compare_sh_does_nothing_twice(tmp_path):
     assert not [line for line in first if "repae-2" in line and line.startswith("experiments")]
     base, tuned = out / "base/checkpoints/0000010.pt", out / "vae/checkpoints/0000040.pt"
     frozen, second = "--vae-grad none --cache-latents --vae-ckpt", out / "repae-1/checkpoints/0000040.pt"
-    tuning = f"--vae-ckpt {base} --bn-momentum 0.2"
+    tuning, level = f"--vae-ckpt {base}", "--enc-ckpt dinov2.pt --kl-weight 1e-6 --vae-align-proj-coeff 0.5 "
     for run, flags in (("sit-1", f"{frozen} {tuned} --proj-coeff 0"), ("repa-2", f"{frozen} {tuned}"),
                        ("second-1", f"{frozen} {second}"), ("scratch-1", "--vae-from-scratch"),
                        ("naive-1", f"{tuning} --vae-grad diffusion"),
@@ -411,16 +411,16 @@ def test_compare_sh_does_nothing_twice(tmp_path):
                        ("noalign-1", f"{tuning} --vae-align-proj-coeff 0"),
                        ("irepa-1", f"{tuning} --projector conv --spatial-norm 0.6 --proj-coeff 1"),
                        ("lite0-1", f"{tuning} --enc-type efficientnet-lite0"),
+                       ("weight-1", f"{tuning} --vae-align-proj-coeff 1.5"),
                        ("float32-1", f"{tuning} --mixed-precision no"),
                        ("vae", f"--vae-only --vae-ckpt {base}")):
         assert f"--seed {run[-1] if run != 'vae' else 0} " in trained[run]
-        assert ("--bn-momentum" in trained[run]) == flags.startswith(tuning)
-        assert trained[run].endswith(flags) and "--max-train-steps 40 --checkpointing-steps 20" in trained[run]
-        assert "--enc-type dinov2-vit-s --enc-ckpt dinov2.pt --kl-weight 1e-6" in trained[run]
+        assert trained[run].endswith(level + flags) and "--max-train-steps 40 --checkpointing-steps 20" in trained[run]
+        assert "--enc-type dinov2-vit-s" in trained[run]
     judged = [line for line in first if line.startswith("experiments/judge.py") and "--floor" not in line]
     assert (f"experiments/judge.py {out}/sit-1 --points 20 40 --samples 2000 --num-steps 20 --features "
             "efficientnet-lite2") in judged
-    assert len(judged) == 6 * 2 - 2 + 6
+    assert len(judged) == 7 * 2 - 2 + 6
 
     _, again = start()                                                     # only what did not get done
     assert [line.split("--exp-name ")[1].split()[0] for line in again if line.startswith("train")] == [
@@ -429,6 +429,6 @@ def test_compare_sh_does_nothing_twice(tmp_path):
     assert start()[1] == []
     more = start(SEEDS="1 2 3")[1]
     assert {line.split("--seed ")[1].split()[0] for line in more if line.startswith("train")} == {"3"}
-    for other in (dict(STEPS="80"), dict(TUNING="--bn-momentum 0.3")):
+    for other in (dict(STEPS="80"), dict(FLAGS="--kl-weight 0")):
         printed, _ = start(code=2, **other)
         assert "was begun with" in printed and "OUT=DIR" in printed
