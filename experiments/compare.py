@@ -2,8 +2,9 @@
 
     python experiments/compare.py [exps/compare] [--seeds 1 2 3] [--out exps/compare/comparison.png]
 
-Prints a markdown table, mean (least to greatest of the seeds), and after how many steps REPA-E reaches the
-distance that REPA and SiT end with; draws the Frechet distance by step, the seeds' spread as a band. The
+Prints a markdown table, mean (least to greatest of the seeds), and after how many steps REPA-E, and REPA over
+its VAE, reach the distance that REPA and SiT end with (by a straight line between two points; the curves are
+convex, so it is rather earlier); draws the Frechet distance by step, the seeds' spread as a band. The
 ablations, below the regimes, are runs of the first seed. Runs that are missing or not finished are left out
 and named.
 """
@@ -19,7 +20,7 @@ from support.commands import Parser, UserError, run_command
 
 REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive",
            "noalign": "REPA-E, no alignment in the VAE's pass", "repae": "REPA-E",
-           "second": "REPA over REPA-E's VAE, frozen", "scratch": "REPA-E from random weights"}
+           "second": "REPA over REPA-E's frozen VAE", "scratch": "REPA-E from random weights"}
 ABLATIONS = {"weight": "REPA-E, alignment in the VAE's pass × 1.5, as in the paper",
              "lite0": "REPA-E, EfficientNet-Lite0 as teacher", "both": "diffusion and alignment into the VAE",
              "nonorm": "REPA-E, latent statistics fixed", "irepa": "REPA-E with iREPA's alignment",
@@ -95,10 +96,10 @@ def table(finished):
     heads = {step: (f"FD, {step:,} steps", 1) for step in points(finished)}
     heads |= {column: title for column, title in TITLES.items() if column in next(iter(finished.values()))[0]}
     titles = [title for title, _ in heads.values()]
-    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines = ["| | seeds | " + " | ".join(titles) + " |", "|---" * (len(heads) + 2) + "|"]
     for regime, runs in finished.items():
         cells = [spread([run[column] for run in runs], digits) for column, (_, digits) in heads.items()]
-        lines.append(f"| {(REGIMES | ABLATIONS)[regime]} (`{regime}`) | " + " | ".join(cells) + " |")
+        lines.append(f"| {(REGIMES | ABLATIONS)[regime]} (`{regime}`) | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -120,18 +121,23 @@ def steps_to_reach(distance, steps, curve):
 
 
 def speed_ups(finished):
-    """Lines that say after how many steps REPA-E reaches what REPA and SiT end with (mean curves)."""
+    """Lines that say after how many steps REPA-E, and REPA over its VAE, reach what REPA and SiT end with
+    (mean curves)."""
     lines, steps = [], points(finished)
     for regime in ("repa", "sit"):
-        if regime in finished and "repae" in finished:
-            end = curve(finished[regime], steps).mean(0)[-1]
-            reached = steps_to_reach(end, steps, curve(finished["repae"], steps).mean(0))
-            if reached is None:
-                outcome = "REPA-E does not reach it."
-            else:
-                most = "at most " if reached == steps[0] else ""
-                outcome = f"REPA-E reaches it after {most}{reached:,.0f}."
-            lines.append(f"{REGIMES[regime]} ends at {end:.0f} after {steps[-1]:,} steps. {outcome}")
+        if regime not in finished:
+            continue
+        end = curve(finished[regime], steps).mean(0)[-1]
+        line = f"{REGIMES[regime]} ends at {end:.0f} after {steps[-1]:,} steps."
+        for other in ("repae", "second"):
+            if other in finished:
+                reached = steps_to_reach(end, steps, curve(finished[other], steps).mean(0))
+                if reached is None:
+                    line += f" {REGIMES[other]} does not reach it."
+                else:
+                    most = "at most " if reached == steps[0] else ""
+                    line += f" {REGIMES[other]} reaches it after {most}{reached:,.0f}."
+        lines.append(line)
     return lines
 
 

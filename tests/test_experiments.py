@@ -310,28 +310,32 @@ def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "repa-2", [610, 500, 390], 400, 0.3, 28)
     write_run(tmp_path / "repae-1", [500, 420, 340], 300, 0.4, 26)
     write_run(tmp_path / "repae-2", [500, 380, 300], 310, 0.4, 26)
+    write_run(tmp_path / "second-1", [600, 450, 350], 300, 0.4, 26)
     write_run(tmp_path / "sit-2", [700, 600, 500], 480, 0.1, 27)
     write_run(tmp_path / "naive-1", [900, 800], 700, 0.1, 20)                                # still running
     write_run(tmp_path / "both-1", [800, 700, 600], 650, 0.1, 20)
     call(compare.main, monkeypatch, tmp_path, "--seeds", 1, 2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("| | FD, 100 steps | FD, 200 steps | FD, 300 steps | to its VAE's reconstructions | CKNNA | "
+    assert lines[0] == ("| | seeds | FD, 100 steps | FD, 200 steps | FD, 300 steps | to its VAE's reconstructions | CKNNA | "
                         "FD of these reconstructions | their PSNR, dB |")
     assert set(lines[1]) == set("|-") and lines[1].count("|") == lines[0].count("|")
-    assert lines[2:5] == [
-        "| SiT (`sit`) | 700.0 | 600.0 | 500.0 | 480.0 | 0.100 | 50.0 | 27.00 |",
-        "| REPA (`repa`) | 605.0 (600.0 to 610.0) | 500.0 | 400.0 (390.0 to 410.0) | 395.0 (390.0 to 400.0) | "
+    assert lines[2:6] == [
+        "| SiT (`sit`) | 1 | 700.0 | 600.0 | 500.0 | 480.0 | 0.100 | 50.0 | 27.00 |",
+        "| REPA (`repa`) | 2 | 605.0 (600.0 to 610.0) | 500.0 | 400.0 (390.0 to 410.0) | 395.0 (390.0 to 400.0) | "
         "0.250 (0.200 to 0.300) | 50.0 | 27.50 (27.00 to 28.00) |",
-        "| REPA-E (`repae`) | 500.0 | 400.0 (380.0 to 420.0) | 320.0 (300.0 to 340.0) | 305.0 (300.0 to 310.0) | "
-        "0.400 | 50.0 | 26.00 |"]
-    assert lines[5] == ("| diffusion and alignment into the VAE (`both`) | 800.0 | 700.0 | 600.0 | 650.0 | 0.100 | "
+        "| REPA-E (`repae`) | 2 | 500.0 | 400.0 (380.0 to 420.0) | 320.0 (300.0 to 340.0) | 305.0 (300.0 to 310.0) | "
+        "0.400 | 50.0 | 26.00 |",
+        "| REPA over REPA-E's frozen VAE (`second`) | 1 | 600.0 | 450.0 | 350.0 | 300.0 | 0.400 | 50.0 | 26.00 |"]
+    assert lines[6] == ("| diffusion and alignment into the VAE (`both`) | 1 | 800.0 | 700.0 | 600.0 | 650.0 | 0.100 | "
                         "50.0 | 20.00 |")
-    text = "\n".join(lines[6:])
+    text = "\n".join(lines[7:])
     assert "FD: the Frechet distance of 2,000 samples over net." in text
-    assert "REPA ends at 400 after 300 steps. REPA-E reaches it after 200." in text
-    assert "SiT ends at 500 after 300 steps. REPA-E reaches it after at most 100." in text
-    assert ("left out: sit-1, naive-1, naive-2, second-1, second-2, scratch-1, scratch-2, noalign-1, lite0-1, "
-            "nonorm-1, irepa-1, float32-1." in text)
+    assert ("REPA ends at 400 after 300 steps. REPA-E reaches it after 200. "
+            "REPA over REPA-E's frozen VAE reaches it after 250.") in text
+    assert ("SiT ends at 500 after 300 steps. REPA-E reaches it after at most 100. "
+            "REPA over REPA-E's frozen VAE reaches it after 167.") in text
+    assert ("left out: sit-1, naive-1, naive-2, noalign-1, noalign-2, second-2, scratch-1, scratch-2, weight-1, "
+            "lite0-1, nonorm-1, irepa-1, float32-1." in text)
     assert Image.open(tmp_path / "comparison.png").width > 600
 
     record = json.loads((tmp_path / "repa-1/judged.json").read_text())

@@ -118,4 +118,4 @@ def test_precision_and_memory_of_this_gpu(capsys):
     assert devices.memory_format(device) == torch.channels_last
     with pytest.raises(SystemExit):
         commands.run_command(lambda: torch.empty(1 << 45, device=device), "TAKE LESS")
-    one_line(capsys.readouterr().err, "the GPU's memory is not enough (32768.00 GiB more", "it has", "TAKE LESS")
+    one_line(capsys.readouterr().err, "the GPU's memory is not enough (131072.00 GiB more", "it has", "TAKE LESS")
