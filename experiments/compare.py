@@ -2,11 +2,10 @@
 
     python experiments/compare.py [exps/compare] [--seeds 1 2 3] [--out exps/compare/comparison.png]
 
-Prints a markdown table, mean (least to greatest of the seeds), and after how many steps REPA-E, and REPA over
-its VAE, reach the distance that REPA and SiT end with (by a straight line between two points; the curves are
-convex, so it is rather earlier); draws the Frechet distance by step, the seeds' spread as a band. The
-ablations, below the regimes, are runs of the first seed. Runs that are missing or not finished are left out
-and named.
+Prints a markdown table, mean (least to greatest of the seeds), and after how many steps REPA-E (and REPA over
+its VAE) reaches what REPA and SiT end with, by a straight line between two points; draws the Frechet distance
+by step, the seeds' spread as a band. The ablations, below the regimes, are runs of the first seed. Runs that
+are missing or not finished are left out and named.
 """
 import json
 import sys

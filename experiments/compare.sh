@@ -39,7 +39,7 @@ export POINTS=${POINTS:-$((STEPS / 4)) $((STEPS / 2)) $STEPS}           # the st
 export SAMPLES=${SAMPLES:-2000}                             # at each of them
 export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
 export FEATURES=${FEATURES:-efficientnet-lite2}             # the network of the Frechet distance
-# More flags for each train.py: the KL term is the paper's; docs/results.md says how the weight was chosen.
+# More flags for each train.py: the KL term is the paper's; docs/results.md says how the other was chosen.
 export FLAGS=${FLAGS:---kl-weight 1e-6 --vae-align-proj-coeff 0.5}
 export RESOLUTION=${RESOLUTION:-32}
 export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; drawn where it is missing
@@ -119,6 +119,7 @@ main() {                                       # read whole before it starts, so
     mkdir -p "$OUT/logs"
     settings="MODEL=$MODEL VAE=$VAE BASE_STEPS=$BASE_STEPS STEPS=$STEPS EVERY=$EVERY FLAGS=$FLAGS DATA=$DATA"
     settings+=" RESOLUTION=$RESOLUTION ENC_TYPE=$ENC_TYPE SAMPLER_STEPS=$SAMPLER_STEPS FEATURES=$FEATURES"
+    settings+=" SAMPLES=$SAMPLES POINTS=$POINTS"
     [ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
     begun=$(cat "$OUT/settings")
     [ "$settings" = "$begun" ] || fail "$OUT was begun with $begun: name another folder by OUT=DIR"

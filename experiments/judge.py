@@ -48,6 +48,19 @@ def kept(file, make):
         raise UserError(f"{file}: damaged; delete it and start again") from None
 
 
+def statistics(source, net, device, desc):
+    """The mean and covariance of a source's features, in the form `kept` takes."""
+    mean, cov = measure(source, net, device, desc)
+    return dict(mu=mean.numpy(), sigma=cov.numpy())
+
+
+def reconstructions(path, model, pictures, net, device):
+    """The same of a VAE's reconstructions of the pictures, and their mean PSNR."""
+    source = Reconstructions(path, model, pictures)
+    made = statistics(source, net, device, "reconstructions")
+    return made | dict(psnr=(source.quality[0] / source.n).numpy())
+
+
 def judge(run, points, samples, num_steps, name, ckpt, device, precision):
     """Fill RUN/judged.json. Raises UserError for a missing checkpoint, or results of other settings in it."""
     file, settings = run / "judged.json", dict(features=name, samples=samples, sampler_steps=num_steps)
@@ -71,23 +84,14 @@ def judge(run, points, samples, num_steps, name, ckpt, device, precision):
             raise UserError(f"{path}: no such checkpoint; --points names those of the run")
         model = load_checkpoint(path, device)
         pictures = ImageSet(model.args["data_dir"], model.args["resolution"])
-
-        def reference():
-            mean, cov = measure(pictures, net, device, "pictures")
-            return dict(mu=mean.numpy(), sigma=cov.numpy())
-
-        def reconstruct():
-            source = Reconstructions(path, model, pictures)
-            mean, cov = measure(source, net, device, "reconstructions")
-            return dict(mu=mean.numpy(), sigma=cov.numpy(), psnr=(source.quality[0] / source.n).numpy())
-
-        real = kept(run.parent / f"pictures-{name}.npz", reference)
+        real = kept(run.parent / f"pictures-{name}.npz", lambda: statistics(pictures, net, device, "pictures"))
         drawn = Samples(path, model, samples, dict(num_steps=num_steps, mixed_precision=precision))
         mean, cov = measure(drawn, net, device, f"{run.name}, step {step}")
         record["fd"][str(step)] = frechet_distance(real["mu"], real["sigma"], mean, cov)
         if step == points[-1]:
             vae = hash_tensors(model.vae).hexdigest()[:16]
-            made = kept(run.parent / f"reconstructions-{name}-{vae}.npz", reconstruct)
+            made = kept(run.parent / f"reconstructions-{name}-{vae}.npz",
+                        lambda: reconstructions(path, model, pictures, net, device))
             record["fd_to_reconstructions"] = frechet_distance(made["mu"], made["sigma"], mean, cov)
             record["rfd"] = frechet_distance(real["mu"], real["sigma"], made["mu"], made["sigma"])
             record["psnr"] = made["psnr"].item()

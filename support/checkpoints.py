@@ -28,7 +28,7 @@ FOLDERS = ("checkpoints", "pictures", ".")
 BY_THE_RUN = r"args\.json|metrics\.jsonl|checkpoints/\d+\.pt|pictures/(samples|reconstructions)-\d+\.png"
 BY_OTHERS = (r"checkpoints/\d+\.damaged|events\.out\.tfevents\..+"        # set aside; tensorboard's
              r"|samples-\d+\.png|evaluation-\d+\.(json|png)"              # sample.py, analyze.py
-             r"|rfd\.json|fd-\d+-\d+\.json")                                 # compare.sh
+             r"|judged\.json")                                            # judge.py
 
 
 def files_of(run):

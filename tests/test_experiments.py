@@ -424,7 +424,7 @@ def test_compare_sh_does_nothing_twice(tmp_path):
     judged = [line for line in first if line.startswith("experiments/judge.py") and "--floor" not in line]
     assert (f"experiments/judge.py {out}/sit-1 --points 20 40 --samples 2000 --num-steps 20 --features "
             "efficientnet-lite2") in judged
-    assert len(judged) == 7 * 2 - 2 + 6
+    assert len(judged) == len(compare.REGIMES) * 2 - 2 + len(compare.ABLATIONS)
 
     _, again = start()                                                     # only what did not get done
     assert [line.split("--exp-name ")[1].split()[0] for line in again if line.startswith("train")] == [
@@ -433,6 +433,6 @@ def test_compare_sh_does_nothing_twice(tmp_path):
     assert start()[1] == []
     more = start(SEEDS="1 2 3")[1]
     assert {line.split("--seed ")[1].split()[0] for line in more if line.startswith("train")} == {"3"}
-    for other in (dict(STEPS="80"), dict(FLAGS="--kl-weight 0")):
+    for other in (dict(STEPS="80"), dict(FLAGS="--kl-weight 0"), dict(SAMPLES="100")):
         printed, _ = start(code=2, **other)
         assert "was begun with" in printed and "OUT=DIR" in printed

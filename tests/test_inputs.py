@@ -43,7 +43,7 @@ def test_overwriting_deletes_what_the_project_writes_and_nothing_else(pictures, 
     command("sample", "--num-samples", "2", "--num-steps", "1", "--device", "cpu")
     ckpt = exp / "checkpoints/0000002.pt"
     ckpt.rename(ckpt.with_suffix(".damaged"))
-    made = {"evaluation-0000004.json", "evaluation-0000004.png", "fd-0000004-1000.json", "rfd.json",
+    made = {"evaluation-0000004.json", "evaluation-0000004.png", "judged.json",
             "events.out.tfevents.1764167181.node-1.77.0", ".evaluation-0000004.json.77.tmp",
             "checkpoints/.0000006.pt.4.tmp"}
     kept = {"notes.txt", "checkpoints/best.pt", "checkpoints/0000002.pt.bak", "pictures/mine.png", "samples.npz",
