@@ -35,7 +35,8 @@ def memory_ended(e, instead):
     """The line to print where an exception says that memory, or a loader's shared memory, is not enough; None
     for others. instead: the flags that need less."""
     text = str(e)
-    if isinstance(e, torch.OutOfMemoryError) or "MPS backend out of memory" in text:
+    ended = re.search(r"MPS backend out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", text)
+    if ended or isinstance(e, torch.OutOfMemoryError):
         tried = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
         total = re.search(r"total capacity of ([\d.]+ \w+)", text)
         size = f"{tried[1]} more were asked for" if tried else one_line(e)

@@ -158,6 +158,8 @@ BUS_ERROR = ("DataLoader worker (pid 77) is killed by signal: Bus error. It is p
     (RuntimeError("unable to allocate shared memory(shm) for file </torch_77_1>: No space left"), ("--shm-size",)),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), ("--num-workers", "TAKE LESS")),
     (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GiB)"), ("17.9 GiB", "TAKE LESS")),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+     ("the GPU's memory", "cublasCreate", "TAKE LESS")),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1073741824 bytes."), ("1.00 GiB",)),
     (MemoryError("Unable to allocate 9 GiB"), ("9 GiB", "TAKE LESS"))])
 def test_memory_that_ends_is_one_line(error, words, capsys):
