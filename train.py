@@ -42,8 +42,8 @@ from support.checkpoints import (Saver, check_settings, checkpoints, clear_run, 
                                  newest_complete, read_checkpoint, start_from, sweep_run)
 from support.commands import (Parser, UserError, catch_signals, count, existing_path, fraction,
                               non_negative, plain_name, positive, positive_int, run_command)
-from support.devices import (choose_precision, cores, end_processes, memory_format, pick_device,
-                             start_processes, why_no_compile)
+from support.devices import (avoid_wrong_attention, choose_precision, cores, end_processes,
+                             memory_format, pick_device, start_processes, why_no_compile)
 from support.files import hash_tensors, load_into, load_tensors, lock, write_atomic
 from support.metrics import start_metrics
 from support.pictures import image_grid, latents_in_colour, save_png, to_float, to_uint8
@@ -511,6 +511,8 @@ def measure_latents(m, dataset, images=512):
 def wrap(m, cfg, world):
     """Compile the networks, then let DDP average gradients. Statistics are not broadcast: the latent norm's
     are equal everywhere by construction, the discriminator's are per process, as released."""
+    positions = m.latent_shape[1] * m.latent_shape[2]
+    avoid_wrong_attention(positions, positions // m.sit.patch ** 2)                  # the VAE's, and SiT's
     if cfg.compile:
         torch._inductor.config.compile_threads = min(cores(), 32)                # each process would take all
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets

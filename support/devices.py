@@ -64,6 +64,14 @@ def memory_format(device):
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
+def avoid_wrong_attention(*positions):
+    """Turn cuDNN's attention off, which PyTorch prefers on H100 and H200, where it runs over one of these
+    numbers of positions: its backward pass has given NaN for those that leave half of a tile of 128 empty,
+    once all logits of a row are below -88 (PyTorch's issue 196678). Another kernel takes over."""
+    if any(n % 128 == 64 for n in positions):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def computes_bf16(device):
     """Whether the hardware has bf16 arithmetic. PyTorch's autocast does not ask: it emulates, slowly."""
     if device.type == "cuda":

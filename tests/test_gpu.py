@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sample
 import train
@@ -76,6 +77,17 @@ def test_saving_goes_on_beside_the_steps(tiny, tmp_path, monkeypatch):
     saved = load_tensors(tmp_path / "checkpoints/0000001.pt")
     assert torch.equal(saved["vae"]["encoder.conv_in.weight"], weight.cpu())
     assert not torch.equal(m.vae.encoder.conv_in.weight, weight)
+
+
+def test_attention_over_64_positions_has_finite_gradients(tiny):
+    """Also where all logits of a row are -120, which cuDNN's backward pass has not survived."""
+    tiny(device="cuda")                                                 # 8 x 8 latents
+    q, k, v = (0.1 * torch.randn(1, 1, 64, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q[..., 0], k[..., 0] = 1, -120 * 128 ** 0.5
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    F.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (q, k, v))
 
 
 def test_train_resume_profile_sample(pictures, tmp_path):

@@ -67,6 +67,23 @@ def test_auto_on_gpus(major, expected, monkeypatch):
     assert devices.choose_precision("auto", CUDA, devices.Processes()) == expected
 
 
+def test_cudnns_attention_is_off_where_its_gradients_were_nan(tiny):
+    """For tokens or latent positions of an odd number of half tiles; not at the paper's sizes."""
+    def stays(action, *args):
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        action(*args)
+        return torch.backends.cuda.cudnn_sdp_enabled()
+
+    try:
+        assert stays(devices.avoid_wrong_attention, 1024, 256) and stays(devices.avoid_wrong_attention, 4096, 128, 16)
+        assert not stays(devices.avoid_wrong_attention, 256, 64) and not stays(devices.avoid_wrong_attention, 192)
+        assert not stays(tiny)                                          # 8 x 8 latents, 4 x 4 tokens
+        assert stays(tiny, "--resolution", "64", "--model", "SiT-T/1")  # 16 x 16, and as many tokens
+        assert not stays(tiny, "--resolution", "64")                    # in patches of 2
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def test_the_commands_run_in_the_precision_that_was_chosen(cpu, pictures, tmp_path, command):
     """The three programs; a run goes on in another precision, and says so."""
     flags = ["--data-dir", pictures, *SHORT, "--mixed-precision", "auto", "--max-train-steps"]
