@@ -456,6 +456,7 @@ def build(cfg, device):
         module.to(device, memory_format=memory_format(device))
     sit.place(device)
     ema.place(device)
+    avoid_wrong_attention(size ** 2, (size // patch) ** 2)                           # the VAE's, and SiT's
 
     adamw = dict(betas=(0.9, 0.999), weight_decay=0.0, fused=device.type != "mps")
     opt = torch.optim.AdamW(trainable(sit), lr=cfg.learning_rate, **adamw)
@@ -511,8 +512,6 @@ def measure_latents(m, dataset, images=512):
 def wrap(m, cfg, world):
     """Compile the networks, then let DDP average gradients. Statistics are not broadcast: the latent norm's
     are equal everywhere by construction, the discriminator's are per process, as released."""
-    positions = m.latent_shape[1] * m.latent_shape[2]
-    avoid_wrong_attention(positions, positions // m.sit.patch ** 2)                  # the VAE's, and SiT's
     if cfg.compile:
         torch._inductor.config.compile_threads = min(cores(), 32)                # each process would take all
         torch._dynamo.config.optimize_ddp = False             # it would cut the graphs at DDP's small buckets
