@@ -24,8 +24,9 @@ FROZEN = ["--vae-grad", "none", "--cache-latents"]
 
 
 def allocated(cfg, processes, tmp_path):
-    """Bytes at the peak of a process's second step on real tensors, by the events of the CPU's allocator; DDP, where
-    there are several processes, is one of a single process."""
+    """Bytes at the peak of a process's second step on real tensors: the networks' and, from the first step on, those of
+    the events of the CPU's allocator. Not before: DDP's first broadcast is freed by gloo's threads at times, which the
+    profiler does not see. DDP, where there are several processes, is one of a single process."""
     gc.collect()
     if processes > 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -43,14 +44,19 @@ def allocated(cfg, processes, tmp_path):
                 train.run_step(m, cfg, k, batch, 0, processes)
     if processes > 1:
         dist.destroy_process_group()
+    networks = [m.vae, m.sit, m.ema, *m.encoders, *filter(None, (m.disc, m.perceptual))]
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    if processes > 1:                                                              # as large: DDP's gradients of them
+        tensors += [p for optimizer in m.trained.values() for p in optimizer.param_groups[0]["params"]]
+    now = peak = sum(tensor.nbytes for tensor in tensors)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    second, = (e for e in events if e["name"] == "step 1")
-    now = peak = 0
+    first, second = (next(e for e in events if e["name"] == f"step {k}") for k in range(2))
     for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        now += event["args"]["Bytes"]
-        if second["ts"] <= event["ts"] <= second["ts"] + second["dur"]:
-            peak = max(peak, now)
+        if first["ts"] <= event["ts"] <= second["ts"] + second["dur"]:
+            now += event["args"]["Bytes"]
+            if event["ts"] >= second["ts"]:
+                peak = max(peak, now)
     return peak
 
 
