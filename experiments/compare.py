@@ -5,7 +5,7 @@
 Prints a markdown table, mean (least to greatest of the seeds), and after how many steps REPA-E (and REPA over
 its VAE) reaches what REPA and SiT end with, by a straight line between two points; draws the Frechet distance
 by step, the seeds' spread as a band. The ablations, below the regimes, are runs of the first seed. Runs that
-are missing or not finished are left out and named.
+are not finished are left out and named.
 """
 import json
 import sys
@@ -19,7 +19,8 @@ from support.commands import Parser, UserError, run_command
 
 REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive",
            "noalign": "REPA-E, no alignment in the VAE's pass", "repae": "REPA-E",
-           "second": "REPA over REPA-E's frozen VAE", "scratch": "REPA-E from random weights"}
+           "second": "REPA over REPA-E's frozen VAE", "control": "REPA over the frozen VAE of `noalign`",
+           "scratch": "REPA-E from random weights"}
 ABLATIONS = {"weight": "REPA-E, alignment in the VAE's pass × 1.5, as in the paper",
              "lite0": "REPA-E, EfficientNet-Lite0 as teacher", "both": "diffusion and alignment into the VAE",
              "nonorm": "REPA-E, latent statistics fixed", "irepa": "REPA-E with iREPA's alignment",
@@ -59,8 +60,9 @@ def read_runs(folder, seeds):
     rows, settings = {}, set()
     for regime in REGIMES | ABLATIONS:
         for seed in seeds if regime in REGIMES else seeds[:1]:
-            rows[regime, seed] = read_run(folder / f"{regime}-{seed}", settings)
-    columns = max(rows.values(), key=len).keys()
+            if (folder / f"{regime}-{seed}").is_dir():
+                rows[regime, seed] = read_run(folder / f"{regime}-{seed}", settings)
+    columns = max(rows.values(), key=len, default={}).keys()
     if not columns:
         raise UserError(f"{folder}: no results of runs in it; bash experiments/compare.sh makes them")
     if len(settings) > 1:
@@ -175,7 +177,7 @@ def main():
     for line in speed_ups(finished):
         print(f"\n{line}")
     if missing:
-        print(f"\nMissing or not finished, left out: {', '.join(missing)}.")
+        print(f"\nNot finished, left out: {', '.join(missing)}.")
 
 
 if __name__ == "__main__":

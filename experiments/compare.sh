@@ -7,7 +7,7 @@
 #     sit      VAE frozen, no alignment              naive    diffusion loss into the VAE
 #     repa     VAE frozen, alignment                 noalign  neither into the VAE, which its own losses train on
 #     repae    alignment into the VAE (REPA-E)       scratch  REPA-E from a VAE of random weights
-#     second   REPA over the frozen VAE of the same seed's repae
+#     second   REPA over the frozen VAE of the same seed's repae; control: over that of its noalign
 # and, with the first seed, what REPA-E is without one of its parts, or with another:
 #     both     diffusion loss and alignment into the VAE      weight   the paper's weight in the VAE's pass, 1.5
 #     nonorm   latent statistics that stay as at the start    irepa    iREPA's projector and norm of the features
@@ -26,7 +26,7 @@ set -euo pipefail
 
 export OUT=${OUT:-exps/compare}
 export SEEDS=${SEEDS:-1 2 3}
-export REGIMES=${REGIMES:-repae noalign naive sit repa scratch second}                      # some of the seven
+export REGIMES=${REGIMES:-repae noalign naive sit repa scratch second control}              # some of the eight
 export ABLATIONS=${ABLATIONS-weight lite0 both nonorm irepa float32}                        # and of the six
 export ENC_TYPE=${ENC_TYPE:-dinov2-vit-s}                   # the teacher
 export ENC_CKPT=${ENC_CKPT:-}                               # its weights; without, the hub's
@@ -65,14 +65,15 @@ train() {
 # one REGIME SEED: train it and judge it
 one() {
     set -euo pipefail
-    local run=$1-$2 base vae tuned judged
+    local run=$1-$2 base vae judged
     judged=$OUT/$run/evaluation-$(printf %07d $STEPS).json                                  # the last that is written
     [ ! -f "$judged" ] || return 0
-    base=$(checkpoint base $BASE_STEPS) vae=$(checkpoint vae $STEPS) tuned=$(checkpoint repae-$2 $STEPS)
+    base=$(checkpoint base $BASE_STEPS) vae=$(checkpoint vae $STEPS)
     case $1 in
         sit)     train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" --proj-coeff 0 ;;
         repa)    train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$vae" ;;
-        second)  train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$tuned" ;;
+        second)  train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$(checkpoint repae-$2 $STEPS)" ;;
+        control) train $run $STEPS $2 --vae-grad none --cache-latents --vae-ckpt "$(checkpoint noalign-$2 $STEPS)" ;;
         naive)   train $run $STEPS $2 --vae-ckpt "$base" --vae-grad diffusion ;;
         repae)   train $run $STEPS $2 --vae-ckpt "$base" ;;
         noalign) train $run $STEPS $2 --vae-ckpt "$base" --vae-align-proj-coeff 0 ;;
@@ -132,8 +133,12 @@ main() {                                       # read whole before it starts, so
     train vae $STEPS 0 --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
     OMP_NUM_THREADS=$threads
     seed=${SEEDS%% *}
-    all "$SEEDS" ${REGIMES/second/}
-    [[ $REGIMES != *second* ]] || all "$SEEDS" second               # it needs the VAE of a finished repae
+    early=${REGIMES/second/} late=
+    for regime in second control; do
+        [[ $REGIMES != *$regime* ]] || late+=" $regime"
+    done
+    all "$SEEDS" ${early/control/}
+    all "$SEEDS" $late                                              # these need the VAE of a finished run
     all $seed $ABLATIONS
 
     python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" > "$OUT/table.md"
