@@ -133,12 +133,12 @@ main() {                                       # read whole before it starts, so
     train vae $STEPS 0 --vae-only --vae-ckpt "$base" >> "$OUT/logs/vae.log" 2>&1 || fail "vae: see $OUT/logs/vae.log"
     OMP_NUM_THREADS=$threads
     seed=${SEEDS%% *}
-    early=${REGIMES/second/} late=
-    for regime in second control; do
-        [[ $REGIMES != *$regime* ]] || late+=" $regime"
+    early= late=                                                    # the late ones need the VAE of a finished run
+    for regime in $REGIMES; do
+        case $regime in second | control) late+=" $regime" ;; *) early+=" $regime" ;; esac
     done
-    all "$SEEDS" ${early/control/}
-    all "$SEEDS" $late                                              # these need the VAE of a finished run
+    all "$SEEDS" $early
+    all "$SEEDS" $late
     all $seed $ABLATIONS
 
     python experiments/compare.py "$OUT" --seeds $SEEDS --out "$OUT/comparison.png" > "$OUT/table.md"
