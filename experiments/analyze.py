@@ -198,7 +198,8 @@ def draw_latents(rows, spectra, path):
 @torch.no_grad()
 def latents_command(args):
     """A row of images, and for each VAE a row of their latents in colour; below, the variance of each
-    principal component of the latents, as shares of the whole (over at most 256 images)."""
+    principal component of the latents, as shares of the whole (over at most 256 images). Printed are also
+    the mean variance of a channel and how much the posterior's noise adds to it."""
     load_matplotlib()
     check_output(args.out, [args.images, *args.vaes])
     files, device = list_images(args.images), pick_device(args.device)
@@ -212,15 +213,18 @@ def latents_command(args):
         vae.latent_size(args.resolution)                                       # raises where it does not fit
         vae.to(device, memory_format=torch.channels_last).eval()
         batches = tqdm(to_float(images).split(16), desc=path)
-        z = torch.cat([vae.encode(x.to(device)).mean.cpu() for x in batches])
+        posteriors = [vae.encode(x.to(device)) for x in batches]
+        z = torch.cat([posterior.mean.cpu() for posterior in posteriors])
+        noise = torch.cat([posterior.logvar.exp().cpu() for posterior in posteriors]).mean((0, 2, 3))    # [C]
         covariance = torch.cov(z.transpose(0, 1).flatten(1), correction=0)     # [C, C]
         variances = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)     # largest first
         name = vae_title(path, rows)
         rows[name] = latents_in_colour(z, vae.stride)[shown]
         spectra[name] = variances
         dimensions = variances.sum() ** 2 / variances.square().sum()           # 1 to C
+        added = (noise / covariance.diagonal()).mean()
         print(f"{path}: variance {variances.mean():.4g}, {dimensions:.2f} effective dimensions of "
-              f"{len(variances)}")
+              f"{len(variances)}; sampling adds {added:.2%}")
     draw_latents(rows, spectra, args.out)
     print(f"{count} images -> {args.out}")
 

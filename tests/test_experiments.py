@@ -215,12 +215,14 @@ def test_latents_command_prints_the_spectrum(checkpoint, pictures, tmp_path, mon
     autoencoder = vae.AutoencoderKL("f4d8")
     autoencoder.load_state_dict(torch.load(checkpoint, weights_only=True)["vae"])
     x = torch.stack([to_float(read_image(file)) for file in list_images(pictures)])
-    flat = autoencoder.quant_conv(autoencoder.encoder(x))[:, :8].permute(0, 2, 3, 1).reshape(-1, 8).numpy()
+    moments = autoencoder.quant_conv(autoencoder.encoder(x)).permute(0, 2, 3, 1).reshape(-1, 16).numpy()
+    flat, added = moments[:, :8], np.exp(moments[:, 8:]).mean(0) / moments[:, :8].var(0)
     eigenvalues = np.linalg.eigvalsh(np.cov(flat.T.astype(float), bias=True))[::-1]
     for variances in spectra.values():
         assert np.allclose(variances, eigenvalues, rtol=1e-3, atol=1e-7)
     share = eigenvalues / eigenvalues.sum()
     assert f"variance {flat.var(0).mean():.4g}, {1 / np.square(share).sum():.2f} effective dimensions of 8" in text
+    assert f"; sampling adds {added.mean():.2%}\n" in text
     assert "24 images" in text and Image.open(out).width > 1000
 
 
