@@ -199,7 +199,7 @@ def draw_latents(rows, spectra, path):
 def latents_command(args):
     """A row of images, and for each VAE a row of their latents in colour; below, the variance of each
     principal component of the latents, as shares of the whole (over at most 256 images). Printed are also
-    the mean variance of a channel and how much the posterior's noise adds to it."""
+    the variance and what the posterior's noise adds, as a share of it; both of a channel, on average."""
     load_matplotlib()
     check_output(args.out, [args.images, *args.vaes])
     files, device = list_images(args.images), pick_device(args.device)

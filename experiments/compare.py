@@ -19,7 +19,7 @@ from support.commands import Parser, UserError, run_command
 
 REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive",
            "noalign": "REPA-E, no alignment in the VAE's pass", "repae": "REPA-E",
-           "second": "REPA over REPA-E's frozen VAE", "control": "REPA over the frozen VAE of `noalign`",
+           "second": "REPA over REPA-E's frozen VAE", "control": "REPA over the VAE trained without alignment",
            "scratch": "REPA-E from random weights"}
 ABLATIONS = {"weight": "REPA-E, alignment in the VAE's pass × 1.5, as in the paper",
              "lite0": "REPA-E, EfficientNet-Lite0 as teacher", "both": "diffusion and alignment into the VAE",
@@ -54,7 +54,7 @@ def read_run(run, settings):
 
 
 def read_runs(folder, seeds):
-    """({regime: [row of each finished run]}, names of the others, (network, samples) of the distances). A run
+    """({regime: [row of each finished run]}, names of those only begun, (network, samples) of the distances). A run
     is finished once it has all columns of the one that has most. Raises UserError where there are none, or
     where the distances are not alike."""
     rows, settings = {}, set()

@@ -46,7 +46,7 @@ def allocated(cfg, processes, tmp_path):
         dist.destroy_process_group()
     networks = [m.vae, m.sit, m.ema, *m.encoders, *filter(None, (m.disc, m.perceptual))]
     tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    if processes > 1:                                                              # as large: DDP's gradients of them
+    if processes > 1:                                                              # as large as these: DDP's buckets
         tensors += [p for optimizer in m.trained.values() for p in optimizer.param_groups[0]["params"]]
     now = peak = sum(tensor.nbytes for tensor in tensors)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
