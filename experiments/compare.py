@@ -54,9 +54,9 @@ def read_run(run, settings):
 
 
 def read_runs(folder, seeds):
-    """({regime: [row of each finished run]}, names of those only begun, (network, samples) of the distances). A run
-    is finished once it has all columns of the one that has most. Raises UserError where there are none, or
-    where the distances are not alike."""
+    """({regime: [row of each finished run]}, names of those only begun, (network, samples) of the distances).
+    A run is finished once it has all columns of the one that has most. Raises UserError where there are none,
+    or where the distances are not alike."""
     rows, settings = {}, set()
     for regime in REGIMES | ABLATIONS:
         for seed in seeds if regime in REGIMES else seeds[:1]:
