@@ -19,8 +19,8 @@ from support.commands import Parser, UserError, run_command
 
 REGIMES = {"sit": "SiT", "repa": "REPA", "naive": "naive",
            "noalign": "REPA-E, no alignment in the VAE's pass", "repae": "REPA-E",
-           "second": "REPA over REPA-E's frozen VAE", "control": "REPA over the VAE trained without alignment",
-           "scratch": "REPA-E from random weights"}
+           "second": "REPA over REPA-E's frozen VAE",
+           "control": "REPA over the VAE trained without alignment", "scratch": "REPA-E from random weights"}
 ABLATIONS = {"weight": "REPA-E, alignment in the VAE's pass × 1.5, as in the paper",
              "lite0": "REPA-E, EfficientNet-Lite0 as teacher", "both": "diffusion and alignment into the VAE",
              "nonorm": "REPA-E, latent statistics fixed", "irepa": "REPA-E with iREPA's alignment",
@@ -100,7 +100,8 @@ def table(finished):
     lines = ["| | seeds | " + " | ".join(titles) + " |", "|---" * (len(heads) + 2) + "|"]
     for regime, runs in finished.items():
         cells = [spread([run[column] for run in runs], digits) for column, (_, digits) in heads.items()]
-        lines.append(f"| {(REGIMES | ABLATIONS)[regime]} (`{regime}`) | {len(runs)} | " + " | ".join(cells) + " |")
+        title = f"{(REGIMES | ABLATIONS)[regime]} (`{regime}`)"
+        lines.append(f"| {title} | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
 
 
