@@ -29,13 +29,15 @@ def parse_model(name):
 class LatentNorm(nn.BatchNorm2d):
     """Batch norm without affine over latents [B, C, h, w] (paper, 3.2): keeps the moving latents normalised.
 
-    In train mode it normalises with the statistics of the batch over all processes (biased variance) and
-    moves the running ones (unbiased variance); in eval mode, as `normalize`, with the running ones. In train
-    mode z must carry no graph (the training step detaches it): so a backward pass has nothing to communicate,
-    and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL."""
+    In train mode it normalises with the statistics of the micro-batch over all processes (biased variance);
+    `update_statistics` moves the running ones; in eval mode, as `normalize`, with the running ones. In
+    train mode z must carry no graph (the training step detaches it): then a backward pass has nothing to
+    communicate, and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL."""
 
     def __init__(self, channels, momentum=0.1):
         super().__init__(channels, LATENT_EPS, momentum, affine=False)
+        self.moments = []                       # of the micro-batches since the last update, [2, C] each
+        self.values = 0                          # in them, per channel, over all processes
 
     def start(self, mean, std):
         """Set the running statistics, [C] each."""
@@ -46,18 +48,26 @@ class LatentNorm(nn.BatchNorm2d):
         if not self.training:
             return self.normalize(z)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        shift = self.running_mean.clone()               # means of values less it: no cancellation in float32
-        d = z - shift.view(1, -1, 1, 1)
+        d = z - self.running_mean.view(1, -1, 1, 1)             # less the mean: no cancellation in float32
         means = torch.stack([d.mean((0, 2, 3)), d.square().mean((0, 2, 3))])
         if world > 1:                                       # every process holds an equal share of the batch
             dist.all_reduce(means)
             means /= world
+        self.moments.append(means)
+        self.values += z.numel() // z.shape[1] * world
         mean, var = means[0], means[1] - means[0].square()
-        n = z.numel() // z.shape[1] * world
-        self.running_mean.lerp_(shift + mean, self.momentum)
-        self.running_var.lerp_(var * (n / max(n - 1, 1)), self.momentum)
-        self.num_batches_tracked += 1
         return (d - mean.view(1, -1, 1, 1)) / (var + self.eps).sqrt().view(1, -1, 1, 1)
+
+    def update_statistics(self):
+        """Once per optimizer step: move the running statistics towards the pooled moments of its micro-batches
+        (unbiased variance)."""
+        if self.moments:
+            mean, square = torch.stack(self.moments).mean(0)                   # micro-batches are equally large
+            n = self.values
+            self.running_var.lerp_((square - mean.square()) * (n / max(n - 1, 1)), self.momentum)
+            self.running_mean.lerp_(self.running_mean + mean, self.momentum)
+            self.num_batches_tracked += 1
+        self.moments, self.values = [], 0
 
     def running(self):
         return self.running_mean.view(1, -1, 1, 1), (self.running_var + self.eps).sqrt().view(1, -1, 1, 1)

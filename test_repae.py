@@ -107,8 +107,8 @@ def project(net, h):
 
 
 def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop):
-    """Algorithm 1 written out: (losses, gradients of each network's parameters, running mean and variance of the
-    latents after it, given those before). Of the networks only the forward passes are used."""
+    """A reference implementation of the step on one micro-batch: (losses, gradients of each network's parameters,
+    latents), given the latents' running mean and variance. Of the networks only the forward passes are used."""
     v, s, d = (copy.deepcopy(net) for net in (m.vae, m.sit, m.disc))
     hidden, losses, grads = [], {}, {}
     s.blocks[cfg.encoder_depth - 1].register_forward_hook(lambda block, args, h: hidden.append(h))
@@ -156,23 +156,17 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
             hinge = (torch.clamp(1 - real, min=0).mean() + torch.clamp(1 + fake, min=0).mean()) / 2
             losses["disc_loss"] = hinge
             differentiate("disc", d, hinge)
-    # 3. SiT on sg(z), normalised with the batch's statistics, which the running ones follow
+    # 3. SiT on sg(z), normalised with the micro-batch's own statistics, over a frozen VAE with fixed ones
     z = z.detach()
     if cfg.vae_grad != "none" and cfg.latent_norm:
-        n, momentum, (old_mean, old_var) = z.numel() // z.shape[1], cfg.bn_momentum, (mean, var)
         mean, var = z.mean((0, 2, 3)), z.transpose(0, 1).flatten(1).var(1, correction=0)
-        z = normalise(z, mean, var)
-        mean = (1 - momentum) * old_mean + momentum * mean
-        var = (1 - momentum) * old_var + momentum * var * n / (n - 1)
-    else:
-        z = normalise(z, mean, var)
     if not cfg.vae_only:
-        denoising, align = diffuse(z, torch.where(drop, cfg.num_classes, y))
+        denoising, align = diffuse(normalise(z, mean, var), torch.where(drop, cfg.num_classes, y))
         losses |= dict(denoising_loss=denoising, loss=denoising + cfg.proj_coeff * align)
         if m.encoders:
             losses["proj_loss"] = align
         differentiate("sit", s, losses["loss"])
-    return {name: value.item() for name, value in losses.items()}, grads, mean, var
+    return {name: value.item() for name, value in losses.items()}, grads, z
 
 
 class AdamW:
@@ -205,8 +199,9 @@ def norm(grads):
     ("--vae-grad diffusion --path-type cosine --disc-weight 0", 1), ("--vae-grad both", 1), ("--no-latent-norm", 2),
     ("--vae-only", 1)])
 def test_the_step_is_the_paper(small, flags, parts):
-    """Two steps in a row: every gradient, logged loss, statistic, clipped AdamW update, and the average of SiT. The
-    parts of gradient accumulation are normalised one after the other; their mean is the step's gradient."""
+    """Two consecutive steps: every gradient, logged loss, statistic, clipped AdamW update, and the average of SiT.
+    Each micro-batch is normalised by its own statistics; the mean of their gradients is the step's, and the running
+    statistics move once, by the moments of all of them together."""
     m, cfg, batch = small("--kl-weight", "1e-3", "--learning-rate", "1e-3", "--vae-learning-rate", "2e-3",
                           "--disc-learning-rate", "3e-3", "--max-grad-norm", "0.1", *flags.split(), parts=parts)
     nets, rates = dict(vae=m.vae, sit=m.sit, disc=m.disc), dict(vae=2e-3, sit=1e-3, disc=3e-3)
@@ -217,9 +212,11 @@ def test_the_step_is_the_paper(small, flags, parts):
     for step in range(2):
         x, y, noise = batch[0] / 127.5 - 1, batch[1], train.draw_noise(cfg, step, LATENTS, 0, 1, CPU)
         assert 0 < noise[3].sum() < len(y)                          # some labels are dropped
-        losses, expected, mean, var = {}, {}, m.sit.bn.running_mean.clone(), m.sit.bn.running_var.clone()
+        losses, expected, latents = {}, {}, []
+        mean, var = m.sit.bn.running_mean.clone(), m.sit.bn.running_var.clone()
         for part in zip(*(values.chunk(parts) for values in (x, y, *noise))):
-            found, grads, mean, var = the_papers_step(m, cfg, step, mean, var, *part)
+            found, grads, z = the_papers_step(m, cfg, step, mean, var, *part)
+            latents.append(z)
             losses = {name: losses.get(name, 0) + value / parts for name, value in found.items()}
             for net, values in grads.items():
                 sums = expected.setdefault(net, {})
@@ -245,6 +242,9 @@ def test_the_step_is_the_paper(small, flags, parts):
         assert metrics.keys() == losses.keys() | m.health.keys()    # what a regime does not have is absent
         for name, value in losses.items():
             assert metrics[name].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        if cfg.vae_grad != "none" and cfg.latent_norm:
+            z = torch.cat(latents)
+            mean, var = 0.9 * mean + 0.1 * z.mean((0, 2, 3)), 0.9 * var + 0.1 * z.var((0, 2, 3))
         assert torch.allclose(m.sit.bn.running_mean, mean, rtol=1e-5, atol=1e-6)
         assert torch.allclose(m.sit.bn.running_var, var, rtol=1e-5)
         now = m.sit.state_dict()
@@ -279,6 +279,8 @@ def test_presets_and_sizes_are_the_papers(tmp_path):
     assert set(NUMBERS) == set(train.PRESETS)
     for preset, numbers in NUMBERS.items():
         cfg = vars(train.parse_config(["--preset", preset, "--data-dir", str(tmp_path), "--vae-ckpt", __file__]))
+        assert cfg["vae"] == ""                                     # that of the file
+        cfg["vae"] = train.PRESETS[preset]["vae"]
         assert {name: cfg[name] for name in PAPER | numbers} == PAPER | numbers
     assert {name: sit.SIZES[name] for name in "S B L XL".split()} == {
         "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -480,6 +482,7 @@ def test_latent_norm_is_batch_norm_with_its_own_inverse():
     for _ in range(3):
         z = torch.randn(2, 5, 2, 3) * torch.linspace(0.01, 3, 5).view(5, 1, 1) + 0.5
         assert torch.allclose(ours(z), theirs(z), atol=1e-3)
+        ours.update_statistics()
     assert all(torch.allclose(v, theirs.state_dict()[k], rtol=1e-4) for k, v in ours.state_dict().items())
     ours.eval(), theirs.eval()
     before = ours.running_mean.clone()

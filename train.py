@@ -18,7 +18,6 @@ import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
 
@@ -40,12 +39,13 @@ from sample import Model, sample_images
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
 from support.checkpoints import (Saver, check_settings, checkpoints, clear_run, load_parts,
                                  newest_complete, read_checkpoint, start_from, sweep_run)
-from support.commands import (Parser, UserError, catch_signals, count, existing_path, fraction,
-                              non_negative, plain_name, positive, positive_int, run_command)
+from support.commands import (Parser, UserError, below_one, catch_signals, count, existing_path, fraction,
+                              non_negative, path_name, plain_name, positive, positive_fraction, positive_int,
+                              run_command, seed_number)
 from support.devices import (avoid_wrong_attention, choose_precision, cores, end_processes,
                              memory_format, pick_device, start_processes, why_no_compile)
 from support.files import hash_tensors, load_into, load_tensors, lock, write_atomic
-from support.metrics import start_metrics
+from support.metrics import check_logger, start_metrics
 from support.pictures import image_grid, latents_in_colour, save_png, to_float, to_uint8
 from support.profile import count_flops, mark_sections, peak_flops, profile
 from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, ResnetBlock, chroma_error,
@@ -62,9 +62,9 @@ def flag(default, help, type=str, choices=None):
 class Config:
     preset: str = flag("tiny", "a row of PRESETS, see train.py")
     # the run
-    output_dir: str = flag("exps", "runs go to OUTPUT_DIR/EXP_NAME")
+    output_dir: str = flag("exps", "runs go to OUTPUT_DIR/EXP_NAME", path_name)
     exp_name: str = flag("", "default: the preset's name", plain_name)
-    seed: int = flag(0, "with the step it fixes all randomness", count)
+    seed: int = flag(0, "with the step it fixes all randomness", seed_number)
     max_train_steps: int = flag(400_000, "the paper's 80 epochs", positive_int)
     checkpointing_steps: int = flag(5_000, "between checkpoints; the last is always saved", positive_int)
     keep_every: int = flag(50_000, "checkpoints at its multiples stay, and the newest two", positive_int)
@@ -79,12 +79,14 @@ class Config:
                                 "losses and norms stay float32", choices=["auto", "no", "bf16"])
     compile: bool = flag(True, "torch.compile the networks")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass, compute it again instead")
-    gradient_accumulation_steps: int = flag(1, "parts of a batch, each with its own statistics", positive_int)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per step, each normalised by its own statistics",
+                                            positive_int)
     num_workers: int = flag(8, "loader processes per GPU", count)
     # the data
     data_dir: str = flag("", "DIR/CLASS/*.jpg, DIR with dataset.json, or a folder of images (one class); "
                          "without it (tiny) OpenMoji is drawn into data/", image_folder)
-    val_dir: str = flag("", "pictures for reconstructions and PSNR; default: data_dir", image_folder)
+    val_dir: str = flag("", "held-out images for reconstructions and val_psnr; default: training images, and "
+                        "the log has train_psnr", image_folder)
     resolution: int = flag(256, "pixels", positive_int)
     num_classes: int = flag(0, "labels 0 to N-1, label N stands for none; 0: as many as the data has", count)
     batch_size: int = flag(256, "global, over all processes", positive_int)
@@ -96,9 +98,10 @@ class Config:
     path_type: str = flag("linear", "interpolant", choices=["linear", "cosine"])
     weighting: str = flag("uniform", "of training times", choices=["uniform", "lognormal"])
     latent_norm: bool = flag(True, "off: the statistics stay as measured at the start (the paper's ablation)")
-    bn_momentum: float = flag(0.1, "of the latent norm's running statistics", fraction)
-    vae: str = flag("f8d4", "from random weights: one of vae.py's VAES; a file brings its own")
-    vae_ckpt: str = flag("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id")
+    bn_momentum: float = flag(0.1, "of the latent norm's running statistics", positive_fraction)
+    vae: str = flag("f8d4", "architecture: one of vae.py's VAES; with --vae-ckpt, that of the file")
+    vae_ckpt: str = flag("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id",
+                         path_name)
     vae_from_scratch: bool = flag(False, "start the VAE from random weights when there is no --vae-ckpt")
     init_from: str = flag("", "the training checkpoint whose SiT and VAE to start from", existing_path)
     # what reaches the VAE besides its own losses; the alignment
@@ -130,7 +133,7 @@ class Config:
     lr_warmup_steps: int = flag(0, "linear warm-up of all three rates (the paper: none)", count)
     lr_decay_steps: int = flag(0, "linear decay to zero over the last steps (the paper: none)", count)
     max_grad_norm: float = flag(1.0, "each of the three gradients is clipped to it", positive)
-    ema_decay: float = flag(0.9999, "of SiT's parameters and latent statistics", fraction)
+    ema_decay: float = flag(0.9999, "of SiT's parameters and latent statistics", below_one)
     # the pictures on the way
     cfg_scale: float = flag(1.0, "guidance of the sample grids", positive)
     allow_random_weights: bool = flag(False, "frozen encoders without weights: for trying things out")
@@ -178,9 +181,12 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
                 if cfg.disc_weight > 0 and step >= cfg.disc_start:
                     log["gan_loss"] = gan = -m.disc(x_rec).mean()
                 if cfg.vae_grad in ("diffusion", "both"):     # naive end to end: z reaches both x_t and v*
-                    log["vae_denoising_loss"] = diffusion = (m.sit(x_t, t, y)[0] - velocity).square().mean()
-                if cfg.vae_grad in ("repa", "both") and f:    # blocks 1..depth, with all labels
-                    log["vae_align_loss"] = align = alignment_loss(m.sit.align(x_t, t, y), f)
+                    v, projected = m.sit(x_t, t, y)
+                    log["vae_denoising_loss"] = diffusion = (v - velocity).square().mean()
+                elif f:                                       # blocks 1..depth, with all labels
+                    projected = m.sit.align(x_t, t, y)
+                if cfg.vae_grad in ("repa", "both") and f:
+                    log["vae_align_loss"] = align = alignment_loss(projected, f)
                 vae_loss = (l1                                                        # encoder, decoder
                             + cfg.perceptual_weight * perceptual                      # encoder, decoder
                             + cfg.kl_weight * kl                                      # encoder
@@ -189,7 +195,7 @@ def train_step(m, cfg, step, x, y, z, posterior_noise, eps, t, drop, last=True):
                             + diffusion)                                              # encoder: not in REPA-E
             vae_loss.backward()
         log |= dict(vae_loss=vae_loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl)
-        # 2. The discriminator, on sg(x^): it alone.
+        # 2. The discriminator, on sg(x^): it alone. (In the release not before disc_start, either.)
         if cfg.disc_weight > 0:
             disc_loss = hinge_loss(real=m.ddp_disc(x), fake=m.ddp_disc(x_rec.detach()))
             disc_loss.backward()
@@ -243,6 +249,7 @@ def update(m, cfg):
         elif not bad:                                     # without them (MPS) the device is waited for here
             optimizer.step()
         optimizer.zero_grad()
+    m.sit.bn.update_statistics()
     for buffer, kept in zip(m.statistics, m.kept_statistics):
         buffer.copy_(torch.where(bad, kept, buffer))
         kept.copy_(buffer)
@@ -307,9 +314,9 @@ def set_rates(m, cfg, step):
 
 @torch.no_grad()
 def frozen_latents(m, x, noise, moments=None):
-    """Latents [B, C, h, w] of images x by the frozen VAE, or from its cached moments [B, 2C, h, w]."""
-    with m.autocast():
-        posterior = m.vae.encode(x) if moments is None else DiagonalGaussian(moments)
+    """Latents [B, C, h, w] of images x by the frozen VAE, or from its cached moments [B, 2C, h, w]: both in
+    float32, as the statistics at the start, so that a run with and one without the cache are alike."""
+    posterior = m.vae.encode(x) if moments is None else DiagonalGaussian(moments)
     return posterior.sample(noise)
 
 
@@ -343,6 +350,8 @@ def parse_config(argv=None):
         raise UserError(f"--preset {preset}: unknown; take one of {', '.join(PRESETS)}")
     cfg = Config(**(PRESETS[preset] | given))
     cfg.exp_name = cfg.exp_name or preset
+    if (cfg.vae_ckpt or cfg.init_from) and "vae" not in given:
+        cfg.vae = ""                                                  # `build` sets that of the file
     if cfg.disc_pretrained_ckpt and "disc_start" not in given:
         cfg.disc_start = 0
     parts = int(os.environ.get("WORLD_SIZE", 1)) * cfg.gradient_accumulation_steps
@@ -361,9 +370,12 @@ def parse_config(argv=None):
              "--cache-latents needs latents that stay: --vae-grad none and no --flip"),
             (vae_frozen and not trained, "--vae-grad none freezes the VAE: give a trained one by --vae-ckpt"),
             (not (trained or cfg.vae_from_scratch), "the VAE needs --vae-ckpt FILE, or --vae-from-scratch"),
-            (cfg.report_to and not find_spec(cfg.report_to), f"--report-to: pip install {cfg.report_to}")):
+            (cfg.disc_weight > 0 and not vae_frozen and cfg.resolution < Discriminator.MIN_SIZE,
+             f"--resolution {cfg.resolution}: too small for the discriminator, which needs "
+             f"{Discriminator.MIN_SIZE} pixels; take --disc-weight 0")):
         if wrong:
             raise UserError(line)
+    check_logger(cfg.report_to)
     for name in cfg.enc_type.split(","):
         timm_name(name)
     if not trained:
@@ -426,7 +438,10 @@ def build(cfg, device):
     else:
         vae, stats = AutoencoderKL(cfg.vae), None
         vae.initialize()
-    cfg.vae = f"f{vae.stride}d{vae.latent_channels}"                  # that of a file
+    found = f"f{vae.stride}d{vae.latent_channels}"
+    if cfg.vae not in ("", found):
+        raise UserError(f"--vae {cfg.vae}: {source} is an {found}; leave --vae out, or give another file")
+    cfg.vae = found
     disc = Discriminator()
     if cfg.disc_pretrained_ckpt:
         load_into(disc, load_tensors(cfg.disc_pretrained_ckpt), cfg.disc_pretrained_ckpt)
@@ -496,8 +511,7 @@ def measure_latents(m, dataset, images=512):
     z, g = [], torch.Generator().manual_seed(0)
     for chunk in np.array_split(indices, -(-len(indices) // 32)):
         x = to_float(torch.stack([dataset[int(i), False][0] for i in chunk]))
-        with m.autocast():
-            posterior = m.vae.encode(x.to(m.device, memory_format=memory_format(m.device)))
+        posterior = m.vae.encode(x.to(m.device, memory_format=memory_format(m.device)))      # in float32
         z.append(posterior.sample(torch.randn(posterior.mean.shape, generator=g).to(m.device)))
     z = torch.cat(z)
     statistics = torch.stack([z.mean((0, 2, 3)), z.var((0, 2, 3))])
@@ -546,10 +560,10 @@ def wrap(m, cfg, world):
 # --- Pictures, and where the time goes ----------------------------------------------------------------------
 
 @torch.no_grad()
-def draw_pictures(m, cfg, folder, step, held_out):
+def draw_pictures(m, cfg, folder, step, shown):
     """Sample grid of the EMA (a column per class), reconstructions beside originals, latents in colour.
-    Returns how well `held_out`, uint8 [N, 3, R, R], is reconstructed (from the posterior's mean) for the log:
-    its mean PSNR in dB, and the mean error of chroma in levels."""
+    Returns how well `shown`, uint8 [N, 3, R, R], is reconstructed (from the posterior's mean) for the log:
+    its mean PSNR in dB, and the mean error of chroma in levels, held-out images' as val_, others' as train_."""
     columns, rows = min(cfg.num_classes, 10), 8 if cfg.resolution <= 64 else 4
     scale = max(1, 64 // cfg.resolution)
     if not cfg.vae_only:
@@ -560,7 +574,7 @@ def draw_pictures(m, cfg, folder, step, held_out):
             samples.append(sample_images(ema, numbers[i:i + batch], labels[i:i + batch], num_steps=25,
                                          cfg_scale=cfg.cfg_scale, mixed_precision=cfg.mixed_precision))
         save_png(image_grid(torch.cat(samples), columns, scale), folder / f"pictures/samples-{step:07d}.png")
-    originals = to_float(held_out)
+    originals = to_float(shown)
     latents, decoded = [], []
     with m.autocast():
         for x in originals.split(32):
@@ -568,12 +582,13 @@ def draw_pictures(m, cfg, folder, step, held_out):
             latents.append(z.cpu())
             decoded.append(m.vae.decode(z).cpu())
     latents, decoded = torch.cat(latents), torch.cat(decoded)
-    k = min(24, len(held_out))
+    k = min(24, len(shown))
     colour = latents_in_colour(latents, m.vae.stride)[:k]
-    triples = torch.stack([held_out[:k], to_uint8(decoded[:k]), colour], 1).flatten(0, 1)
+    triples = torch.stack([shown[:k], to_uint8(decoded[:k]), colour], 1).flatten(0, 1)
     save_png(image_grid(triples, 12, scale), folder / f"pictures/reconstructions-{step:07d}.png")
-    return dict(val_psnr=psnr(originals, decoded).mean().item(),
-                val_chroma_error=chroma_error(originals, decoded).mean().item())
+    of = "val" if cfg.val_dir else "train"
+    return {f"{of}_psnr": psnr(originals, decoded).mean().item(),
+            f"{of}_chroma_error": chroma_error(originals, decoded).mean().item()}
 
 
 def flops_of_a_step(m, cfg):
@@ -594,6 +609,7 @@ def flops_of_a_step(m, cfg):
     flops = count_flops(step)
     for optimizer in m.trained.values():
         optimizer.zero_grad()
+    m.sit.bn.moments.clear()
     torch._foreach_copy_(m.statistics, before)
     return flops
 
@@ -642,6 +658,8 @@ def open_data(cfg, processes):
                       "is every folder in it a class?")
     if cfg.num_classes == 1:                                          # nothing to guide by
         cfg.cfg_prob, cfg.cfg_scale = 0.0, 1.0
+        processes.say(f"{cfg.data_dir} is one class: trained without label dropout, sampled without guidance "
+                      "(--cfg-prob 0 --cfg-scale 1)")
     return dataset
 
 
@@ -664,7 +682,7 @@ def use_cached_latents(m, cfg, dataset, processes):
     digest.update(json.dumps([m.vae.config, cfg.resolution]).encode())
 
     @torch.no_grad()
-    def encode(images):                                                                       # in float32
+    def encode(images):                                     # in float32, as `frozen_latents` and the statistics
         return m.vae.encode(to_float(images.to(m.device, memory_format=memory_format(m.device)))).moments
 
     where = None
@@ -707,17 +725,13 @@ def read_metrics(m, metrics, world):
     return dict(zip(metrics, values.tolist()))
 
 
-def raise_alarm(row, step, folder, saver):
-    """End a run whose gradients are not finite, or exactly zero, for too long: a UserError."""
+def what_is_wrong(row):
+    """In words, where gradients have been not finite, or exactly zero, for so long that a run should end."""
     if row["skipped_in_a_row"] >= SKIPPED:
-        what = f"not finite for {SKIPPED}"
-    elif row["zero_gradients_in_a_row"] >= ZEROS:
-        what = f"exactly zero for {ZEROS}"
-    else:
-        return
-    saver.wait()                                                       # the newest may still be on its way
-    good = checkpoints(folder)[-1].name if checkpoints(folder) else "none yet"
-    raise UserError(f"step {step}: gradients {what} steps in a row; last good checkpoint: {good}")
+        return f"gradients not finite for {SKIPPED} consecutive steps"
+    if row["zero_gradients_in_a_row"] >= ZEROS:
+        return f"gradients exactly zero for {ZEROS} consecutive steps"
+    return ""
 
 
 def train(m, cfg, folder, dataset, shown, step, processes):
@@ -731,37 +745,59 @@ def train(m, cfg, folder, dataset, shown, step, processes):
     if main_process:
         log = start_metrics(folder, step, cfg.report_to, cfg.exp_name, vars(cfg))
     bar = tqdm(total=cfg.max_train_steps, initial=step, unit="step", disable=not main_process, smoothing=0.05)
-    since, images_done = time.time(), 0
-    for batch in load_run(m, cfg, dataset, step, processes):
-        report_unreadable(batch[2], bad_files, len(dataset))
-        stopping = processes.any(signals)
+    since, images_done, saved, lost = time.time(), 0, step, ""
+    batches = iter(load_run(m, cfg, dataset, step, processes))
+    while step < cfg.max_train_steps:
+        try:
+            batch = next(batches)
+            report_unreadable(batch[2], bad_files, len(dataset))
+        except UserError as e:                                          # the data is gone: save, then end
+            lost = str(e)
+        if processes.any(signals or lost):
+            break
         metrics = run_step(m, cfg, step, batch, processes.rank, processes.world)
         step += 1
         bar.update()
         images_done += cfg.batch_size
         last = step == cfg.max_train_steps
         pictures = cfg.sampling_steps > 0 and (step % cfg.sampling_steps == 0 or last)
+        logging_now = step % cfg.log_steps == 0 or pictures or last
 
-        if step % cfg.log_steps == 0 or pictures or last:
+        if logging_now:
             row = read_metrics(m, metrics, processes.world)
             row["images_per_second"] = images_done / (time.time() - since)
+            wrong = what_is_wrong(row)
+            if wrong and main_process:
+                log(step, row)
+                saver.wait()                                           # the newest may still be on its way
+                good = checkpoints(folder)[-1].name if checkpoints(folder) else "none yet"
+                wrong += f"; last good checkpoint: {good}"
+            if wrong:
+                raise UserError(f"step {step}: {wrong}")
+        if (step % cfg.checkpointing_steps == 0 or last) and main_process:
+            saver.save(step, m.parts(), settings)                      # before images, which may fail
+            saved = step
+        if logging_now:
             if main_process and pictures:
-                with torch.compiler.set_stance("force_eager"):          # other shapes, not worth compiling
-                    row |= draw_pictures(m, cfg, folder, step, shown)
+                try:
+                    with torch.compiler.set_stance("force_eager"):      # other shapes, not worth compiling
+                        row |= draw_pictures(m, cfg, folder, step, shown)
+                except UserError as e:
+                    processes.say(f"step {step}: no images ({e})")
             if main_process:
                 log(step, row)
                 tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            raise_alarm(row, step, folder, saver)
             saver.check()
             since, images_done = time.time(), 0
-        if (step % cfg.checkpointing_steps == 0 or last or stopping) and main_process:
+    if step < cfg.max_train_steps:
+        if main_process and saved < step:
             saver.save(step, m.parts(), settings)
-        if stopping and not last:
-            processes.say(f"stopped after step {step}; the same command with --resume goes on")
-            break
+        processes.say(f"stopped after step {step}; the same command with --resume resumes it")
     bar.close()
     saver.wait()
     processes.wait()
+    if lost:
+        raise UserError(lost)
 
 
 def main():
@@ -799,6 +835,10 @@ def main():
         step = resume(m, cfg, resume_from, dataset.classes, processes.say)
     elif not m.has_statistics and not cfg.profile:
         processes.say(f"latent statistics: measured over {measure_latents(m, dataset)} images")
+    trained = 1 - cfg.ema_decay ** cfg.max_train_steps
+    if trained < 0.5 and not (cfg.vae_only or cfg.profile):
+        processes.say(f"warning: after {cfg.max_train_steps} steps of --ema-decay {cfg.ema_decay} the averaged "
+                      f"weights are to {trained:.1%} trained ones; sample.py --no-ema samples the last ones")
     flops = flops_of_a_step(m, cfg) if cfg.profile else None          # before anything is compiled
     wrap(m, cfg, processes.world)
     if cfg.cache_latents:
