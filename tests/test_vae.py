@@ -7,10 +7,12 @@ import torch
 import torch.nn as nn
 import torchvision
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import repa
 import vae
 from conftest import digest, smooth_pictures
+from support.commands import UserError
 
 
 def test_state_dicts_are_the_released_ones():
@@ -95,6 +97,28 @@ def test_ssim_against_gaussian_filter():
             values.append((top / bottom).mean())
         ours = vae.ssim(*(torch.from_numpy(z[n:n + 1] * 2 - 1).permute(0, 3, 1, 2) for z in (x, y)))
         assert ours.item() == pytest.approx(np.mean(values), abs=1e-9)
+
+
+def test_ssim_where_the_images_are():
+    """On the tensors' own device (of tensors without values), on the CPU for MPS, which has no float64; images
+    smaller than the window are refused."""
+    for device, result in (("cuda", "cuda"), ("mps", "cpu"), ("cpu", "cpu")):
+        with FakeTensorMode():
+            x = torch.zeros(2, 3, 11, 12, device=device)
+            assert vae.ssim(x, x).device.type == result and vae.ssim(x, x).shape == (2,)
+    for shape in ((1, 3, 10, 32), (1, 3, 32, 10)):
+        with pytest.raises(UserError, match=f"at least 11 x 11 pixels, not {shape[2]} x {shape[3]}"):
+            vae.ssim(torch.zeros(shape), torch.zeros(shape))
+
+
+def test_smallest_image_of_the_discriminator():
+    disc = vae.Discriminator()
+    for size in range(4, 48):
+        if size >= disc.MIN_SIZE:
+            assert disc(torch.zeros(1, 3, size, size)).numel() > 0
+        else:
+            with pytest.raises((RuntimeError, ValueError)):
+                disc(torch.zeros(1, 3, size, size))
 
 
 def test_psnr_in_closed_form():
