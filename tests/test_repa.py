@@ -182,9 +182,12 @@ def test_hub_errors_end_in_one_line_and_mistakes_do_not(monkeypatch):
             repa.FrozenEncoder(name, grid, random=True)
     with monkeypatch.context() as patch:
         patch.setattr(timm, "create_model", mistake)
-        for load in (lambda: repa.FrozenEncoder("resnet18"), vae.LPIPS):
+        patch.setattr(vae, "snapshot_download", mistake)
+        for load in (lambda: repa.FrozenEncoder("resnet18"), vae.LPIPS, lambda: vae.fetch("owner/name")):
             with pytest.raises(TypeError, match="a mistake"):
                 load()
+    with pytest.raises(UserError, match="HFValidationError"):
+        vae.fetch("owner--name/x")
 
 
 def test_nothing_is_left_out_where_lists_are_paired(monkeypatch, tmp_path):
