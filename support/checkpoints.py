@@ -6,8 +6,7 @@ dict; in the release an argparse.Namespace) and steps. A run keeps them as check
 """
 import itertools
 import re
-import zipfile
-import zlib
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from support.commands import UserError
-from support.files import load_into, load_tensors, strip_wrappers, write_atomic
+from support.files import is_whole_archive, load_into, load_tensors, strip_wrappers, write_atomic
 
 OPTIMIZERS = ("opt", "opt_vae", "opt_disc")
 
@@ -92,12 +91,8 @@ def newest_checkpoint(root="exps"):
 def newest_complete(run):
     """The newest checkpoint whose archive is whole; a damaged one is renamed, so that no one takes it."""
     for path in reversed(checkpoints(run)):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is None:                         # reads all, against the archive's CRCs
-                    return path
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
-            pass
+        if is_whole_archive(path):
+            return path
         aside = path.replace(path.with_suffix(".damaged"))
         tqdm.write(f"{path} is damaged: set aside as {aside.name}")
     return None
@@ -171,8 +166,8 @@ def check_settings(path, old, new, fixed, classes, data_dir, say):
     """Whether a run with the settings `old`, those of the checkpoint `path`, can go on with `new`: those that
     differ are told by say(line), unless they only name the run. Raises UserError where one of `fixed`
     or the names of the classes differ."""
-    pairs = itertools.zip_longest(old.get("classes", classes), classes)
-    for label, (before, now) in enumerate(pairs):
+    trained = [unicodedata.normalize("NFC", name) for name in old.get("classes", classes)]
+    for label, (before, now) in enumerate(itertools.zip_longest(trained, classes)):
         if before != now:
             raise UserError(f"{path} was trained with {before} as class {label}; in {data_dir} that is {now}")
     for name, now in new.items():

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -68,11 +69,21 @@ def lock(folder, instead="--exp-name NAME names another"):
 
 # --- Reading ------------------------------------------------------------------------------------------------
 
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SyntaxError,
-               zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)             # of damaged files
+READ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError,
+               EOFError, SyntaxError, struct.error, zipfile.BadZipFile, zlib.error,
+               Image.DecompressionBombError)                                                # of damaged files
 # Of downloads. The hub's HTTP library differs between versions: HfHubHTTPError's bases are its error and
 # OSError. RuntimeError: of hf_xet, and timm's for a model without weights.
 HUB_ERRORS = (*HfHubHTTPError.__bases__, OSError, RuntimeError, HFValidationError, SafetensorError)
+
+
+def is_whole_archive(path):
+    """Whether all of a file of torch.save, a zip, can be read and agrees with its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except READ_ERRORS:
+        return False
 
 
 def load_tensors(path):

