@@ -29,11 +29,13 @@ from tqdm import tqdm
 
 from data.images import how_to_unpack, list_images, read_image, several_frames
 from repa import EMBEDDED, LITE2, FrozenEncoder, fold_batch_norms
-from sample import add_sampler_flags, label_of, load_checkpoint, sample_images, sampler_settings
+from sample import (add_sampler_flags, check_finite, label_of, load_checkpoint, sample_images,
+                    sampler_settings, warn_of_short_average)
 from support.checkpoints import newest_checkpoint
-from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, positive_int,
-                              run_command)
-from support.devices import choose_precision, end_processes, memory_format, pick_device, start_processes
+from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, path_name,
+                              positive_int, run_command)
+from support.devices import (choose_precision, end_processes, full_float32, memory_format, pick_device,
+                             start_processes)
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
 from support.pictures import to_float, to_uint8
 from vae import psnr, ssim
@@ -97,17 +99,19 @@ class Inception(nn.Module):
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def forward(self, images):
-        """uint8 [B, 3, H, W] -> {'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]}."""
+        """uint8 [B, 3, H, W] -> {'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]}, in full float32
+        whatever the switches are."""
         x = (resize_tf1(images, self.size) - 128) / 128
         x = x.contiguous(memory_format=memory_format(x.device))
-        for name, layer in self.net.named_children():
-            if name == "global_pool":
-                break
-            x = layer(x)
-            if name == "Mixed_6d":                           # ADM's mixed_6/conv is its first branch
-                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
-        pool = x.mean((2, 3))
-        return dict(pool=pool, spatial=spatial, logits=pool @ self.net.fc.weight.T)        # ADM: no bias
+        with full_float32(x.device):
+            for name, layer in self.net.named_children():
+                if name == "global_pool":
+                    break
+                x = layer(x)
+                if name == "Mixed_6d":                       # ADM's mixed_6/conv is its first branch
+                    spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+            pool = x.mean((2, 3))
+            return dict(pool=pool, spatial=spatial, logits=pool @ self.net.fc.weight.T)    # ADM: no bias
 
 
 def load_features(args):
@@ -142,8 +146,9 @@ class ImageSet:
 
     def __init__(self, path, resolution=None):
         self.path, self.resolution, self.others = Path(path), resolution, Counter()
+        self.is_folder = not self.path.is_file()
         self.files, self.n, self.shape, self.stream, self.given, self.marks = [], 0, None, None, {}, {}
-        if not self.path.is_file():
+        if self.is_folder:
             self.files = list_images(path, others=self.others)
             self.n, self.shape = len(self.files), read_image(self.files[0], resolution).shape[1:]
         elif self.path.suffix.lower() == ".npz":
@@ -209,17 +214,19 @@ class ImageSet:
 
 
 class Samples:
-    """Images drawn from a checkpoint, each class as often."""
+    """n samples of a checkpoint, those of sample.py. labels: "equal" or "random"; settings: of
+    `sample_images`."""
+    is_folder = False
 
-    def __init__(self, path, model, n, settings):
-        self.path, self.model, self.n, self.settings = path, model, n, settings
+    def __init__(self, path, model, n, settings, labels="equal"):
+        self.path, self.model, self.n, self.settings, self.labels = path, model, n, settings, labels
         self.given, self.shape = {}, (model.args["resolution"],) * 2
 
     def batches(self, indices, batch_size, num_workers=0):
-        classes = range(self.model.sit.num_classes)
+        classes, seed = range(self.model.sit.num_classes), self.settings.get("seed", 0)
         for start in range(0, len(indices), batch_size):
             part = indices[start:start + batch_size]
-            labels = [label_of(i, 0, classes, n=self.n) for i in part]
+            labels = [label_of(i, seed, classes, self.labels, self.n) for i in part]
             yield sample_images(self.model, part, labels, **self.settings)
 
 
@@ -229,12 +236,15 @@ class Reconstructions:
     def __init__(self, path, model, originals):
         self.path, self.model, self.originals, self.n = path, model, originals, originals.n
         self.given, self.shape, self.quality = {}, originals.shape, torch.zeros(2)
+        self.is_folder = originals.is_folder
 
     def batches(self, indices, batch_size, num_workers=0):
+        done = indices.start
         for images in self.originals.batches(indices, batch_size, num_workers):
             x = to_float(images)
-            z = self.model.vae.encode(x.to(self.model.device)).mean
-            y = to_uint8(self.model.vae.decode(z)).cpu()
+            y = self.model.vae.decode(self.model.vae.encode(x.to(self.model.device)).mean)
+            check_finite(y, lambda b: f"{self.path}: the reconstruction of image {done + b}")
+            done, y = done + len(y), to_uint8(y).cpu()
             scores = torch.stack([psnr(x, to_float(y)), ssim(x, to_float(y)).float()])               # [2, B]
             self.quality += scores.sum(1)
             yield y
@@ -259,25 +269,34 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root).item()
 
 
-def inception_score(logits, split=5000):
-    """exp of the mean KL(p(y|x) || p(y)) of logits [N, 1008], averaged over splits of 5000 images in their
-    order (arXiv 1606.03498, as ADM computes it)."""
+def inception_score(logits, shuffle=False):
+    """exp of the mean KL(p(y|x) || p(y)) of logits [N, 1008], averaged over equal splits of about 5000 images
+    (arXiv 1606.03498; ADM's ten of 50,000). shuffle: by a fixed seed, for images that are sorted by class."""
     scores = []
-    for part in logits.double().split(split):
+    if shuffle:
+        logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
+    for part in logits.double().tensor_split(max(1, round(len(logits) / 5000))):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
     return sum(scores) / len(scores)
 
 
+def to_float64(x):
+    """On the CPU where its device has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def kid(x, y, subsets=100, size=1000, seed=2020):
     """Kernel distance of features [N, D], [M, D] with kernel (x.y / D + 1)^3: the unbiased estimate averaged
-    over random subsets (arXiv 1801.01401), which are those that torch-fidelity draws."""
+    over random subsets (arXiv 1801.01401), which are those that torch-fidelity draws. In float64: where
+    features lie close together, the sums below nearly cancel."""
+    x, y = to_float64(x), to_float64(y)
     size, rng, values = min(size, len(x), len(y)), np.random.RandomState(seed), []
     for _ in range(subsets):
         a = x[rng.choice(len(x), size, replace=False)]
         b = y[rng.choice(len(y), size, replace=False)]
-        aa, bb, ab = ((f @ g.T / x.shape[1] + 1).cpu().double() ** 3 for f, g in ((a, a), (b, b), (a, b)))
+        aa, bb, ab = ((f @ g.T / x.shape[1] + 1) ** 3 for f, g in ((a, a), (b, b), (a, b)))
         within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
         values.append(within / (size * (size - 1)) - 2 * ab.mean())
     return torch.stack(values).mean().item()
@@ -285,12 +304,15 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
 
 def precision_recall(reference, samples, k=3, block=1000):
     """Share of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold is
-    the union of balls around its features [N, D], each as wide as the k-th nearest neighbour is far."""
+    the union of balls around its features [N, D], each as wide as the k-th nearest neighbour is far. In
+    float64: in float32 `cdist` loses the distances of features that lie close together."""
+    reference, samples = to_float64(reference), to_float64(samples)
+
     def share_within(x, manifold):                       # each row's nearest is itself: k + 1 of them
         radius = [torch.cdist(rows, manifold).topk(k + 1, largest=False) for rows in manifold.split(block)]
         radius = torch.cat([nearest.values[:, k] for nearest in radius])
         within = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in x.split(block)]
-        return torch.cat(within).cpu().double().mean().item()
+        return torch.cat(within).double().mean().item()
 
     return share_within(samples, reference), share_within(reference, samples)
 
@@ -351,7 +373,7 @@ def evaluate(sources, net, metrics, save_stats=None, *, rank=0, **settings):
     if "sfid" in metrics:
         out["sfid"] = frechet_distance(*r["spatial"], *s["spatial"])
     if "is" in metrics:
-        out["is"] = inception_score(s["logits"])
+        out["is"] = inception_score(s["logits"], shuffle=samples.is_folder)
     if "kid" in metrics:
         out["kid"] = kid(r["rows"].to(device), s["rows"].to(device))
     if "precision" in metrics or "recall" in metrics:
@@ -368,18 +390,20 @@ def parse_args(argv=None):
     add("ref", nargs="?", metavar="REF", type=existing_path, help="a folder, an .npz, --save-stats' file")
     add("samples", nargs="?", metavar="SAMPLES", type=existing_path, help="images to judge; in these forms")
     add("--features", help=f"inception (default if its weights are here), dinov2, {LITE2} or a timm model")
-    add("--metrics", help=f"some of {','.join(METRICS)} (default: all that can be had)")
+    add("--metrics", help=f"some of {','.join(METRICS)} (default: all that can be had); is: over splits of "
+        "about 5,000 images, an .npz in its order, a folder shuffled")
     add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(WEIGHTS))
     add("--download", action="store_true", help="fetch the Inception weights once (95 MB)")
     add("--features-weights", metavar="FILE", type=existing_path, help="of a timm model, not the hub's")
     add("--resolution", type=positive_int, help="centre-crop the images of folders to this size, as ADM does")
-    add("--save-stats", metavar="FILE", help="write REF's statistics to an .npz; SAMPLES may be left out")
-    add("--json", metavar="FILE", help="write the numbers there")
-    add("--batch-size", type=positive_int, help="per process (default: 64 on a GPU, 32 elsewhere)")
+    add("--save-stats", metavar="FILE", type=path_name, help="write REF's statistics to an .npz; SAMPLES may be left out")
+    add("--json", metavar="FILE", type=path_name, help="write the numbers there")
+    add("--batch-size", type=positive_int, default=64, help="per process")
     add("--num-workers", type=count, default=min(8, os.cpu_count()), help="decoding processes")
     add("--device", default="auto")
     add("--ckpt", metavar="FILE", type=existing_path, help="judge this (without REF: the newest under exps/)")
-    add("--vae-ckpt", help="the VAE, where the checkpoint has none: file, folder or hub id")
+    add("--vae-ckpt", type=path_name,
+        help="the VAE, where the checkpoint has none: file, folder or hub id")
     add("--data-dir", metavar="DIR", type=existing_path, help="its reference images (default: the run's own)")
     add("--num-samples", type=positive_int, help="default: as many as reference images, 50,000 at most")
     add("--reconstruct", action="store_true", help="judge the checkpoint's VAE: rFID, PSNR, SSIM")
@@ -416,14 +440,14 @@ def open_sources(args, device):
     if args.ref and not args.ckpt:
         return [ImageSet(path, args.resolution) for path in (args.ref, args.samples) if path]
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
-    model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
+    model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile, args.ema)
     size, data = model.args["resolution"], args.ref or args.data_dir or model.args.get("data_dir")
     if not data or not Path(data).exists():
         raise UserError(f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")
     ref = ImageSet(data, size)
     if not args.reconstruct:
         n = args.num_samples or min(ref.n or ref.marks.get("n") or 50_000, 50_000)
-        return [ref, Samples(ckpt, model, n, args.sampler)]
+        return [ref, Samples(ckpt, model, n, args.sampler, args.label_sampling)]
     if ref.n == 0 or ref.shape != (size, size):
         raise UserError(f"{data}: --reconstruct needs images, of {size}x{size} pixels")
     return [ref, Reconstructions(ckpt, model, ImageSet(data, size))]
@@ -467,13 +491,15 @@ def check(sources, net):
 def main():
     args, start = parse_args(), time.time()
     device = pick_device(args.device)
-    torch.backends.cudnn.allow_tf32 = False              # its ten bits of mantissa would show in the numbers
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True       # as sample.py samples
     processes = start_processes(device)
     rank, world = processes.rank, processes.world
     if (args.ckpt or not args.ref) and not args.reconstruct:                         # it draws
         args.sampler["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
     sources, net = open_sources(args, device), load_features(args)
     ref, samples, lines = sources[0], sources[-1], check(sources, net)
+    if args.ema and isinstance(samples, Samples):
+        lines += filter(None, [warn_of_short_average(samples.model)])
     if args.features is None and net.name == LITE2:
         lines.append(f"features: {LITE2}; Inception's weights are not here (see --download)")
     wanted = args.metrics or (["fid"] if args.reconstruct else list(METRICS))
@@ -498,8 +524,7 @@ def main():
     net.to(device, memory_format=memory_format(device))
     results = evaluate(sources, net, metrics if len(sources) == 2 else [], args.save_stats,
                        device=device, rank=rank, world=world, group=processes.host,
-                       num_workers=args.num_workers,
-                       batch_size=args.batch_size or (64 if device.type == "cuda" else 32))
+                       num_workers=args.num_workers, batch_size=args.batch_size)
     if args.reconstruct:
         if world > 1:
             dist.all_reduce(samples.quality, group=processes.host)

@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from support.commands import UserError, one_line
-from support.devices import memory_format
+from support.devices import full_float32, memory_format
 from support.files import HUB_ERRORS, load_into, load_tensors
 from vae import unit_length
 
@@ -186,7 +186,8 @@ class FrozenEncoder(nn.Module):
 
     def pooled(self, images):
         """uint8 [B, 3, H, W] -> [B, D], what the classifier would see: DINOv2's normalised class token (as
-        arXiv 2306.04675), a convolutional network's pooled last map. Resized and rounded as Pillow does."""
+        arXiv 2306.04675), a convolutional network's pooled last map. Resized and rounded as Pillow does; in
+        full float32 whatever the switches are."""
         device, x = images.device, images.float()
         if device.type == "mps":                            # before PyTorch 2.8 it has no antialiased resize
             x = x.cpu()
@@ -194,7 +195,8 @@ class FrozenEncoder(nn.Module):
             x = F.interpolate(x, (height, self.size), mode=self.mode, antialias=True).round().clamp(0, 255)
         x = (x.to(device) - self.mean * 255) / (self.std * 255)
         x = x.contiguous(memory_format=memory_format(device))
-        return self.net.forward_head(self.net.forward_features(x), pre_logits=True).float()
+        with full_float32(device):
+            return self.net.forward_head(self.net.forward_features(x), pre_logits=True).float()
 
 
 class EncoderDistance(nn.Module):

@@ -7,6 +7,7 @@
 Model, sizes, VAE and latent statistics come from the checkpoint. Image i depends on its label and (seed, i)
 alone: its noise comes from a generator of its own. Process 0 gathers all images and writes them.
 """
+import argparse
 import math
 import os
 import tempfile
@@ -21,11 +22,11 @@ from tqdm import tqdm
 
 from sit import interpolant, sit_of
 from support.checkpoints import newest_checkpoint, read_checkpoint
-from support.commands import (Parser, UserError, count, existing_path, fraction, positive, positive_int,
-                              run_command)
+from support.commands import (Parser, UserError, existing_path, fraction, path_name, positive, positive_int,
+                              run_command, seed_number)
 from support.devices import (choose_precision, end_processes, memory_format, pick_device, start_processes,
                              why_no_compile)
-from support.files import load_into, save_npz
+from support.files import if_supported, load_into, save_npz
 from support.pictures import image_grid, save_png, to_uint8
 from vae import load_vae
 
@@ -91,17 +92,18 @@ def label_of(i, seed, classes, labels="equal", n=None):
 
 # --- A checkpoint's images ----------------------------------------------------------------------------------
 
-Model = namedtuple("Model", "sit vae args step device")    # sit: the averaged one, with its latent statistics
+Model = namedtuple("Model", "sit vae args step device")            # sit: with its latent statistics
 
 
-def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
+def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False, ema=True):
     """The Model of a checkpoint, ours or the release's. vae_ckpt: the VAE (see `load_vae`), if it holds none.
-    The Model's args have `resolution` in pixels and `classes`, names or else numbers. Raises UserError."""
-    ckpt = read_checkpoint(file)
+    ema: the averaged weights, else those of the last step. The Model's args have `resolution` in pixels and
+    `classes`, names or else numbers. Raises UserError."""
+    ckpt, key = read_checkpoint(file), "ema" if ema else "model"
     args = ckpt["args"]
-    tensors = {name: t for name, t in ckpt["ema"].items() if not name.startswith("projectors.")}
+    tensors = {name: t for name, t in ckpt[key].items() if not name.startswith("projectors.")}
     vae, stats = load_vae(vae_ckpt or file)
-    sit = sit_of(tensors, args, f"{file}: ema")
+    sit = sit_of(tensors, args, f"{file}: {key}")
     if sit.channels != vae.latent_channels:
         raise UserError(f"{file}: its SiT draws {sit.channels} channels, the VAE has {vae.latent_channels}")
     if "bn.running_mean" not in tensors:
@@ -110,9 +112,9 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
                             "X-latents-stats.pt)")
         sit.bn.start(*stats)
         tensors |= {f"bn.{name}": value for name, value in sit.bn.state_dict().items()}
-    load_into(sit, tensors, f"{file}: ema")
+    load_into(sit, tensors, f"{file}: {key}")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"{file}: ema holds values that are not finite")
+        raise UserError(f"{file}: {key} holds values that are not finite")
     sit.place(device).eval().requires_grad_(False)
     vae.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     if compile:
@@ -121,6 +123,23 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False):
     classes = args.get("classes") or [str(k) for k in range(sit.num_classes)]
     args |= dict(resolution=sit.size * vae.stride, classes=classes)
     return Model(sit, vae, args, ckpt["steps"], torch.device(device))
+
+
+def warn_of_short_average(model):
+    """A warning where less than half of the averaged weights comes from the steps trained, else ''."""
+    decay = model.args.get("ema_decay", 0.9999)
+    trained = 1 - decay ** model.step
+    return "" if trained >= 0.5 else (
+        f"warning: only {trained:.1%} of the averaged weights come from the {model.step} steps trained "
+        f"(decay {decay}); --no-ema samples the weights of the last step")
+
+
+def check_finite(images, name):
+    """Raises UserError where a decoder's images [B, 3, H, W] are not finite. name(b): what image b is."""
+    bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(f"{name(bad[0])} is not finite (of its batch, {len(bad)} of {len(images)}): a value "
+                        "overflowed in the network; take another checkpoint")
 
 
 @torch.no_grad()
@@ -146,7 +165,9 @@ def sample_images(model, indices, labels=None, *, num_steps=50, mode="ode", heun
         velocity = guided_velocity(sit, y, cfg_scale, guidance_low, guidance_high)
         path_type = model.args.get("path_type", "linear")
         z = integrate(velocity, eps(np.float32), mode, num_steps, heun, path_type, eps)
-        return to_uint8(model.vae.decode(sit.bn.denormalize(z.float())))
+        images = model.vae.decode(sit.bn.denormalize(z.float()))
+    check_finite(images, lambda b: f"sample {indices[b]}")
+    return to_uint8(images)
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -158,9 +179,12 @@ def add_sampler_flags(parser):
     parser.add_argument("--cfg-scale", type=positive, default=1.0, help="guidance; 1 is none")
     parser.add_argument("--guidance-low", type=fraction, default=0.0, help="guided: low <= t <= high")
     parser.add_argument("--guidance-high", type=fraction, default=1.0)
-    parser.add_argument("--seed", type=count, default=0)
-    parser.add_argument("--mixed-precision", choices=["auto", "no", "bf16"], default="auto",
-                        help="auto: bf16 where the hardware computes it, else no (float32)")
+    parser.add_argument("--label-sampling", choices=["equal", "random"], default="equal")
+    parser.add_argument("--seed", type=seed_number, default=0)
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True,
+                        help="sample the averaged weights; --no-ema: those of the last step")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16", "auto"], default="no",
+                        help="no: float32 (TF32 on GPUs) as the release; auto: bf16 where there is hardware")
     parser.add_argument("--compile", action="store_true", help="pays from some hundreds of images")
 
 
@@ -202,8 +226,8 @@ def save_images(out, batches, shape, columns):
     folder of PNGs. Raises UserError, and OSError: a disk too full for the .npz shows before any drawing."""
     if out.suffix == ".npz":
         with tempfile.TemporaryFile(dir=out.parent) as f:                     # not all images fit into memory
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(f.fileno(), 0, 2 * math.prod(shape))    # twice: the .npz needs room, too
+            if hasattr(os, "posix_fallocate"):                            # twice: the .npz needs room, too
+                if_supported(os.posix_fallocate, f.fileno(), 0, 2 * math.prod(shape))
             for _, images in batches:
                 f.write(images.numpy().tobytes())
             f.truncate()
@@ -220,11 +244,12 @@ def save_images(out, batches, shape, columns):
 def main():
     parser = Parser(description="Draw pictures from a checkpoint.")
     parser.add_argument("--ckpt", type=existing_path, help="ours or the release's; default: newest in exps/")
-    parser.add_argument("--vae-ckpt", help="the VAE, where the checkpoint has none: file, folder or hub id")
+    parser.add_argument("--vae-ckpt", type=path_name,
+                        help="the VAE, where the checkpoint has none: file, folder or hub id")
     parser.add_argument("--num-samples", type=positive_int, help="default: 8 of each class, 80 at most")
-    parser.add_argument("--out", help="X.png: a grid; X.npz: arr_0 as ADM's evaluator; else a folder of PNGs")
+    parser.add_argument("--out", type=path_name,
+                        help="X.png: a grid; X.npz: arr_0 as ADM's evaluator; else a folder of PNGs")
     parser.add_argument("--classes", help="those to draw, by name or number: cat,3 (default: all)")
-    parser.add_argument("--label-sampling", choices=["equal", "random"], default="equal")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="per process")
     parser.add_argument("--device", default="auto")
     add_sampler_flags(parser)
@@ -235,7 +260,10 @@ def main():
     processes = start_processes(device)
     settings["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
     ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
-    model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile)
+    model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile, args.ema)
+    warning = args.ema and warn_of_short_average(model)
+    if warning:
+        processes.say(warning)
     names, size = model.args["classes"], model.args["resolution"]
     number_of = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
     try:

@@ -186,7 +186,6 @@ def sampling(args, cfg, device, settings):
 def evaluating(args, device, settings):
     """Images a second through Inception (of random weights) and the network that fid.py takes here by itself:
     all of fid.collect, so with the sums for mean and covariance, but without reading files."""
-    torch.backends.cudnn.allow_tf32 = False                                             # as fid.py
     weights = Path(args.file).with_name("inception-random.pth")
     torch.save(timm.create_model("inception_v3", num_classes=1008, aux_logits=False).state_dict(), weights)
     images = torch.randint(256, (args.images, 3, args.resolution, args.resolution), dtype=torch.uint8)

@@ -122,6 +122,7 @@ def argument(convert, accepts, wanted):
 
 positive_int = argument(int, lambda n: n > 0, "a whole number above 0")
 count = argument(int, lambda n: n >= 0, "a whole number, 0 or more")
+seed_number = argument(int, lambda n: 0 <= n < 2 ** 64, "a whole number from 0 to 2^64-1")
 positive = argument(float, lambda x: 0 < x < math.inf, "a number above 0")
 non_negative = argument(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 fraction = argument(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
@@ -129,3 +130,8 @@ existing_path = argument(str, os.path.exists, "a file or folder that exists")
 existing_folder = argument(str, os.path.isdir, "a folder that exists")
 plain_name = argument(str, lambda name: PureWindowsPath(name).name == name != "" and not name.startswith("."),
                       "one plain name, without / or \\ and not hidden")
+
+
+def path_name(text):
+    """A path, with ~ expanded."""
+    return os.path.expanduser(text)

@@ -3,6 +3,7 @@ import os
 import platform
 import shutil
 import sysconfig
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -99,6 +100,21 @@ def choose_precision(asked, device, processes):
     elif emulated:
         processes.say(f"warning: {why}; --mixed-precision no is as fast or faster")
     return "no" if asked == "auto" and emulated else "bf16"
+
+
+@contextmanager
+def full_float32(device):
+    """No autocast and no TF32 in the calls within, for networks whose features are compared."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, before):
+            switch.allow_tf32 = value
 
 
 def why_no_compile(device):

@@ -1,10 +1,15 @@
 """files.py: files written whole or not at all, and files of tensors read without running what is in them."""
 import argparse
+import errno
 import hashlib
 import os
 import pickle
 import re
+import shutil
+import stat
 import struct
+import sys
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -27,16 +32,45 @@ except ImportError:                                                   # Windows:
 
 # --- Writing ------------------------------------------------------------------------------------------------
 
-def write_atomic(path, write):
-    """Write a file whole or not at all, and its folder: write(path), sync, rename. Raises UserError."""
-    path = Path(path)
-    tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
+def if_supported(call, *args):
+    """call(*args), ignoring that the file system lacks this call, as CIFS and ZFS lack some."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        call(*args)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def open_special(path):
+    """A pipe or a device, or what stdout is redirected to, open for writing; None for other files."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if sys.stdout and os.path.samestat(found, os.fstat(1)):
+        sys.stdout.flush()
+        return open(os.dup(1), "wb")                              # a second open would start at offset 0
+    return None if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) else open(path, "wb")
+
+
+def write_atomic(path, write):
+    """Write a file atomically, with its folder: write(path), sync, rename. The target of a link is replaced,
+    not the link; a pipe or a device is written into. Raises UserError."""
+    target = Path(os.path.realpath(path))
+    tmp = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        special = open_special(path)
+        if special:
+            with special, tempfile.TemporaryDirectory() as folder:      # writers seek, a pipe does not
+                write(Path(folder) / "file")
+                with open(Path(folder) / "file", "rb") as f:
+                    shutil.copyfileobj(f, special)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
+            if_supported(os.fsync, f.fileno())
+        os.replace(tmp, target)
     except (OSError, RuntimeError, SafetensorError) as e:     # torch.save reports a full disk as RuntimeError
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or one_line(e)}") from None
     finally:
@@ -45,7 +79,7 @@ def write_atomic(path, write):
 
 
 def save_npz(file, **arrays):
-    """np.savez, whole or not at all."""
+    """np.savez, atomically."""
     def write(tmp):
         with open(tmp, "wb") as f:                           # given a name, np.savez would add .npz to it
             np.savez(f, **arrays)

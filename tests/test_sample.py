@@ -161,7 +161,7 @@ def save_checkpoint(file, num_classes=3, cfg_prob=0.1, prefix="", **args):
         elif "embedding_table" in name:
             torch.nn.init.normal_(p, 0, 1)                            # so that a label shows in the picture
     state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
-    args = dict(num_classes=num_classes, cfg_prob=cfg_prob, path_type="linear", data_dir="some/pictures") | args
+    args = dict(num_classes=num_classes, cfg_prob=cfg_prob, path_type="linear", data_dir="some/pictures", ema_decay=0.5) | args
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(model=state, ema=state, vae=autoencoder.state_dict(), args=args, steps=7), file)
     return file
