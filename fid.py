@@ -396,7 +396,8 @@ def parse_args(argv=None):
     add("--download", action="store_true", help="fetch the Inception weights once (95 MB)")
     add("--features-weights", metavar="FILE", type=existing_path, help="of a timm model, not the hub's")
     add("--resolution", type=positive_int, help="centre-crop the images of folders to this size, as ADM does")
-    add("--save-stats", metavar="FILE", type=path_name, help="write REF's statistics to an .npz; SAMPLES may be left out")
+    add("--save-stats", metavar="FILE", type=path_name,
+        help="write REF's statistics to an .npz; SAMPLES may be left out")
     add("--json", metavar="FILE", type=path_name, help="write the numbers there")
     add("--batch-size", type=positive_int, default=64, help="per process")
     add("--num-workers", type=count, default=min(8, os.cpu_count()), help="decoding processes")
@@ -423,6 +424,8 @@ def parse_args(argv=None):
             (args.ref and args.data_dir, "REF and --data-dir mean the same; give one of them"),
             (args.samples and (args.ckpt or args.num_samples or args.reconstruct),
              "--ckpt, --num-samples and --reconstruct make the images to judge; SAMPLES names others"),
+            (args.ref and not args.ckpt and (args.num_samples or args.reconstruct),
+             "--num-samples and --reconstruct go with --ckpt FILE, or without REF"),
             (args.ref and not (args.samples or args.ckpt or args.save_stats),
              "SAMPLES is missing: fid.py REF SAMPLES, or REF --ckpt FILE to draw them"),
             (args.reconstruct and args.num_samples, "--reconstruct takes every image; drop --num-samples"),
@@ -491,7 +494,7 @@ def check(sources, net):
 def main():
     args, start = parse_args(), time.time()
     device = pick_device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True       # as sample.py samples
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True      # as sample.py samples
     processes = start_processes(device)
     rank, world = processes.rank, processes.world
     if (args.ckpt or not args.ref) and not args.reconstruct:                         # it draws
@@ -504,15 +507,15 @@ def main():
         lines.append(f"features: {LITE2}; Inception's weights are not here (see --download)")
     wanted = args.metrics or (["fid"] if args.reconstruct else list(METRICS))
     every = {"pool", "spatial", "logits", "rows"} if net.name == "inception" else {"pool", "rows"}
-    r, s = (every if source.n else source.given.keys() for source in (ref, samples))
+    r, s = (every if source.n >= 4 else source.given.keys() for source in (ref, samples))
     metrics = [m for m in wanted if METRICS[m] in s and (m == "is" or METRICS[m] in r)]
     if args.metrics and metrics != wanted:
         raise UserError(f"--metrics {','.join(set(wanted) - set(metrics))}: sfid and is are defined on "
                         "Inception's features; statistics without images give only fid and sfid")
     if not args.metrics and max(ref.n, samples.n) > 100_000:        # all pairs of them: only where asked for
         metrics = [m for m in metrics if METRICS[m] != "rows"]
-    if args.save_stats and ref.n == 0:
-        raise UserError(f"--save-stats: {ref.path} holds statistics already, no images")
+    if args.save_stats and ref.n < 4:
+        raise UserError(f"--save-stats: {ref.path} holds statistics already, and {ref.n} images")
     if world > 1:                                               # each machine reads its own copies: the same?
         seen = [None] * world
         here = [net.sha256[:8], *((source.n, source.shape) for source in sources)]

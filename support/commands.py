@@ -99,9 +99,9 @@ def catch_signals():
 
 def check_output(out, inputs):
     """Raises UserError where a file to be written is one of those that are read, or in a folder of them."""
-    for path in inputs:
-        same = Path(out).resolve() == Path(path).resolve()
-        if same or os.path.exists(out) and Path(out).resolve().is_relative_to(Path(path).resolve()):
+    target = Path(os.path.realpath(out))
+    for path in map(Path, map(os.path.realpath, inputs)):
+        if target == path or os.path.exists(out) and target.is_relative_to(path):
             raise UserError(f"{out}: this file is read, it is not written over; name another")
 
 

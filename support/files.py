@@ -42,14 +42,15 @@ def if_supported(call, *args):
 
 
 def open_special(path):
-    """A pipe or a device, or what stdout is redirected to, open for writing; None for other files."""
+    """A pipe, a device or what stdout or stderr goes to, open for writing; None for other files."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
         return None
-    if sys.stdout and os.path.samestat(found, os.fstat(1)):
-        sys.stdout.flush()
-        return open(os.dup(1), "wb")                              # a second open would start at offset 0
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if stream and os.path.samestat(found, os.fstat(number)):
+            stream.flush()
+            return open(os.dup(number), "wb")             # opened again, a file is written from its start
     return None if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) else open(path, "wb")
 
 

@@ -78,6 +78,8 @@ def test_which_errors_are_one_line(strict):
 @pytest.mark.parametrize("kind, good, bad", [
     ("positive_int", {"1": 1, "20": 20}, ["0", "-1", "1.5", "x", ""]),
     ("count", {"0": 0, "7": 7}, ["-1", "0.5", "nan"]),
+    ("seed_number", {"0": 0, str(2 ** 64 - 1): 2 ** 64 - 1}, ["-1", str(2 ** 64), "0.5"]),
+    ("path_name", {"a b": "a b", "~/x": os.path.expanduser("~") + "/x"}, []),
     ("positive", {"1e-4": 1e-4, "3": 3.0}, ["0", "-1", "inf", "nan", "x"]),
     ("non_negative", {"0": 0.0, "2.5": 2.5}, ["-1e-9", "inf", "nan", "x"]),
     ("fraction", {"0": 0.0, "1": 1.0, "0.1": 0.1}, ["-0.1", "1.1", "nan", "inf", ""]),
@@ -113,6 +115,57 @@ def test_files_that_cannot_be_written(path, tmp_path):
     with pytest.raises(UserError, match="^cannot write [^\n]*$"):
         write_atomic(path, lambda tmp: Path(tmp).write_text("x"))
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_pipes_and_devices_are_written_into(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+        write_atomic(tmp_path / name, lambda tmp: np.savez(open(tmp, "wb"), a=np.arange(3)))
+        assert np.load(io.BytesIO(reader.communicate(timeout=20)[0]))["a"].tolist() == [0, 1, 2]
+        assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
+        write_atomic("/dev/full", lambda tmp: tmp.write_text("x"))
+    assert Path("/dev/full").is_char_device()
+
+
+def test_the_file_that_stdout_goes_to_is_written_into(tmp_path):
+    code = ("from support.files import write_atomic\nprint('before')\n"
+            "write_atomic('/dev/stdout', lambda tmp: tmp.write_text('json\\n'))\nprint('after')")
+    run("sh", "-c", f'"{sys.executable}" -c "{code}" > out.txt', cwd=tmp_path)
+    assert (tmp_path / "out.txt").read_text() == "before\njson\nafter\n"
+
+
+def test_the_target_of_a_link_is_written_not_the_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/old").write_text("old")
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(f"there/{name}")
+        write_atomic(tmp_path / name, lambda tmp: tmp.write_text("x"))
+        assert (tmp_path / name).is_symlink() and (tmp_path / "there" / name).read_text() == "x"
+    assert len(list((tmp_path / "there").iterdir())) == 2
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="cannot write .*loop: Too many levels"):
+        write_atomic(tmp_path / "loop", lambda tmp: tmp.write_text("x"))
+    commands.check_output(tmp_path / "loop", [tmp_path / "old"])
+    with pytest.raises(UserError, match="this file is read"):
+        commands.check_output(tmp_path / "old", [tmp_path / "there/old"])
+
+
+@pytest.mark.parametrize("code, written", [(errno.EOPNOTSUPP, True), (errno.EINVAL, True), (errno.ENOSYS, True),
+                                           (errno.EIO, False)])
+def test_file_systems_without_fsync(tmp_path, monkeypatch, code, written):
+    def fsync(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    try:
+        write_atomic(tmp_path / "x", lambda tmp: tmp.write_text("x"))
+    except UserError:
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] * written
 
 
 def test_pickled_code_is_refused_and_namespace_is_not(tmp_path):
