@@ -167,6 +167,63 @@ def test_the_resize_is_tensorflow_1s():
     assert fid.resize_tf1(ramp, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]  # corners not centred
 
 
+def switches():
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")
+
+
+@pytest.fixture
+def set_tf32():
+    """set_tf32(matmul, cudnn), until the test ends."""
+    def set_both(*state):
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = state
+    before = switches()[:2]
+    yield set_both
+    set_both(*before)
+
+
+def test_features_are_in_full_float32_whatever_the_switches_are(inception, set_tf32):
+    images, seen, pooled = nchw(smooth_pictures(2, 64)), [], repa.FrozenEncoder("resnet18", random=True).pooled
+
+    def note(module, *_):
+        if module is not inception:                                     # whose call is longer than its layers
+            seen.append(switches())
+
+    for net in (lambda images: inception(images)["pool"], pooled):
+        with torch.no_grad():
+            plain = net(images)
+            for state in ((True, True), (True, False), (False, True)):
+                set_tf32(*state)
+                hook = nn.modules.module.register_module_forward_hook(note)
+                with torch.autocast("cpu", torch.bfloat16):
+                    features = net(images)
+                    assert switches() == (*state, True)
+                hook.remove()
+                assert torch.equal(features, plain) and features.dtype == torch.float32
+    assert len(seen) > 300 and set(seen) == {(False, False, False)}
+
+
+def test_samples_are_those_of_sample_py_bit_for_bit(short_run, tmp_path, command):
+    """The same flags, more than a batch; both use TF32, and the feature network does not."""
+    ckpt, seen = short_run / "exps/a/checkpoints/0000004.pt", {}
+    flags = ["--ckpt", ckpt, "--no-ema", "--num-samples", 70, "--num-steps", 2, "--seed", 3, "--label-sampling",
+             "random", "--device", "cpu"]
+
+    def note(module, *_):
+        seen.setdefault(type(module).__name__, set()).add(switches())
+
+    command("sample", *flags, "--out", "x.npz")
+    args = fid.parse_args([*map(str, flags)])
+    _, samples = fid.open_sources(args, CPU)
+    images = torch.cat(list(samples.batches(range(70), args.batch_size)))
+    assert torch.equal(images, nchw(np.load(tmp_path / "x.npz")["arr_0"]))
+    hook = nn.modules.module.register_module_forward_hook(note)
+    for more in (flags[:-4], [*flags[:2], "--reconstruct"]):
+        command("fid", *more, *FLAGS, "--features", repa.LITE2, "--metrics", "fid")
+    hook.remove()
+    assert seen["SiT"] == seen["Decoder"] == seen["Encoder"] == {(True, True, False)}
+    assert seen["InvertedResidual"] == {(False, False, False)}
+
+
 # --- Metrics ----------------------------------------------------------------------------------------------------------
 
 def rows(n, d, seed, shift=0.0):
@@ -202,20 +259,45 @@ def test_metrics_match_torch_fidelity():
     assert fid.inception_score(logits) == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
 
 
-def test_kid_of_whole_sets_by_counting():
+# Features that lie close together, 0.1% of their norm apart, beside those that do not.
+@pytest.fixture(params=["spread out", "close together"])
+def near(request):
+    return (lambda x: x) if request.param == "spread out" else lambda x: (1e-3 * x + 1).float()
+
+
+def test_kid_of_whole_sets_by_counting(near):
     """With as many in a subset as there are, each subset is everything: the unbiased estimate, written out."""
-    x, y = rows(30, 8, 5), rows(30, 8, 6, 0.2)
+    x, y = near(rows(30, 8, 5)), near(rows(30, 8, 6, 0.2))
     k = [[[(float(a.double() @ b.double()) / 8 + 1) ** 3 for b in g] for a in f] for f, g in ((x, x), (y, y), (x, y))]
     within = sum(m[i][j] for m in k[:2] for i in range(30) for j in range(30) if i != j) / (30 * 29)
     expected = within - 2 * sum(map(sum, k[2])) / 900
     assert fid.kid(x, y, subsets=3) == pytest.approx(expected, rel=1e-5)
 
 
-def test_inception_score_in_splits_of_5000():
-    logits = 2 * torch.randn(7000, 1008, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("n, ends", [(50_000, range(0, 50_001, 5000)), (5001, [0, 5001]), (8001, [0, 4001, 8001])])
+def test_inception_score_over_equal_splits_of_about_5000(n, ends):
+    logits = 2 * torch.randn(n, 20, generator=torch.Generator().manual_seed(1))
     p = logits.double().softmax(1)
-    by_hand = [(q * (q.log() - q.mean(0).log())).sum(1).mean().exp() for q in (p[:5000], p[5000:])]
-    assert fid.inception_score(logits) == pytest.approx(sum(by_hand).item() / 2, rel=1e-9)
+    by_hand = [(q * (q.log() - q.mean(0).log())).sum(1).mean().exp() for q in p.split(np.diff(ends).tolist())]
+    assert fid.inception_score(logits) == pytest.approx(np.mean(by_hand), rel=1e-9)
+
+
+def test_inception_score_of_a_folder_sorted_by_class(tmp_path):
+    """10 classes of 1000 sure images: 10, where the splits hold all classes; an .npz keeps its order, as in ADM."""
+    def net(images):
+        label = images[:, 0, 0, 0].long()
+        return dict(pool=torch.zeros(len(images), 2), logits=50 * F.one_hot(label, 10).float())
+
+    net.name, net.channels = "inception", 2
+    images = np.arange(10, dtype=np.uint8).repeat(1000).reshape(-1, 1, 1, 1) * np.ones((1, 1, 1, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=images)
+    in_order = fid.ImageSet(tmp_path / "x.npz")
+    folder = fid.ImageSet(folder_of(tmp_path / "folder", images[:4]))
+    reconstructed = fid.Reconstructions("x.pt", None, folder)
+    for source, score in ((in_order, 5), (folder, 10), (reconstructed, 10)):
+        source.n, source.batches = in_order.n, in_order.batches
+        found = fid.evaluate([source, source], net, ["is"], device=CPU, batch_size=1000)
+        assert found["is"] == pytest.approx(score, rel=1e-2)
 
 
 def test_frechet_distance_against_scipy_and_closed_form():
@@ -237,8 +319,8 @@ def test_frechet_distance_against_scipy_and_closed_form():
     assert abs(fid.frechet_distance(torch.zeros(64), same, torch.zeros(64), same)) < 1e-5
 
 
-def test_precision_and_recall_by_counting():
-    a, b = rows(230, 16, 3).numpy().astype(np.float64), rows(170, 16, 4, 0.3).numpy().astype(np.float64)
+def test_precision_and_recall_by_counting(near):
+    a, b = (near(x).numpy().astype(np.float64) for x in (rows(230, 16, 3), rows(170, 16, 4, 0.3)))
 
     def radius(x, i):
         return sorted(((x[i] - x[j]) ** 2).sum() for j in range(len(x)))[3]
@@ -375,6 +457,16 @@ def no_network(*args, **kwargs):
     raise OSError("no network")
 
 
+def test_samples_and_reconstructions_that_are_not_finite_are_refused(short_run, command):
+    ckpt = torch.load(short_run / "exps/a/checkpoints/0000004.pt", weights_only=True)
+    ckpt["vae"]["decoder.conv_out.weight"][:] = 3e38                                     # finite, still
+    torch.save(ckpt, short_run / "overflow.pt")
+    judge = ["--ckpt", "overflow.pt", "--features", repa.LITE2, "--metrics", "fid", "--num-steps", 1, *FLAGS]
+    one_line(command("fid", *judge, "--num-samples", 5, cwd=short_run, code=2), "sample 0 is not finite")
+    one_line(command("fid", *judge, "--reconstruct", cwd=short_run, code=2),
+             "overflow.pt: the reconstruction of image 0 is not finite")
+
+
 # --- Folders, labels --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, expected", [(4, [0, 2, 5, 7]), (3, [0, 3, 6]), (12, [*range(10), 0, 1])])
@@ -420,6 +512,20 @@ def test_the_same_files_on_both_sides_are_told(tmp_path, monkeypatch, capsys, re
     for samples, told in ((ref, True), (ref / "drawn", True), (tmp_path / "link", True), (other, False)):
         out = evaluate(monkeypatch, capsys, ref, samples, "--metrics", "fid", *resnet)
         assert ("same, or one is part of the other" in out) == told, samples
+
+
+def test_two_images_beside_statistics_give_only_what_these_do(tmp_path, monkeypatch, capsys, resnet):
+    ref = folder_of(tmp_path / "ref", noise(5))
+    evaluate(monkeypatch, capsys, ref, "--save-stats", tmp_path / "stats.npz", *resnet)
+    np.savez(tmp_path / "two.npz", arr_0=noise(2), **np.load(tmp_path / "stats.npz"))
+    out = evaluate(monkeypatch, capsys, tmp_path / "two.npz", ref, *resnet)
+    assert "fd_resnet18" in out and "kid" not in out and "recall" not in out
+    save = ["--save-stats", tmp_path / "x.npz"]
+    for flags, words in (([tmp_path / "two.npz", ref, "--metrics", "kid"], "--metrics kid"),
+                         ([tmp_path / "two.npz", *save], "--save-stats: .*and 2 images"),
+                         ([ref, *save, "--reconstruct"], "--reconstruct go with --ckpt")):
+        with pytest.raises(UserError, match=words):
+            evaluate(monkeypatch, capsys, *flags, *resnet)
 
 
 def test_three_images_are_no_distribution(tmp_path, monkeypatch, capsys, resnet):

@@ -161,7 +161,8 @@ def save_checkpoint(file, num_classes=3, cfg_prob=0.1, prefix="", **args):
         elif "embedding_table" in name:
             torch.nn.init.normal_(p, 0, 1)                            # so that a label shows in the picture
     state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
-    args = dict(num_classes=num_classes, cfg_prob=cfg_prob, path_type="linear", data_dir="some/pictures", ema_decay=0.5) | args
+    args = dict(num_classes=num_classes, cfg_prob=cfg_prob, path_type="linear", data_dir="some/pictures",
+                ema_decay=0.5) | args
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(model=state, ema=state, vae=autoencoder.state_dict(), args=args, steps=7), file)
     return file
@@ -222,6 +223,31 @@ def test_checkpoints_saved_from_under_ddp_or_compile_draw(tmp_path, prefix):
     images = [sample.sample_images(model, [0, 1], num_steps=2) for model in (bare, sample.load_checkpoint(ckpt))]
     assert torch.equal(*images)
     assert set(read_checkpoint(ckpt)["model"]) == set(bare.sit.state_dict())
+
+
+def test_averaged_weights_or_those_of_the_last_step(tmp_path, command):
+    ckpt = load_tensors(save_checkpoint(tmp_path / "x.pt"))
+    model = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in ckpt["ema"].items()}
+    changed = dict(ema=ckpt | dict(ema=model), last=ckpt | dict(model=model))
+    images = []
+    for name, flag in (("ema", "--ema"), ("last", "--no-ema"), ("last", "--ema")):
+        torch.save(changed[name], tmp_path / f"{name}.pt")
+        out = tmp_path / f"{name}{flag}.npz"
+        assert command("--ckpt", tmp_path / f"{name}.pt", "--num-samples", 3, flag, "--out", out)[0] == 0
+        images.append(arr_0(out))
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+
+
+@pytest.mark.parametrize("steps, decay, flag, trained", [
+    (30, 0.9999, "--ema", "0.3%"), (6931, None, "--ema", "50.0%"), (6932, None, "--ema", ""),
+    (30, 0.99, "--ema", "26.0%"), (30, 0.97, "--ema", ""), (30, 0.9999, "--no-ema", "")])
+def test_an_average_of_few_steps_is_warned_of(tmp_path, command, steps, decay, flag, trained):
+    ckpt = load_tensors(save_checkpoint(tmp_path / "x.pt")) | dict(steps=steps)
+    del ckpt["args"]["ema_decay"]
+    ckpt["args"] |= {} if decay is None else dict(ema_decay=decay)
+    torch.save(ckpt, tmp_path / "y.pt")
+    _, printed = command("--ckpt", tmp_path / "y.pt", "--num-samples", 1, flag, "--out", tmp_path / "x.png")
+    assert ("--no-ema" in printed) == bool(trained) and f"only {trained}" * bool(trained) in printed
 
 
 # --- Labels -----------------------------------------------------------------------------------------------------------
@@ -303,10 +329,11 @@ def test_classes_are_taken_by_name_before_number(tmp_path, command):
     assert command("--ckpt", ckpt, "--classes", "cat")[0] == 2
 
 
-def test_the_three_kinds_of_output_hold_the_same_images(tmp_path, command):
+def test_the_three_kinds_of_output_hold_the_same_images(tmp_path, command, monkeypatch):
     ckpt = save_checkpoint(tmp_path / "x.pt")
-    for out in ("a/b/x.npz", "x.png", "folder"):
-        code, printed = command("--ckpt", ckpt, "--num-samples", 6, "--batch-size", 4, "--out", tmp_path / out)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out in ("~/a/b/x.npz", tmp_path / "x.png", tmp_path / "folder"):
+        code, printed = command("--ckpt", ckpt, "--num-samples", 6, "--batch-size", 4, "--out", out)
         assert code == 0 and f"6 samples (3 classes) of {ckpt}, step 7, trained on some/pictures" in printed
     images = arr_0(tmp_path / "a/b/x.npz")
     plain = io.BytesIO()
@@ -342,6 +369,27 @@ def test_a_full_disk_shows_before_anything_is_drawn(tmp_path, command, monkeypat
     code, printed = command("--ckpt", ckpt, "--num-samples", 50, "--out", tmp_path / "x.npz")
     assert code == 2 and "No space left on device" in printed and len(printed.splitlines()) == 1
     assert asked[0] >= 50 * 32 * 32 * 3 and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize("code, runs", [(errno.EOPNOTSUPP, True), (errno.EINVAL, True), (errno.EIO, False)])
+def test_file_systems_without_fallocate(tmp_path, command, monkeypatch, code, runs):
+    def fallocate(descriptor, offset, size):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate, raising=False)
+    command("--ckpt", save_checkpoint(tmp_path / "x.pt"), "--num-samples", 1, "--out", tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").exists() == runs
+
+
+@pytest.mark.parametrize("out", ["x.npz", "x.png"])
+def test_samples_that_are_not_finite_are_refused(tmp_path, command, out):
+    ckpt = load_tensors(save_checkpoint(tmp_path / "x.pt"))
+    ckpt["ema"] = {name: tensor * 1e38 if name == "final_layer.linear.weight" else tensor
+                   for name, tensor in ckpt["ema"].items()}
+    torch.save(ckpt, tmp_path / "y.pt")
+    code, printed = command("--ckpt", tmp_path / "y.pt", "--num-samples", 3, "--out", tmp_path / out)
+    assert code == 2 and "sample 0 is not finite (of its batch, 3 of 3)" in printed, printed
+    assert len(printed.splitlines()) == 1 and not (tmp_path / out).exists()
 
 
 def test_a_failure_while_drawing_leaves_no_file_and_keeps_its_traceback(tmp_path, command, monkeypatch):
@@ -389,6 +437,7 @@ def test_sampling_uses_tf32_where_there_is_one(tmp_path, command):
 
 
 @pytest.mark.parametrize("flags", ["--num-steps 0", "--num-samples 0", "--batch-size -1", "--seed -1",
+                                   "--seed 18446744073709551616",
                                    "--cfg-scale 0.5", "--cfg-scale nan", "--guidance-high 1.5", "--ckpt nowhere.pt",
                                    "--guidance-low 0.9 --guidance-high 0.1", "--mode sde --heun"])
 def test_wrong_flags_are_one_line(command, flags):
