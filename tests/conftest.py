@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,23 @@ import vae
 
 CPU = torch.device("cpu")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes long: SLOW=1 runs it")
+slow, needs = pytest.mark.slow, pytest.mark.peers                                # @slow; @needs("package")
 SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--max-train-steps", "4", "--log-steps",
          "1", "--sampling-steps", "100", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0",
          "--num-workers", "0", "--mixed-precision", "no", "--device", "cpu"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; skipped without SLOW=1")
+    config.addinivalue_line("markers", "peers(package): needs a package that is not in requirements.txt")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and not os.environ.get("SLOW"):
+        pytest.skip("takes minutes: SLOW=1 runs it")
+    for mark in item.iter_markers("peers"):
+        if not find_spec(mark.args[0]):
+            pytest.skip(f"needs {mark.args[0]}")
 
 
 def torchrun(processes):

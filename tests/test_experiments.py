@@ -12,13 +12,14 @@ from PIL import Image
 
 import sit
 import vae
-from conftest import ROOT
+from conftest import ROOT, needs
 from data.images import list_images, read_image
 from experiments import analyze, compare, curves
 from support.commands import UserError
 from support.pictures import to_float, to_uint8
 
 LITE0 = "efficientnet-lite0"
+PLOTS = needs("matplotlib")
 
 
 def call(main, monkeypatch, *argv):
@@ -31,13 +32,11 @@ def call(main, monkeypatch, *argv):
 
 @pytest.mark.parametrize("command, words", [
     ("data/openmoji.py --size 0", "--size"),
-    ("experiments/analyze.py evaluate nowhere.pt", "nowhere.pt: no such file"),
-    ("experiments/compare.py nowhere", "nowhere: no results"),
-    ("experiments/curves.py nowhere", "nowhere: no such file"),
+    pytest.param("experiments/analyze.py evaluate nowhere.pt", "nowhere.pt: no such file", marks=PLOTS),
+    pytest.param("experiments/compare.py nowhere", "nowhere: no results", marks=PLOTS),
+    pytest.param("experiments/curves.py nowhere", "nowhere: no such file", marks=PLOTS),
 ])
 def test_scripts_run_from_anywhere_and_fail_in_one_line(command, words, tmp_path):
-    if "experiments" in command:
-        pytest.importorskip("matplotlib")
     script, *flags = command.split()
     done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
     lines = done.stderr.splitlines()
@@ -127,10 +126,10 @@ def changed(checkpoint, file, **args):
     return file
 
 
+@PLOTS
 @torch.no_grad()
 def test_evaluate_measures_what_it_says(checkpoint, pictures, monkeypatch, capsys):
     """Against the same quantities computed here, all images in one batch, blocks read off by hand."""
-    pytest.importorskip("matplotlib")
     call(analyze.main, monkeypatch, "evaluate", checkpoint, "--device", "cpu")
     out, run = capsys.readouterr().out, checkpoint.parents[1]
     record = json.loads((run / "evaluation-0000004.json").read_text())
@@ -168,8 +167,8 @@ def test_evaluate_measures_what_it_says(checkpoint, pictures, monkeypatch, capsy
     assert printed == pytest.approx(record["cknna"], abs=5e-4)
 
 
+@PLOTS
 def test_evaluate_matches_classes_by_name(checkpoint, pictures, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     assert [label for _, label in analyze.labelled_images(pictures, ["two words", "x", "one"])] == [2] * 12 + [0] * 12
     older = changed(checkpoint, tmp_path / "a.pt", classes=None, data_dir=str(pictures))
     call(analyze.main, monkeypatch, "evaluate", older)                     # lists the training folder
@@ -195,9 +194,9 @@ def test_evaluate_matches_classes_by_name(checkpoint, pictures, tmp_path, monkey
 
 # --- latents -----------------------------------------------------------------------------------------------------
 
+@PLOTS
 @torch.no_grad()
 def test_latents_command_prints_the_spectrum(checkpoint, pictures, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     other = changed(checkpoint, tmp_path / "other.pt")
     drawn, draw = [], analyze.draw_latents
 
@@ -260,16 +259,11 @@ def write_metrics(run, rows):
     return run
 
 
+@PLOTS
 def test_curves_of_runs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     rows = [dict(step=10 * k, l1_loss=1 / k, kl_loss=5.0, skipped=0) for k in range(1, 40)]
     first = write_metrics(tmp_path / "a", rows)
     second = write_metrics(tmp_path / "b", [dict(step=5, l1_loss=0.5, loss=math.nan), dict(step=9, loss=-1.5)])
-    assert curves.read_metrics(first)["l1_loss"][0][:3] == [10, 20, 30]
-    assert curves.read_metrics(second / "metrics.jsonl") == {"l1_loss": ([5], [0.5]), "loss": ([9], [-1.5])}
-    assert curves.wants_log_scale([1, 30]) and not curves.wants_log_scale([1, 19])
-    assert not curves.wants_log_scale([-1, 30]) and not curves.wants_log_scale([0, 30])
-
     out = tmp_path / "curves.svg"
     call(curves.main, monkeypatch, first, second, "--out", out)
     assert "2 runs, 3 metrics" in capsys.readouterr().out and "<svg" in out.read_text()
@@ -286,6 +280,15 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
         call(curves.main, monkeypatch, first, "--out", "x.bmp")
     with pytest.raises(UserError, match="--metrics nothing: in none of these runs; there are l1_loss, kl_loss"):
         call(curves.main, monkeypatch, first, "--metrics", "nothing")
+
+
+def test_metrics_are_read_for_curves(tmp_path):
+    first = write_metrics(tmp_path / "a", [dict(step=10 * k, l1_loss=1 / k) for k in range(1, 4)])
+    second = write_metrics(tmp_path / "b", [dict(step=5, l1_loss=0.5, loss=math.nan), dict(step=9, loss=-1.5)])
+    assert curves.read_metrics(first)["l1_loss"][0] == [10, 20, 30]
+    assert curves.read_metrics(second / "metrics.jsonl") == {"l1_loss": ([5], [0.5]), "loss": ([9], [-1.5])}
+    assert curves.wants_log_scale([1, 30]) and not curves.wants_log_scale([1, 19])
+    assert not curves.wants_log_scale([-1, 30]) and not curves.wants_log_scale([0, 30])
     (second / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "lo')
     with pytest.raises(UserError, match="line 2"):
         curves.read_metrics(second)
@@ -306,8 +309,8 @@ def write_run(run, distances, last, cknna, psnr):
     (run / "args.json").write_text(json.dumps(dict(encoder_depth=2)))
 
 
+@PLOTS
 def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     write_run(tmp_path / "repa-1", [600, 500, 410], 390, 0.2, 27)
     write_run(tmp_path / "repa-2", [610, 500, 390], 400, 0.3, 28)
     write_run(tmp_path / "repae-1", [500, 420, 340], 300, 0.4, 26)
@@ -339,6 +342,10 @@ def test_comparison_table_and_curves(tmp_path, monkeypatch, capsys):
     assert "left out: naive-1." in text
     assert Image.open(tmp_path / "comparison.png").width > 600
 
+
+def test_comparison_refuses_other_features_and_damaged_results(tmp_path):
+    write_run(tmp_path / "repa-1", [600, 500, 410], 390, 0.2, 27)
+    write_run(tmp_path / "repa-2", [610, 500, 390], 400, 0.3, 28)
     record = json.loads((tmp_path / "repa-1/judged.json").read_text())
     for other in (dict(features="another"), dict(samples=1000)):
         (tmp_path / "repa-1/judged.json").write_text(json.dumps(record | other))

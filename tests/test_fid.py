@@ -13,12 +13,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from scipy.linalg import sqrtm
 
 import fid
 import repa
 import sample
 import vae
-from conftest import CPU, ROOT, close, nchw, one_line, run, slow, smooth_pictures, torchrun
+from conftest import CPU, ROOT, close, nchw, needs, one_line, run, slow, smooth_pictures, torchrun
 from data.images import list_images, read_image
 from support.commands import UserError
 from support.pictures import to_float, to_uint8
@@ -99,11 +100,11 @@ def evaluate(monkeypatch, capsys, *flags):
 # --- Features ---------------------------------------------------------------------------------------------------------
 
 def peer(inception_file, features):
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    return module.FeatureExtractorInceptionV3("inception", features,
-                                              feature_extractor_weights_path=str(inception_file))
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    return FeatureExtractorInceptionV3("inception", features, feature_extractor_weights_path=str(inception_file))
 
 
+@needs("torch_fidelity")
 @pytest.mark.parametrize("size", [32, 64, 256, 299])
 def test_inception_features_match_torch_fidelity(inception, inception_file, size):
     images = nchw(smooth_pictures(3, size, seed=size, blur=16))
@@ -120,6 +121,7 @@ def test_inception_features_match_torch_fidelity(inception, inception_file, size
     close(ours["logits"] + inception.net.fc.bias, theirs[3], 1e-4)
 
 
+@needs("torch_fidelity")
 def test_sfid_features_are_the_first_branch_of_mixed_6(inception, inception_file):
     net = peer(inception_file, ["2048"])
     caught = []
@@ -232,8 +234,8 @@ def rows(n, d, seed, shift=0.0):
     return torch.from_numpy((x + shift) ** 2).float()
 
 
+@needs("torch_fidelity")
 def test_metrics_match_torch_fidelity():
-    pytest.importorskip("torch_fidelity")
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -301,7 +303,6 @@ def test_inception_score_of_a_folder_sorted_by_class(tmp_path):
 
 
 def test_frechet_distance_against_scipy_and_closed_form():
-    sqrtm = pytest.importorskip("scipy.linalg").sqrtm
     rng = np.random.default_rng(0)
     for rank in (64, 20):  # 20: singular covariances, as of few images
         m1, m2 = rng.standard_normal((2, 64))

@@ -15,7 +15,7 @@ from data import images
 from support import checkpoints, files
 from experiments import analyze
 import fid
-from conftest import ROOT, SHORT, noise_pictures, one_line, run
+from conftest import ROOT, SHORT, needs, noise_pictures, one_line, run
 from support.commands import UserError
 
 ONE_STEP = [*SHORT, "--max-train-steps", "1", "--vae-only"]
@@ -98,22 +98,27 @@ def test_a_start_sweeps_up_only_what_the_run_left_half_written(pictures, tmp_pat
     assert theirs <= files_in(exp) and not ours & files_in(exp)
 
 
-def test_no_command_writes_over_what_it_reads(pictures, tmp_path, command, monkeypatch):
+def test_fid_does_not_write_over_what_it_reads(pictures, tmp_path, command):
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     before = (tmp_path / "samples.npz").read_bytes()
     for flag in ("--save-stats", "--json"):
         out = command("fid", pictures / "one", "samples.npz", flag, "./samples.npz", code=2)
         one_line(out, "it is not written over")
     assert (tmp_path / "samples.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", ["reconstruct vae.png SOURCE",
+                                   pytest.param("latents SOURCE vae.png", marks=needs("matplotlib"))])
+def test_analyze_does_not_write_over_what_it_reads(flags, tmp_path, monkeypatch):
     photos = noise_pictures(tmp_path / "photos", 1)
     picture = (photos / "000.png").read_bytes()
     monkeypatch.chdir(tmp_path)
     Path("vae.png").touch()
     for source, out in ((photos, photos / "000.png"), (photos / "000.png", photos / "000.png"), (photos, "vae.png")):
-        for flags in (["reconstruct", "vae.png", source], ["latents", source, "vae.png"]):
-            monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, flags), "--out", str(out), "--device", "cpu"])
-            with pytest.raises(UserError, match=f"{out}: this file is read, it is not written over"):
-                analyze.main()
+        words = [str(source) if word == "SOURCE" else word for word in flags.split()]
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *words, "--out", str(out), "--device", "cpu"])
+        with pytest.raises(UserError, match=f"{out}: this file is read, it is not written over"):
+            analyze.main()
     assert (photos / "000.png").read_bytes() == picture
 
 
@@ -158,9 +163,9 @@ def test_the_limit_is_pillows_own():
         images.center_crop(Image.new("L", (1, 1366)), 256)
 
 
-def test_bombs_are_one_line_each(tmp_path, pictures, monkeypatch):
-    """Above Pillow's warning and above its error: unreadable, in train.py, fid.py and analyze.py, and no warning of
-    the library, from no process."""
+def test_bombs_are_one_line_each(tmp_path, pictures):
+    """Above Pillow's warning and above its error: unreadable, in train.py and fid.py, and no warning of the library,
+    from no process."""
     folder = tmp_path / "data"
     shutil.copytree(pictures, folder)
     for rows, name in ((9000, "one/big.png"), (18000, "two words/bigger.png")):          # 90 and 180 million pixels
@@ -175,8 +180,13 @@ def test_bombs_are_one_line_each(tmp_path, pictures, monkeypatch):
               "2", "--device", "cpu", cwd=tmp_path, code=2)
     one_line(out, "one/big.png: cannot be read (10000 x 9000 pixels")
     assert "Warning" not in out
-    monkeypatch.setattr(sys, "argv", ["analyze.py", "latents", str(folder / "one"), "vae.pt", "--resolution", "32"])
-    with pytest.raises(UserError, match="one/big.png: cannot be read .10000 x 9000 pixels"):
+
+
+@needs("matplotlib")
+def test_a_bomb_is_unreadable_for_analyze(tmp_path, monkeypatch):
+    Image.new("1", (10000, 9000)).save(tmp_path / "big.png")
+    monkeypatch.setattr(sys, "argv", ["analyze.py", "latents", str(tmp_path), "vae.pt", "--resolution", "32"])
+    with pytest.raises(UserError, match="big.png: cannot be read .10000 x 9000 pixels"):
         analyze.main()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, noise_pictures, slow
+from conftest import ROOT, needs, noise_pictures, slow
 from PIL import Image
 
 from vae import load_vae
@@ -17,11 +17,11 @@ DIFFERENT = {"naive": dict(vae_grad="diffusion"), "nonorm": dict(latent_norm=Fal
              "noalign": dict(vae_align_proj_coeff=0.0), "repae": {}}
 
 
+@needs("matplotlib")
 @pytest.mark.skipif(os.name != "posix", reason="a bash script")
 @slow
 def test_tour_sh_at_toy_size(tmp_path):
     """Each run is its regime and starts from base's VAE; what is done is not done twice; other settings are refused."""
-    pytest.importorskip("matplotlib")
     for folder in ("train/one", "train/two", "val/one"):
         noise_pictures(tmp_path / "data" / folder, 6, size=32)
     out = tmp_path / "out"

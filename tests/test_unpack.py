@@ -16,7 +16,7 @@ from PIL import Image
 
 from data import images, unpack
 from support import commands
-from conftest import ROOT, one_line
+from conftest import ROOT, needs, one_line
 
 
 def picture(k, kind="PNG", size=16):
@@ -61,7 +61,6 @@ def tree(folder):
 
 def write_parquet(file, rows, names=None, image="image", label="label", **more):
     """rows: [(path or None, bytes, label)], in the form of the hub's; names: of the classes."""
-    pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
     columns = {image: [dict(bytes=data, path=path) for path, data, _ in rows], label: [k for *_, k in rows], **more}
     table = pyarrow.table(columns)
@@ -73,6 +72,7 @@ def write_parquet(file, rows, names=None, image="image", label="label", **more):
     pyarrow.parquet.write_table(table, file)
 
 
+@needs("pyarrow")
 def test_parquet_with_names_and_paths(tmp_path, call):
     """Shards in a folder, 101 rows, more than a batch; names of classes and of files as they were."""
     names = ["tench, Tinca tinca", "Ram C/V Cargo Van", "unused", "crane", "Crane"]
@@ -90,9 +90,9 @@ def test_parquet_with_names_and_paths(tmp_path, call):
     one_line(call("hub", "out", code=2), "exists already")
 
 
+@needs("pyarrow")
 def test_parquet_without_names(tmp_path, call):
     """Plain bytes in a column, numbers for labels: folders that sort as the numbers do, suffixes by content."""
-    pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
     kinds = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]
     data, labels = [picture(k, kinds[k % 6]) for k in range(12)], [k // 4 * 5 for k in range(12)]     # 0, 5, 10
@@ -107,18 +107,24 @@ def test_parquet_without_names(tmp_path, call):
     assert tree(tmp_path / "flat") == ["00000000.png", "b.jpg"] and list(read(tmp_path / "flat")) == ["all"]
 
 
-def test_parquet_needs_pyarrow_and_a_column(tmp_path, call, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
+@needs("pyarrow")
+def test_parquet_needs_a_column_of_image_files(tmp_path, call):
     import pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.table(dict(text=["a"], label=[1])), tmp_path / "a.parquet")
     one_line(call("a.parquet", "out", code=2), "a.parquet: no column of image files", "among text, label")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 rubbish")
     one_line(call("b.parquet", "out", code=2), "b.parquet: cannot be read")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)                # as if it were not installed
-    one_line(call("a.parquet", "out", code=2), "pip install pyarrow")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "b.parquet"]
 
 
+def test_parquet_without_pyarrow(tmp_path, call, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)                # as if it were not installed
+    one_line(call("a.parquet", "out", code=2), "pip install pyarrow")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+@needs("pyarrow")
 def test_splits_are_not_mixed(tmp_path, call):
     for split in ("train", "validation"):
         write_parquet(tmp_path / f"hub/{split}-00000-of-00001.parquet", [("a.png", picture(0), 0)], ["x"])

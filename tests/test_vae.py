@@ -7,11 +7,12 @@ import torch
 import torch.nn as nn
 import torchvision
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import repa
 import vae
-from conftest import digest, smooth_pictures
+from conftest import digest, needs, smooth_pictures
 from support.commands import UserError
 
 
@@ -32,8 +33,9 @@ def test_initialisation_of_the_discriminator():
             assert abs(module.weight.mean() - 1) < 0.01 and module.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
+@needs("lpips")
 def test_lpips_is_the_package(tmp_path):
-    lpips = pytest.importorskip("lpips")
+    import lpips
     torch.manual_seed(0)
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     layers = [layer for i in range(1, 6) for layer in getattr(theirs.net, f"slice{i}")]
@@ -83,13 +85,12 @@ def test_lpips_written_out(tmp_path):
 
 
 def test_ssim_against_gaussian_filter():
-    ndimage = pytest.importorskip("scipy.ndimage")
     x, y = smooth_pictures(2, 40, 1) / 255, smooth_pictures(2, 40, 2) / 255
     for n in range(2):
         values = []
         for c in range(3):
             def blur(z):
-                return ndimage.gaussian_filter(z, 1.5, truncate=3.5)[5:-5, 5:-5]
+                return gaussian_filter(z, 1.5, truncate=3.5)[5:-5, 5:-5]
             a, b = x[n, ..., c], y[n, ..., c]
             ma, mb = blur(a), blur(b)
             va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb

@@ -12,7 +12,7 @@ import torch
 import sample
 import train
 import vae
-from conftest import CPU, close, one_line, statistics, tiny_config
+from conftest import CPU, close, needs, one_line, statistics, tiny_config
 from support.commands import UserError
 from support.files import load_file, load_tensors
 
@@ -139,20 +139,31 @@ def test_diffusers_names_are_the_published_ones(f8d4):
     assert len(lines) == 248 and hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "600696bc94ffc80f"
 
 
-@pytest.mark.parametrize("name", ["f8d4", "f16d32", "f4d8"])
-def test_export_reads_back_exactly_and_is_diffusers(name, tmp_path, f8d4):
+@pytest.fixture(scope="module", params=["f8d4", "f16d32", "f4d8"])
+def exported(request, tmp_path_factory, f8d4):
+    """An autoencoder, its latent statistics, and the folder to which both were exported."""
     torch.manual_seed(1)
-    ours = f8d4 if name == "f8d4" else vae.AutoencoderKL(name).eval()
-    stats = statistics(ours.latent_channels)
-    vae.export_vae(ours, stats, 32, tmp_path / "out")
-    again, stats_again = vae.load_vae(tmp_path / "out")
+    ours = f8d4 if request.param == "f8d4" else vae.AutoencoderKL(request.param).eval()
+    stats, folder = statistics(ours.latent_channels), tmp_path_factory.mktemp("exported") / "out"
+    vae.export_vae(ours, stats, 32, folder)
+    return ours, stats, folder
+
+
+def test_export_reads_back_exactly(exported):
+    ours, stats, folder = exported
+    again, stats_again = vae.load_vae(folder)
     assert again.config == ours.config
     assert all(torch.equal(t, again.state_dict()[k]) for k, t in ours.state_dict().items())
     assert all(torch.allclose(a, b) for a, b in zip(stats, stats_again))
     with pytest.raises(UserError, match="exists already"):
-        vae.export_vae(ours, stats, 32, tmp_path / "out")
+        vae.export_vae(ours, stats, 32, folder)
 
-    theirs = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(tmp_path / "out").eval()
+
+@needs("diffusers")
+def test_export_is_diffusers(exported):
+    from diffusers import AutoencoderKL
+    ours, stats, folder = exported
+    theirs = AutoencoderKL.from_pretrained(folder).eval()
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         moments, z = theirs.encode(x).latent_dist, ours.encode(x)
@@ -184,13 +195,13 @@ CONFIGS = {                                                # diffusers' settings
 @pytest.fixture(scope="module", params=CONFIGS)
 def theirs(request):
     """An AutoencoderKL of diffusers, randomly initialised (norms and biases too); the config that ours should have."""
-    diffusers = pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKL
     settings, attention, ours = CONFIGS[request.param]
     levels = range(len(settings["block_out_channels"]))
     kinds = ["Attn" if i in attention else "" for i in levels]
     torch.manual_seed(1)
-    net = diffusers.AutoencoderKL(down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
-                                  up_block_types=[f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]], **settings).eval()
+    net = AutoencoderKL(down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
+                        up_block_types=[f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]], **settings).eval()
     for parameter in net.parameters():
         if parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
@@ -207,6 +218,7 @@ def agree(ours, theirs):
         assert torch.allclose(ours.decode(expected.mean), rec, rtol=1e-4, atol=1e-5) and rec.std() > 0.05
 
 
+@needs("diffusers")
 @pytest.mark.parametrize("how", [{}, dict(safe_serialization=False), dict(variant="fp16"),
                                  dict(variant="fp16", safe_serialization=False)], ids=str)
 def test_any_autoencoder_of_diffusers(how, theirs, tmp_path):
@@ -220,6 +232,7 @@ def test_any_autoencoder_of_diffusers(how, theirs, tmp_path):
     assert torch.allclose(std, torch.full((channels,), 1 / net.config.scaling_factor))
 
 
+@needs("diffusers")
 def test_any_autoencoder_is_exported(theirs, tmp_path):
     net, config = theirs
     torch.manual_seed(2)
@@ -234,6 +247,7 @@ def test_any_autoencoder_is_exported(theirs, tmp_path):
     assert all(torch.allclose(a, b) for a, b in zip(stats, stats_again))
 
 
+@needs("diffusers")
 def test_compvis_names_of_any_autoencoder(theirs, tmp_path):
     """The same tensors under CompVis' names, as FLUX' own ae.safetensors has them."""
     net, config = theirs
