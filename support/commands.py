@@ -1,11 +1,13 @@
 """commands.py: what every command line here shares: errors in one line, a parser, types for its arguments."""
 import argparse
 import errno
+import io
 import math
 import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -55,12 +57,41 @@ def memory_ended(e, instead):
     return None
 
 
+class Output(io.FileIO):
+    """stdout or stderr, which may lose its reader (`| head`, a closed terminal): from then on it is
+    /dev/null."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return super().write(data)
+
+
+def keep_printing(stream):
+    """The process's own stdout or stderr as an Output, with backslashes for what it cannot encode."""
+    stream.flush()
+    file = Output(stream.fileno(), "w", closefd=False)
+    unbuffered = isinstance(stream.buffer, io.RawIOBase)                                     # python -u
+    return io.TextIOWrapper(file if unbuffered else io.BufferedWriter(file), stream.encoding,
+                            "backslashreplace", line_buffering=stream.line_buffering,
+                            write_through=stream.write_through)
+
+
 def run_command(main, less_memory="a smaller --batch-size"):
     """Run `main()`. A UserError, an OSError about a file or a full disk, or the end of memory (less_memory:
     the flags that need less) becomes one line on stderr and exit code 2; bugs keep their traceback. File
-    names that are not UTF-8 print with backslashes."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                                     # not a stand-in for a stream
+    names that are not UTF-8 print with backslashes. main() goes on when stdout or stderr loses its reader."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream and stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, keep_printing(stream))
+        elif hasattr(stream, "reconfigure"):                              # tests capture what is printed
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -78,23 +109,26 @@ def run_command(main, less_memory="a smaller --batch-size"):
         sys.exit(130)
 
 
-# By which a person or a cluster asks to stop: Ctrl-C, SIGTERM, and before a job's time is up often SIGUSR1.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# How a person, a terminal that closes, or a cluster asks to stop: Ctrl-C, SIGTERM, SIGHUP, and often SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]
+SAME_REQUEST = 5                           # seconds: terminal, shell and torchrun each pass a signal on
 
 
 def catch_signals():
-    """From now on STOP_SIGNALS end nothing: returns the list that takes them. A second one ends the process
-    at once."""
-    signals = []
+    """From now on STOP_SIGNALS end nothing: returns the list that takes when each came. One that comes more
+    than SAME_REQUEST seconds after the first ends the process at once. nohup's SIGHUP stays ignored."""
+    times = []
 
     def on_signal(number, frame):
-        if signals:
+        times.append(time.monotonic())
+        if times[-1] - times[0] > SAME_REQUEST:
             os._exit(128 + number)
-        signals.append(number)
 
     for number in STOP_SIGNALS:
-        signal.signal(number, on_signal)
-    return signals
+        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    return times
 
 
 def check_output(out, inputs):
@@ -120,14 +154,21 @@ def argument(convert, accepts, wanted):
     return parse
 
 
+def path_name(text):
+    """A path, with ~ expanded."""
+    return os.path.expanduser(text)
+
+
 positive_int = argument(int, lambda n: n > 0, "a whole number above 0")
 count = argument(int, lambda n: n >= 0, "a whole number, 0 or more")
 seed_number = argument(int, lambda n: 0 <= n < 2 ** 64, "a whole number from 0 to 2^64-1")
 positive = argument(float, lambda x: 0 < x < math.inf, "a number above 0")
 non_negative = argument(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 fraction = argument(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-existing_path = argument(str, os.path.exists, "a file or folder that exists")
-existing_folder = argument(str, os.path.isdir, "a folder that exists")
+below_one = argument(float, lambda x: 0 <= x < 1, "a number in [0, 1), below 1")
+positive_fraction = argument(float, lambda x: 0 < x <= 1, "a number in (0, 1], above 0")
+existing_path = argument(path_name, os.path.exists, "a file or folder that exists")
+existing_folder = argument(path_name, os.path.isdir, "a folder that exists")
 plain_name = argument(str, lambda name: PureWindowsPath(name).name == name != "" and not name.startswith("."),
                       "one plain name, without / or \\ and not hidden")
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.utils._triton import has_triton
 from tqdm import tqdm
 
-from support.commands import UserError
+from support.commands import UserError, one_line
 
 
 # --- The device ---------------------------------------------------------------------------------------------
@@ -143,7 +143,8 @@ def cores():
 
 # --- Processes ----------------------------------------------------------------------------------------------
 
-TIMEOUT = timedelta(minutes=8)                                # before NCCL's own, which names no process
+TIMEOUT = timedelta(hours=1)                  # of what the devices exchange: loading and compiling may differ
+HOST_TIMEOUT = timedelta(hours=12)            # of what the hosts do: process 0 saves, or samples, alone
 
 
 @dataclass
@@ -160,17 +161,26 @@ class Processes:
             tqdm.write(line)
 
     def any(self, condition):
-        """Whether the condition is true of any process, the same answer on all. One that does not come within
-        TIMEOUT is named: a UserError."""
+        """Whether the condition is true of any process, the same answer on all, however long one takes. Where
+        processes have ended: a UserError that names them, at once."""
         if self.world == 1:
             return bool(condition)
         answer = torch.tensor(bool(condition), dtype=torch.uint8)
         try:
-            dist.monitored_barrier(self.host, TIMEOUT, wait_all_ranks=True)
             dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.host)
         except RuntimeError as e:
-            raise UserError(f"the processes lost each other: {str(e).splitlines()[0]}") from None
+            ended = [str(rank) for rank in range(self.world) if rank != self.rank and self.ended(rank)]
+            reason = f"rank {', '.join(ended)} ended, see its own output" if ended else one_line(e)
+            raise UserError(f"the processes lost each other: {reason}") from None
         return bool(answer)
+
+    def ended(self, rank):
+        """Whether the connection to a process is closed."""
+        try:
+            dist.isend(torch.zeros(1), rank, group=self.host)
+        except RuntimeError:
+            return True
+        return False
 
     def wait(self):
         """For all the others, hours if need be."""
@@ -194,8 +204,9 @@ def start_processes(device):
     if missing:
         raise UserError(f"WORLD_SIZE is above 1, but {', '.join(missing)} not set: start with torchrun")
     on_gpus = device.type == "cuda" and dist.is_nccl_available()                     # Windows has none
-    dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
-    host = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    dist.init_process_group("nccl" if on_gpus else "gloo", timeout=TIMEOUT,
+                            device_id=device if on_gpus else None)
+    host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     return Processes(dist.get_rank(), dist.get_world_size(), host)
 
 

@@ -50,13 +50,13 @@ def test_the_regimes_train_on_what_vae_only_made(pictures, tmp_path, command):
 
 
 def test_what_is_logged_and_when(pictures, tmp_path, command):
-    """PSNR and error of chroma with every picture, whatever --log-steps; the latents' variance is that of the norm;
+    """PSNR and error of chroma of training images with every picture, whatever --log-steps; the latents' variance;
     --overwrite leaves nothing of the run before; without pictures nothing of them, and the last step's line."""
     flags = ["--data-dir", pictures, *SHORT, "--sampling-steps", "2"]
     command("train", *flags, "--log-steps", "3")
     exp = tmp_path / "exps/tiny"
     rows = {row.pop("step"): row for row in metrics_of(exp)}
-    for name in ("val_psnr", "val_chroma_error"):
+    for name in ("train_psnr", "train_chroma_error"):
         assert {step: row.get(name, 0) > 0 for step, row in rows.items()} == {2: True, 3: False, 4: True}
     variance = load_tensors(exp / "checkpoints/0000004.pt")["model"]["bn.running_var"].mean().item()
     assert rows[4]["latent_variance"] == pytest.approx(variance, rel=1e-6) != rows[2]["latent_variance"]
@@ -65,8 +65,8 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     x = to_float(torch.stack([read_image(file, 32) for file in list_images(pictures)]))
     with torch.no_grad():
         rec = net.decode(net.encode(x).mean)
-    assert rows[4]["val_psnr"] == pytest.approx(vae.psnr(x, rec).mean().item(), abs=1e-3)
-    assert rows[4]["val_chroma_error"] == pytest.approx(vae.chroma_error(x, rec).mean().item(), rel=1e-3)
+    assert rows[4]["train_psnr"] == pytest.approx(vae.psnr(x, rec).mean().item(), abs=1e-3)
+    assert rows[4]["train_chroma_error"] == pytest.approx(vae.chroma_error(x, rec).mean().item(), rel=1e-3)
     assert json.loads((exp / "args.json").read_text())["classes"] == ["one", "two words"]
     assert sorted(p.name for p in (exp / "pictures").iterdir()) == [
         f"{kind}-000000{step}.png" for kind in ("reconstructions", "samples") for step in (2, 4)]
@@ -78,7 +78,7 @@ def test_what_is_logged_and_when(pictures, tmp_path, command):
     assert [p.name for p in checkpoints(exp)] == ["0000002.pt"]
     command("train", *flags, "--exp-name", "plain", "--vae-only", "--sampling-steps", "0", "--log-steps", "3")
     rows = metrics_of(tmp_path / "exps/plain")                                       # the last step's line stays
-    assert [row["step"] for row in rows] == [3, 4] and not any("val_psnr" in row for row in rows)
+    assert [row["step"] for row in rows] == [3, 4] and not any("train_psnr" in row for row in rows)
     assert not (tmp_path / "exps/plain/pictures").exists() and len(checkpoints(tmp_path / "exps/plain")) == 1
     other = noise_pictures(tmp_path / "exps/mine", 2)  # a folder that no run made is not cleared
     command("train", *flags, "--exp-name", "mine", "--vae-only", "--overwrite")
@@ -89,12 +89,35 @@ def test_gradients_that_stay_wrong_end_the_run(pictures, tmp_path, command):
     """After 20 steps of NaN (100 of exact zeros), of which the alarm is told by the next line of the log."""
     flags = ["--data-dir", pictures, *SHORT, "--vae-only", "--max-train-steps", "60", "--checkpointing-steps", "10"]
     out = command("train", *flags, "--vae-learning-rate", "1e38", "--lr-warmup-steps", "0", "--log-steps", "9", code=2)
-    one_line(out, "step 27: gradients not finite for 20 steps in a row", "last good checkpoint: 0000020.pt")
+    one_line(out, "step 27: gradients not finite for 20 consecutive steps", "last good checkpoint: 0000020.pt")
     rows = metrics_of(tmp_path / "exps/tiny")
     assert [row["skipped_in_a_row"] for row in rows] == [8, 17, 20] and rows[-1]["skipped"] == 26
     yes, no = torch.tensor(True), torch.tensor(False)
     for before, happened, after in ((3, yes, 4), (3, no, 0), (19, yes, 20), (20, no, 20), (20, yes, 20)):
         assert train.in_a_row(torch.tensor(before), happened, train.SKIPPED) == after
+
+
+def test_a_failed_grid_costs_no_checkpoint(pictures, tmp_path, command):
+    """Also: one class and an average of few steps are named."""
+    (tmp_path / "exps/tiny").mkdir(parents=True)
+    (tmp_path / "exps/tiny/pictures").write_text("not a folder")
+    out = command("train", "--data-dir", pictures / "one", *SHORT, "--sampling-steps", "4", "--ema-decay", "0.9999",
+                  "--disc-weight", "0")
+    assert "step 4: no images (cannot write" in out and len(checkpoints(tmp_path / "exps/tiny")) == 1
+    assert "is one class" in out and "to 0.0% trained ones; sample.py --no-ema" in out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lost_disk_costs_no_step(tmp_path, workers):
+    data = noise_pictures(tmp_path / "data/a", 12).parent
+    flags = ["--data-dir", data, *SHORT, "--vae-only", "--max-train-steps", "2000", "--num-workers", workers]
+    process = start(*flags, cwd=tmp_path, log=tmp_path / "log")
+    wait_for_step(tmp_path / "exps/tiny", 3, process)
+    shutil.rmtree(data)
+    assert process.wait(60) == 2
+    one_line((tmp_path / "log").read_text(), "none of 12 images tried is readable")
+    found, rows = checkpoints(tmp_path / "exps/tiny"), metrics_of(tmp_path / "exps/tiny")
+    assert [load_tensors(file)["steps"] for file in found] == [rows[-1]["step"]]
 
 
 # --- Stopped, killed, resumed -----------------------------------------------------------------------------------------
@@ -136,7 +159,7 @@ def test_sigterm_saves_and_resuming_goes_on(pictures, tmp_path, processes, comma
     code = process.wait(60)
     assert code == 0 or processes == 2                              # torchrun itself reports the signal
     found = checkpoints(tmp_path / "exps/tiny")
-    assert len(found) == 1 and "--resume goes on" in (tmp_path / "log").read_text()
+    assert len(found) == 1 and "resume" in (tmp_path / "log").read_text()
     step = load_tensors(found[0])["steps"]
     flags[flags.index("2000")] = str(step + 1)
     command("train", *flags, "--resume")
@@ -217,7 +240,7 @@ def test_pictures_of_a_run_that_reads_latents_alone(pictures, frozen_vae, tmp_pa
     """Without alignment the data set gives no pixels, and without --val-dir the pictures shown are its own."""
     command("train", "--data-dir", pictures, *SHORT, "--vae-grad", "none", "--cache-latents", "--vae-ckpt", frozen_vae,
             "--proj-coeff", "0", "--max-train-steps", "1")
-    assert metrics_of(tmp_path / "exps/tiny")[0]["val_psnr"] > 0
+    assert metrics_of(tmp_path / "exps/tiny")[0]["train_psnr"] > 0
     with Image.open(tmp_path / "exps/tiny/pictures/reconstructions-0000001.png") as grid:
         assert len(np.unique(np.asarray(grid))) > 50                    # not white: the pictures are there
 

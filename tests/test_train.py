@@ -106,6 +106,27 @@ def test_512_pixels(preset, patch, tmp_path, monkeypatch):
     assert images.shape == (1, 3, 512, 512)
 
 
+def test_both_gradients_take_one_pass_through_the_first_blocks(tiny):
+    """Each block runs once in the VAE's pass and once in SiT's."""
+    m, cfg, args = tiny("--vae-grad", "both", "--disc-weight", "0")
+    calls = []
+    for k, block in enumerate(m.sit.blocks):
+        block.register_forward_hook(lambda block, args, h, k=k: calls.append(k))
+    train.train_step(m, cfg, 0, *args)
+    assert sorted(calls) == sorted([*range(6)] * 2)
+
+
+def test_frozen_latents_are_float32_with_and_without_a_cache(tiny, frozen_vae, pictures):
+    """Also the statistics at the start: the encoder runs in float32 in a bf16 run."""
+    m, cfg, _ = tiny("--vae-grad", "none", "--vae-ckpt", str(frozen_vae), "--mixed-precision", "bf16")
+    types = set()
+    m.vae.quant_conv.register_forward_hook(lambda conv, args, out: types.add(out.dtype))
+    batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), [""] * 4
+    train.run_step(m, cfg, 0, batch, 0, 1)
+    train.measure_latents(m, ImageFolder(pictures, 32))
+    assert types == {torch.float32}
+
+
 # --- Memory, and waiting ----------------------------------------------------------------------------------------------
 
 def most_saved(m, step):
