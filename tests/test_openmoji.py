@@ -1,4 +1,5 @@
 """data/openmoji.py: which images it renders, as which class, and only complete folders."""
+import contextlib
 import sys
 
 import numpy as np
@@ -8,54 +9,38 @@ from PIL import Image
 from data import openmoji
 from support.commands import UserError
 
+EXAMPLES = ("faces/1F600 flags/1F1E9-1F1EA animals/1F415 food/1F355 travel/1F697 hands/1F44D people/1F469 "
+            "objects/231A brands/E000 symbols/2764").split()
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "new/om"
+
+def test_openmoji_images_and_splits(tmp_path):
+    folder = tmp_path / "new/om"
     openmoji.render_openmoji(folder, 32)
-    return folder
-
-
-def test_openmoji_images_and_splits(folder):
-    assert [path.name for path in folder.parent.iterdir()] == ["om"]
     files = {split: list((folder / split).glob("*/*.png")) for split in ("train", "val")}
-    assert len(files["train"]) == 4126 and len(files["val"]) == 240
+    assert len(files["train"]) == 4126 and len(files["val"]) == 240 and len(list(folder.parent.iterdir())) == 1
     assert len({Image.open(file).tobytes() for found in files.values() for file in found}) == 4366     # all differ
-    bases = {split: {file.stem.split("-")[0] for file in found} for split, found in files.items()}
-    assert not bases["train"] & bases["val"]                              # variants stay together
-    assert {file.parent.name for file in files["train"]} == set(openmoji.OPENMOJI_CLASSES)
+    train, val = ({file.stem.split("-")[0] for file in found} for found in files.values())
+    assert not train & val                                                # variants stay together
     assert {file.parent.name for file in files["val"]} == set(openmoji.OPENMOJI_CLASSES) - {"people"}
-    face = np.asarray(Image.open(folder / "train/faces/1F600.png"), float)
-    assert face.shape == (32, 32, 3) and face[..., 0].mean() > face[..., 2].mean() + 40                 # yellow
+    assert [name for name in EXAMPLES if not list(folder.glob(f"*/{name}.png"))] == []
     flag = np.asarray(Image.open(next(folder.glob("*/flags/1F1EE-1F1F9.png"))), float)    # Italy, two code points
-    assert flag[16, 7, 1] > flag[16, 7, 0] + 60 and flag[16, 24, 0] > flag[16, 24, 1] + 60
+    assert flag.shape == (32, 32, 3) and flag[16, 7, 1] > flag[16, 7, 0] + 60       # green, then red
+    assert flag[16, 24, 0] > flag[16, 24, 1] + 60
 
 
-@pytest.mark.parametrize("name, code", [
-    ("faces", 0x1F600), ("flags", 0x1F1E9), ("animals", 0x1F415), ("food", 0x1F355), ("travel", 0x1F697),
-    ("hands", 0x1F44D), ("people", 0x1F469), ("objects", 0x231A), ("brands", 0xE000), ("symbols", 0x2764)])
-def test_openmoji_class(name, code):
-    assert openmoji.openmoji_class(code) == name
-
-
-@pytest.mark.parametrize("event", ["interrupted", "overtaken"])
-def test_openmoji_leaves_no_partial_folder(event, tmp_path, monkeypatch):
-    """Interrupted: nothing is left. Overtaken by another process: its folder stays as it is."""
-    save, out = Image.Image.save, tmp_path / "om"
-
-    def save_once(image, *args):
-        save(image, *args)
-        monkeypatch.setattr(Image.Image, "save", save)
+@pytest.mark.parametrize("event, left", [("interrupted", []), ("overtaken", ["om", "om/train"])])
+def test_openmoji_leaves_no_partial_folder(event, left, tmp_path, monkeypatch):
+    """Interrupted: nothing is left. Overtaken by another process: the folder of that process stays."""
+    def save(image, path):
         if event == "interrupted":
             raise KeyboardInterrupt
-        (out / "train").mkdir(parents=True)
+        (tmp_path / "om/train").mkdir(parents=True, exist_ok=True)
+        path.touch()
 
-    monkeypatch.setattr(Image.Image, "save", save_once)
-    try:
-        openmoji.render_openmoji(out, 8)
-    except KeyboardInterrupt:
-        assert event == "interrupted"
-    assert list(tmp_path.rglob("*")) == ([] if event == "interrupted" else [out, out / "train"])
+    monkeypatch.setattr(Image.Image, "save", save)
+    with contextlib.suppress(KeyboardInterrupt):
+        openmoji.render_openmoji(tmp_path / "om", 8)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == left
 
 
 def test_a_damaged_font_and_a_huge_size_are_one_line(tmp_path, monkeypatch):
