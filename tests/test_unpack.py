@@ -160,6 +160,7 @@ def test_tar_with_class_folders_and_captions(tmp_path, call):
 
 # --- Hostile and damaged files ------------------------------------------------------------------------------
 
+@needs("pyarrow")
 @pytest.mark.parametrize("name", ["../../x.png", "/tmp/x.png", "a/../../x.png", "C:x.png", "..\\x.png",
                                   "\\\\host\\share\\x.png"])
 def test_names_that_lead_out_of_the_folder(name, tmp_path, call):
