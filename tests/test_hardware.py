@@ -92,7 +92,7 @@ def test_the_commands_run_in_the_precision_that_was_chosen(cpu, pictures, tmp_pa
     cpu("x86_64", True, True)
     out = command("train", *flags, "2", "--resume")
     assert "precision: bf16" in out and "going on with another mixed_precision: no -> bf16" in out
-    draw = ["--num-steps", "1", "--device", "cpu"]
+    draw = ["--num-steps", "1", "--device", "cpu", "--mixed-precision", "auto"]
     assert "precision: bf16" in command("sample", *draw, "--num-samples", "2")
     assert "precision: bf16" in command("fid", *draw, "--num-samples", "4", "--features", repa.LITE2,
                                         "--num-workers", "0")

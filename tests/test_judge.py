@@ -49,7 +49,7 @@ def test_judging_a_run(short_run, pictures, monkeypatch, capsys, tmp_path):
         run(sys.executable, ROOT / "fid.py", *flags, *with_net, "--json", tmp_path / "out.json", cwd=short_run)
         return json.loads((tmp_path / "out.json").read_text())["fd_resnet18"]
 
-    draw = ["--ckpt", ckpt, "--num-samples", 20, "--num-steps", 2]
+    draw = ["--ckpt", ckpt, "--num-samples", 20, "--num-steps", 2, "--mixed-precision", "auto"]      # as judge.py
     assert record["fd"]["4"] == pytest.approx(fid(pictures, *draw, "--metrics", "fid"), rel=1e-4)
     assert record["rfd"] == pytest.approx(fid(pictures, "--ckpt", ckpt, "--reconstruct"), rel=1e-4)
     run(sys.executable, ROOT / "sample.py", *draw, "--out", tmp_path / "drawn.npz", "--device", "cpu", cwd=short_run)

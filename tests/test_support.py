@@ -134,7 +134,7 @@ def test_pipes_and_devices_are_written_into(tmp_path):
 def test_the_file_that_stdout_goes_to_is_written_into(tmp_path):
     code = ("from support.files import write_atomic\nprint('before')\n"
             "write_atomic('/dev/stdout', lambda tmp: tmp.write_text('json\\n'))\nprint('after')")
-    run("sh", "-c", f'"{sys.executable}" -c "{code}" > out.txt', cwd=tmp_path)
+    run("sh", "-c", f'"{sys.executable}" -c "{code}" > out.txt', cwd=tmp_path, env=dict(PYTHONUNBUFFERED=""))
     assert (tmp_path / "out.txt").read_text() == "before\njson\nafter\n"
 
 
