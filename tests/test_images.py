@@ -313,8 +313,9 @@ def test_damaged_images_that_pillow_ends_at_with_other_errors(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_disk_that_goes_away_ends_the_loader_in_one_line(workers, tmp_path, monkeypatch):
+def test_a_disk_that_goes_away_ends_the_loader_in_one_line(workers, tmp_path, monkeypatch, request):
     """No more than TRIES files are opened, all over the data set: 30 damaged neighbours are not a lost disk."""
+    request.addfinalizer(images.end_loaders)
     noise_pictures(tmp_path / "data", 100, size=8)
     for i in range(30):
         (tmp_path / f"data/{i:03d}.png").write_bytes(b"rubbish")
@@ -326,9 +327,19 @@ def test_a_disk_that_goes_away_ends_the_loader_in_one_line(workers, tmp_path, mo
     monkeypatch.setattr(images, "read_image", lambda *args, **flags: opened.append(1) or read_image(*args, **flags))
     with pytest.raises(UserError) as e:
         next(load_batches(data, [[(7, False)]], workers))
-    assert str(e.value).startswith(f"{tmp_path}/data: none of 20 images tried is readable, the first one {tmp_path}/")
-    assert "007.png: cannot be read" in str(e.value) and len(str(e.value).splitlines()) == 1
-    assert len(opened) == (TRIES if workers == 0 else 0)
+    line = str(e.value)
+    assert line.startswith(f"{tmp_path}/data: none of 20 images tried is readable, the first one {tmp_path}/")
+    assert "007.png: cannot be read" in line and len(line.splitlines()) == 1
+    assert len(opened) == (TRIES if workers == 0 else 0)              # counted in this process alone
+
+
+def test_latents_of_a_disk_with_errors_are_not_cached(tmp_path):
+    noise_pictures(tmp_path / "data", 100, size=8)
+    for name in ("003", "050"):
+        (tmp_path / f"data/{name}.png").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="2 of 100 images unreadable"):
+        images.cache_latents(ImageFolder(tmp_path / "data", 8), tmp_path / "latents", to_float, 0, Processes())
+    assert not (tmp_path / "latents").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the length of a socket's path")
