@@ -141,7 +141,6 @@ def unpack(files, folder):
     bar = tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="unpacking")
     with bar, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as tmp:
         work = Path(tmp) / "images"
-        work.mkdir()
         for file in files:
             reader = read_parquet if file.suffix.lower() == ".parquet" else read_archive
             try:

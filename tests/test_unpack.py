@@ -125,7 +125,8 @@ def test_zip_with_dataset_json(tmp_path, call):
     names = [f"{k // 2:05d}/img{k:08d}.png" for k in range(10)]
     entries = {name: encoded(k) for k, name in enumerate(names)}
     table = json.dumps({"labels": [[name, 7 - k % 3] for k, name in enumerate(names)]})
-    write_zip(tmp_path / "set.zip", entries | {"dataset.json": table, "readme.md": "", "mac/._a.png": "x"})
+    others = {"dataset.json": table, "readme.md": "", "mac/": "", "mac/._a.png": ""}
+    write_zip(tmp_path / "set.zip", entries | others)
     assert "out: 10 images, 5 folders; not read: .md (1), hidden files or" in call("set.zip", "out")
     assert tree(tmp_path / "out") == sorted([*names, "dataset.json"])
     assert read(tmp_path / "out") == {str(7 - k): sorted(list(entries.values())[k::3]) for k in range(3)}
@@ -141,11 +142,12 @@ def test_webdataset(suffix, beside, tmp_path, call):
         entries = {}
         for k in range(4):
             text, data = beside.format(11 * (k % 2), ["dog", "cat"][k % 2]), encoded(4 * shard + k, "JPEG")
-            pair = [(f"./{k}.{suffix}", text), (f"./{k}.jpg", data)]
+            pair = [(f"./{k}.{suffix}", text), (f"./{k}.a.jpg", data)]
             entries |= dict(pair if shard else reversed(pair))
             folder = text if "1" in beside else f"{11 * (k % 2):05d}"
             expected.setdefault(folder, []).append(data)
         write_tar(tmp_path / f"shards/set-{shard}.tar", entries)
+    (tmp_path / "shards/._set.tar").touch()
     call("shards", "out")
     assert read(tmp_path / "out") == {name: sorted(files) for name, files in expected.items()}
 
