@@ -60,7 +60,7 @@ def several_frames(folder, files):
         try:
             with Image.open(file) as image:
                 animated += getattr(image, "n_frames", 1) > 1
-        except (*READ_ERRORS, MemoryError):
+        except READ_ERRORS:
             pass                                                      # told where it is read
     return f"{folder}: images of several frames in it; the first frame of each is read" if animated else ""
 
@@ -200,7 +200,7 @@ def read_image(path, size=None, fast=False):
             if size is not None:
                 image = center_crop(image, size)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (*READ_ERRORS, MemoryError) as e:                  # damaged JPEG 2000 asks for any memory
+    except READ_ERRORS as e:
         raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
 
 
