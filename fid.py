@@ -1,13 +1,13 @@
-"""fid.py: how good the pictures are. FID, sFID, Inception Score, KID, precision and recall in one pass.
+"""fid.py: evaluation metrics: FID, sFID, Inception Score, KID, precision and recall in one pass.
 
     python fid.py                                            the newest run under exps/ against its own data
-    python fid.py REF SAMPLES                                each a folder of images or an ADM .npz
-    python fid.py REF --ckpt X.pt --num-samples 50000        draw the samples, evaluate them in memory
+    python fid.py REF SAMPLES                                each a folder of images or an ADM-format .npz
+    python fid.py REF --ckpt X.pt --num-samples 50000        generate the samples, evaluate them in memory
     python fid.py --ckpt X.pt --data-dir DIR --reconstruct   the VAE alone: rFID, PSNR, SSIM
-    torchrun --nproc_per_node=8 fid.py ...                   the same numbers, the work split
+    torchrun --nproc_per_node=8 fid.py ...                   the same numbers, computed by 8 processes
 
-FID, sFID, IS, precision and recall are those of the ADM evaluator (guided-diffusion), without its TensorFlow;
-KID is arXiv 1801.01401's. Over other features (--features dinov2) the Frechet distance is called fd_NAME.
+FID, sFID, IS, precision and recall follow the ADM evaluator (guided-diffusion), without its TensorFlow; KID
+follows arXiv 1801.01401. Over other features (--features dinov2) the Frechet distance is called fd_NAME.
 """
 import hashlib
 import json
@@ -15,7 +15,6 @@ import math
 import os
 import time
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,34 +23,34 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.images import how_to_unpack, list_images, read_image, several_frames
-from repa import EMBEDDED, LITE2, FrozenEncoder, fold_batch_norms
-from sample import (add_sampler_flags, check_finite, label_of, load_checkpoint, sample_images,
+from data.images import how_to_unpack, list_images, load_batches, read_image
+from repa import EMBEDDED, LITE2, create_encoder, fold_batch_norms, timm_name
+from sample import (add_sampler_flags, check_finite, class_for_sample, load_checkpoint, sample_images,
                     sampler_settings, warn_of_short_average)
 from support.checkpoints import newest_checkpoint
 from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, path_name,
-                              positive_int, run_command)
-from support.devices import (choose_precision, end_processes, full_float32, memory_format, pick_device,
-                             start_processes)
+                              positive_int, require, run_command)
+from support.devices import (Processes, can_compile, choose_precision, end_processes, full_float32,
+                             memory_format, pick_device, start_processes)
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
-from support.pictures import to_float, to_uint8
-from vae import psnr, ssim
+from support.grids import to_float, to_uint8
+from vae import psnr, reconstruct, ssim
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
-METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits",           # and what each is computed from,
-           "kid": "rows", "precision": "rows", "recall": "rows"}        # see `collect`
+METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits",    # what each is computed from, see `collect`
+           "kid": "features", "precision": "features", "recall": "features"}
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}         # arrays in an ADM-format .npz
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS[0]}"
 
 
-# --- Networks: FrozenEncoder's pooled features, or the Inception-v3 of FID ----------------------------------
+# --- Feature networks: uint8 images [B, 3, H, W] -> {output: [B, D]} in full float32 ------------------------
 
 def resize_tf1(images, size):
-    """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], bilinear as TensorFlow 1 does it: output pixel i
-    reads the input at i * H / size, so corners are not centred, and nothing is averaged when shrinking."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], bilinear as in TensorFlow 1: output pixel i reads the
+    input at i * H / size (corners are not centred), without antialiasing."""
     def taps(n):
         at = torch.arange(size, device=images.device, dtype=torch.float32) * torch.tensor(n / size)
         low = at.long()
@@ -63,14 +62,23 @@ def resize_tf1(images, size):
     return torch.lerp(x[:, :, top], x[:, :, bottom], dy[:, None])
 
 
-class Pooled(nn.Module):
-    """A block of timm's Inception-v3 with another pool before its last branch: its own pads with zeros and
-    counts them. pool: keeps height and width."""
+def resize_pillow(images, size, mode):
+    """uint8 [B, 3, H, W] -> float32 [B, 3, size, size]. Emulates Pillow's antialiased resize of uint8 images:
+    two passes, the width first, each rounded to integers in [0, 255]."""
+    x = images.cpu() if images.device.type == "mps" else images     # antialias on MPS needs PyTorch 2.8
+    x = F.interpolate(x.float(), (x.shape[2], size), mode=mode, antialias=True).round().clamp(0, 255)
+    x = F.interpolate(x, (size, size), mode=mode, antialias=True).round().clamp(0, 255)
+    return x.to(images.device)
+
+
+class FIDPoolBranch(nn.Module):
+    """A block of timm's Inception-v3 with another pool before its last branch (timm's average pool counts the
+    zero padding). pool: keeps height and width."""
 
     def __init__(self, block, pool):
         super().__init__()
         self.pool, self.branch_pool = pool, block.branch_pool
-        block.branch_pool = nn.Identity()                # so the block's last channels are its own pool of x
+        block.branch_pool = nn.Identity()              # the block's last channels are now its own pool of x
         self.block = block
 
     def forward(self, x):
@@ -78,30 +86,30 @@ class Pooled(nn.Module):
 
 
 class Inception(nn.Module):
-    """The Inception-v3 of FID (TensorFlow's graph of 2015-12-05) out of timm's blocks. It differs from timm's
-    in its resize and scaling, its 1008 logits, average pools that leave the padding out, and a max pool in
-    the last block. file: either public weights file (WEIGHTS). Raises UserError."""
-    name, channels, size = "inception", 2048, 299
+    """The Inception-v3 of FID (TensorFlow graph of 2015-12-05), from timm's blocks. Differences from timm's:
+    resize and scaling, 1008 logits, average pools that do not count the padding, a max pool in the last
+    block. file: one of the public weights files (WEIGHTS). Raises UserError."""
+    name, distance, outputs = "inception", "fid", ("pool", "spatial", "logits")
+    channels = 2048
 
     def __init__(self, file):
         super().__init__()
-        with torch.device("meta"):
-            net = timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
-        net = net.to_empty(device="cpu").eval().requires_grad_(False)
+        net = timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
+        net.eval().requires_grad_(False)
         load_into(net, load_tensors(file), file)
         fold_batch_norms(net)
         for name, block in list(net.named_children()):
+            pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
             if name == "Mixed_7c":
-                setattr(net, name, Pooled(block, nn.MaxPool2d(3, stride=1, padding=1)))
-            elif hasattr(block, "branch_pool"):
-                setattr(net, name, Pooled(block, nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)))
+                pool = nn.MaxPool2d(3, stride=1, padding=1)
+            if hasattr(block, "branch_pool"):
+                setattr(net, name, FIDPoolBranch(block, pool))
         self.net = net
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def forward(self, images):
-        """uint8 [B, 3, H, W] -> {'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]}, in full float32
-        whatever the switches are."""
-        x = (resize_tf1(images, self.size) - 128) / 128
+        """-> 'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]."""
+        x = (resize_tf1(images, 299) - 128) / 128
         x = x.contiguous(memory_format=memory_format(x.device))
         with full_float32(x.device):
             for name, layer in self.net.named_children():
@@ -114,155 +122,172 @@ class Inception(nn.Module):
             return dict(pool=pool, spatial=spatial, logits=pool @ self.net.fc.weight.T)    # ADM: no bias
 
 
+class PooledFeatures(nn.Module):
+    """A frozen timm encoder up to its classifier: DINOv2's normalised class token at 224 pixels (as in arXiv
+    2306.04675), a convolutional network's pooled last feature map. name: "dinov2" (ViT-L), or as `timm_name`
+    takes it; ckpt: a weights file instead of the hub's. Raises UserError."""
+    outputs = ("pool",)
+
+    def __init__(self, name, ckpt=""):
+        super().__init__()
+        encoder = timm_name("dinov2-vit-l" if name == "dinov2" else name)
+        grid = 16 if "dinov2" in encoder else None                             # of patches of 14 x 14 pixels
+        net, config = create_encoder(encoder, ckpt, grid=grid)
+        self.net = net.eval().requires_grad_(False)
+        self.size = 14 * grid if grid else config["input_size"][-1]
+        self.interpolation = config["interpolation"]                           # "bilinear" or "bicubic"
+        for key in ("mean", "std"):
+            value = 255 * torch.tensor(config[key]).view(3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+        self.name, self.distance, self.sha256 = name, f"fd_{name}", hash_tensors(self).hexdigest()
+        self.channels = self(torch.zeros(1, 3, 32, 32))["pool"].shape[1]
+
+    def forward(self, images):
+        """-> 'pool' [B, D]."""
+        x = (resize_pillow(images, self.size, self.interpolation) - self.mean) / self.std
+        x = x.contiguous(memory_format=memory_format(x.device))
+        with full_float32(x.device):
+            return dict(pool=self.net.forward_head(self.net.forward_features(x), pre_logits=True).float())
+
+
+INSTEAD = f"give {URL} by --inception-weights FILE, or take --features {LITE2}"
+
+
+def download_inception(processes):
+    """The first process of each machine downloads Inception's weights; the others wait."""
+    try:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"--download: cannot fetch the weights ({one_line(e)}); {INSTEAD}") from None
+    processes.any(False)
+
+
 def load_features(args):
-    """The network the flags name; by default Inception if its weights are here, else the embedded one."""
-    instead = f"give {URL} by --inception-weights FILE; --features {LITE2} works meanwhile"
-    if args.download:
-        try:
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-                torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
-            if dist.is_initialized():
-                dist.barrier()
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"--download: cannot fetch them ({one_line(e)}); {instead}") from None
+    """The feature network of the flags; by default Inception if its weights are here, else LITE2."""
     cached = [Path(torch.hub.get_dir()) / "checkpoints" / name for name in WEIGHTS]
     file = args.inception_weights or next(filter(Path.is_file, cached), None)
     if file and args.features in (None, "inception"):
         return Inception(file)
-    if args.features == "inception":
-        raise UserError(f"--features inception: no weights here; --download fetches them, or {instead}")
-    name = args.features or LITE2
-    net = FrozenEncoder("dinov2-vit-l" if name == "dinov2" else name, ckpt=args.features_weights)
-    net.name, net.sha256 = name, hash_tensors(net).hexdigest()                       # the hub gives no file
-    return net
+    require(args.features != "inception",
+            f"--features inception: no weights here; --download fetches them, or {INSTEAD}")
+    return PooledFeatures(args.features or LITE2, args.features_weights or "")
 
 
-# --- Pictures: n, shape (H, W), batches(indices, ...) -> uint8 [B, 3, H, W]; given: their statistics -------
+# --- Sources of images --------------------------------------------------------------------------------------
+# Each has: path; n, the number of images; shape, their (height, width); is_folder; stats: {} or precomputed
+# {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}; and batches(indices, batch_size, num_workers): yields the
+# images of a range of indices in order, uint8 [B, 3, H, W].
 
 class ImageSet:
-    """REF or SAMPLES: a folder of images (any nesting, sorted) or an .npz with arr_0 uint8 [N, H, W, 3],
-    statistics or both: given = {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}; marks: what --save-stats
-    wrote beside them. resolution: ADM's centre crop for the files of a folder. Raises UserError."""
+    """A folder of images (at any depth, sorted), or an .npz with arr_0 uint8 [N, H, W, 3], statistics, or
+    both; n is 0 for statistics alone. stats_info: what --save-stats wrote with the statistics (features,
+    sha256, n, shape). resolution: ADM's centre crop for the files of a folder. Raises UserError."""
 
     def __init__(self, path, resolution=None):
-        self.path, self.resolution, self.others = Path(path), resolution, Counter()
-        self.is_folder = not self.path.is_file()
-        self.files, self.n, self.shape, self.stream, self.given, self.marks = [], 0, None, None, {}, {}
+        self.path, self.resolution, self.stream = Path(path), resolution, None
+        self.is_folder, self.files = not self.path.is_file(), []
+        self.n, self.shape, self.stats, self.stats_info = 0, None, {}, {}
         if self.is_folder:
-            self.files = list_images(path, others=self.others)
+            self.files = list_images(path)
             self.n, self.shape = len(self.files), read_image(self.files[0], resolution).shape[1:]
-        elif self.path.suffix.lower() == ".npz":
-            try:
-                self.open_npz()
-            except READ_ERRORS as e:
-                raise UserError(f"{path}: not a readable .npz ({one_line(e)})") from None
-        else:
-            kind = self.path.suffix.lower()
-            raise UserError(f"{path}: a file of type {kind or '?'}; give a folder or an .npz"
-                            f"{how_to_unpack(path, [kind])}")
+            return
+        try:
+            self.open_npz()
+        except READ_ERRORS as e:
+            raise UserError(f"{path}: not a readable .npz ({one_line(e)}); give a folder or an .npz"
+                            f"{how_to_unpack(path, [self.path.suffix.lower()])}") from None
 
     def open_npz(self):
-        with np.load(self.path) as f:                         # reads what is asked for, no array of others
-            has_images = "arr_0" in f
-            for key, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
-                if mu in f and sigma in f:
-                    self.given[key] = torch.from_numpy(f[mu]).double(), torch.from_numpy(f[sigma]).double()
+        with np.load(self.path) as f:                                    # reads only the arrays asked for
+            for key, names in STATISTICS.items():
+                if all(name in f for name in names):
+                    mu, sigma = (torch.from_numpy(f[name]).double() for name in names)
+                    finite = mu.sum().isfinite() and sigma.sum().isfinite()
+                    require(finite and mu.ndim == 1 and sigma.shape == (len(mu), len(mu)),
+                            f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
+                    self.stats[key] = mu, sigma
             if "sha256" in f:
-                self.marks = {k: f[k].tolist() for k in ("features", "sha256", "n", "shape") if k in f}
-                self.shape = tuple(self.marks.get("shape", ())) or None
-        for mu, sigma in self.given.values():
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.sum() + sigma.sum()).isfinite():
-                raise UserError(f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
-        if has_images:
-            with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
-                np.lib.format.read_magic(f)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-                self.offset = f.tell()
-            if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
-                raise UserError(f"{self.path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3]")
-            self.n, self.shape = shape[0], shape[1:3]
-        elif "pool" not in self.given:
-            raise UserError(f"{self.path}: neither arr_0 (images) nor mu and sigma (statistics) in it")
+                self.stats_info = {k: f[k].tolist() for k in ("features", "sha256", "n", "shape") if k in f}
+                self.shape = tuple(self.stats_info.get("shape", ())) or None
+            if "arr_0" in f:
+                with f.zip.open("arr_0.npy") as array:
+                    np.lib.format.read_magic(array)
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(array)
+                    self.offset = array.tell()
+                require(dtype == np.uint8 and not fortran and len(shape) == 4 and shape[3] == 3,
+                        f"{self.path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3]")
+                self.n, self.shape = shape[0], shape[1:3]
+            elif "pool" not in self.stats:
+                raise ValueError("neither arr_0 (images) nor mu and sigma (statistics) in it")
 
-    def __getitem__(self, indices):
-        """Images uint8 [B, 3, H, W], or a UserError: raised in a loader's process it becomes a traceback."""
+    def __getitem__(self, i):
+        """Image i, uint8 [3, H, W]."""
+        if self.files:
+            image = read_image(self.files[i], self.resolution)
+            if image.shape[1:] != self.shape:
+                raise UserError(f"{self.files[i]}: {[*image.shape[1:]]} pixels (height, width), not "
+                                f"{[*self.shape]} as the first image; --resolution N crops all to N")
+            return image
         try:
-            if self.files:
-                images = [read_image(self.files[i], self.resolution) for i in indices]
-                for i, image in zip(indices, images):
-                    if image.shape[1:] != self.shape:
-                        return UserError(f"{self.files[i]}: {[*image.shape[1:]]} pixels (height, width), not "
-                                         f"{[*self.shape]} as {self.files[0]}; --resolution N crops all to N")
-                return torch.stack(images)
             if self.stream is None:
                 self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")
             size = math.prod(self.shape) * 3
-            self.stream.seek(self.offset + indices[0] * size)                       # it reads on from there
-            pixels = torch.frombuffer(bytearray(self.stream.read(len(indices) * size)), dtype=torch.uint8)
-            return pixels.view(len(indices), *self.shape, 3).permute(0, 3, 1, 2)
-        except (UserError, *READ_ERRORS) as e:
-            return e if isinstance(e, UserError) else UserError(f"{self.path}: damaged ({one_line(e)})")
+            self.stream.seek(self.offset + i * size)
+            pixels = torch.frombuffer(bytearray(self.stream.read(size)), dtype=torch.uint8)
+            return pixels.view(*self.shape, 3).permute(2, 0, 1)
+        except READ_ERRORS as e:
+            raise UserError(f"{self.path}: damaged ({one_line(e)})") from None
 
     def batches(self, indices, batch_size, num_workers=0):
-        """The images `indices` (a range), in order, decoded in processes (an .npz in one, which reads on)."""
         parts = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-        workers = min(num_workers, len(parts) if self.files else 1)
-        for images in DataLoader(self, batch_size=None, sampler=parts, num_workers=workers):
-            if isinstance(images, UserError):
-                raise images
-            yield images
+        workers = min(num_workers, len(parts) if self.files else 1)           # one reads an .npz in order
+        return load_batches(self, parts, workers)
 
 
 class Samples:
-    """n samples of a checkpoint, those of sample.py. labels: "equal" or "random"; settings: of
-    `sample_images`."""
+    """n samples of a checkpoint, the same as sample.py's. settings: of `sample_images`; labels: "equal" or
+    "random"."""
     is_folder = False
 
     def __init__(self, path, model, n, settings, labels="equal"):
         self.path, self.model, self.n, self.settings, self.labels = path, model, n, settings, labels
-        self.given, self.shape = {}, (model.args["resolution"],) * 2
+        self.stats, self.shape = {}, (model.args["resolution"],) * 2
 
     def batches(self, indices, batch_size, num_workers=0):
-        classes, seed = range(self.model.sit.num_classes), self.settings.get("seed", 0)
+        classes, seed = range(len(self.model.args["classes"])), self.settings.get("seed", 0)
         for start in range(0, len(indices), batch_size):
             part = indices[start:start + batch_size]
-            labels = [label_of(i, seed, classes, self.labels, self.n) for i in part]
+            labels = [class_for_sample(i, seed, classes, self.labels, self.n) for i in part]
             yield sample_images(self.model, part, labels, **self.settings)
 
 
 class Reconstructions:
-    """What the VAE makes of images (the posterior's mode, as uint8). quality: the sums of PSNR and SSIM."""
+    """The VAE's reconstructions of an ImageSet (from the posterior's mean, rounded to uint8). quality: the
+    sums of PSNR and SSIM."""
 
     def __init__(self, path, model, originals):
-        self.path, self.model, self.originals, self.n = path, model, originals, originals.n
-        self.given, self.shape, self.quality = {}, originals.shape, torch.zeros(2)
-        self.is_folder = originals.is_folder
+        self.path, self.model, self.originals = path, model, originals
+        self.n, self.shape, self.is_folder = originals.n, originals.shape, originals.is_folder
+        self.stats, self.quality = {}, torch.zeros(2)
 
     def batches(self, indices, batch_size, num_workers=0):
-        done = indices.start
+        first = indices.start
         for images in self.originals.batches(indices, batch_size, num_workers):
-            x = to_float(images)
-            y = self.model.vae.decode(self.model.vae.encode(x.to(self.model.device)).mean)
-            check_finite(y, lambda b: f"{self.path}: the reconstruction of image {done + b}")
-            done, y = done + len(y), to_uint8(y).cpu()
-            scores = torch.stack([psnr(x, to_float(y)), ssim(x, to_float(y)).float()])               # [2, B]
-            self.quality += scores.sum(1)
+            y = reconstruct(self.model.vae, images, batch_size)[1]
+            check_finite(y, lambda b: f"{self.path}: the reconstruction of image {first + b}")
+            first, y = first + len(y), to_uint8(y)
+            x, rounded = to_float(images), to_float(y)
+            self.quality += torch.stack([psnr(x, rounded).sum(), ssim(x, rounded).float().sum()])
             yield y
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------
 
-def mean_and_covariance(sums):
-    """Mean [D] and covariance [D, D] (N - 1) of N rows, from the sum [1 + D, 1 + D] of their outer products,
-    each row with a one before it: so it holds N, the sum of the rows and the sum of their products."""
-    n, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
-    return mean, (sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
-
-
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64 tensors [D], [D, D] (arXiv 1706.08500, eq. 6).
-    C1 C2 has the eigenvalues of A^T C2 A where C1 = A A^T, which is symmetric: no matrix square root is
-    taken, and C1 may be singular (few images)."""
+    With C1 = A A^T, the matrix C1 C2 has the eigenvalues of A^T C2 A, which is symmetric: no matrix square
+    root is needed, and C1 may be singular (few images)."""
     values, vectors = torch.linalg.eigh(cov1)
     a = vectors * values.clamp_min(0).sqrt()
     root = torch.linalg.eigvalsh(a.T @ cov2 @ a).clamp_min(0).sqrt().sum()
@@ -271,27 +296,23 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def inception_score(logits, shuffle=False):
     """exp of the mean KL(p(y|x) || p(y)) of logits [N, 1008], averaged over equal splits of about 5000 images
-    (arXiv 1606.03498; ADM's ten of 50,000). shuffle: by a fixed seed, for images that are sorted by class."""
-    scores = []
+    (arXiv 1606.03498; ADM takes ten splits of 50,000). shuffle: with a fixed seed, for images sorted by
+    class."""
     if shuffle:
         logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
-    for part in logits.double().tensor_split(max(1, round(len(logits) / 5000))):
-        log_p = part.log_softmax(1)
-        log_mean = log_p.logsumexp(0) - math.log(len(part))
+    scores = []
+    for split in logits.double().tensor_split(max(1, round(len(logits) / 5000))):
+        log_p = split.log_softmax(1)
+        log_mean = log_p.logsumexp(0) - math.log(len(split))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
     return sum(scores) / len(scores)
 
 
-def to_float64(x):
-    """On the CPU where its device has no float64."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
 def kid(x, y, subsets=100, size=1000, seed=2020):
-    """Kernel distance of features [N, D], [M, D] with kernel (x.y / D + 1)^3: the unbiased estimate averaged
-    over random subsets (arXiv 1801.01401), which are those that torch-fidelity draws. In float64: where
-    features lie close together, the sums below nearly cancel."""
-    x, y = to_float64(x), to_float64(y)
+    """Kernel distance of features [N, D], [M, D] with kernel (x.y / D + 1)^3: the unbiased estimate, averaged
+    over random subsets (arXiv 1801.01401), the same subsets as torch-fidelity's. In float64, because the sums
+    below nearly cancel for features that lie close together."""
+    x, y = x.double(), y.double()
     size, rng, values = min(size, len(x), len(y)), np.random.RandomState(seed), []
     for _ in range(subsets):
         a = x[rng.choice(len(x), size, replace=False)]
@@ -303,192 +324,222 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
 
 
 def precision_recall(reference, samples, k=3, block=1000):
-    """Share of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold is
-    the union of balls around its features [N, D], each as wide as the k-th nearest neighbour is far. In
-    float64: in float32 `cdist` loses the distances of features that lie close together."""
-    reference, samples = to_float64(reference), to_float64(samples)
+    """Fraction of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold
+    is the union of balls around features [N, D], whose radius is the distance to the k-th nearest neighbour.
+    In float64: in float32 `cdist` loses the distances of features that lie close together."""
+    reference, samples = reference.double(), samples.double()
 
-    def share_within(x, manifold):                       # each row's nearest is itself: k + 1 of them
-        radius = [torch.cdist(rows, manifold).topk(k + 1, largest=False) for rows in manifold.split(block)]
-        radius = torch.cat([nearest.values[:, k] for nearest in radius])
+    def fraction_within(x, manifold):
+        nearest = [torch.cdist(rows, manifold).topk(k + 1, largest=False) for rows in manifold.split(block)]
+        radius = torch.cat([found.values[:, k] for found in nearest])        # the nearest of all is itself
         within = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in x.split(block)]
         return torch.cat(within).double().mean().item()
 
-    return share_within(samples, reference), share_within(reference, samples)
+    return fraction_within(samples, reference), fraction_within(reference, samples)
 
 
 @torch.no_grad()
-def collect(source, net, needs, *, device, batch_size, num_workers=0, rank=0, world=1, group=None, desc=""):
-    """One pass over a source, every process over a run of neighbouring images. needs, a set: 'pool' and
-    'spatial' (-> mean and covariance, those of the file where it has them), 'rows' (pooled features [N, D]),
-    'logits' ([N, 1008]). Process 0 gets {need: value}, the others {}; group: by which they send it, the
-    processes' host group for long passes. Raises UserError."""
-    needs = needs - source.given.keys()
-    mine = range(rank * source.n // world, (rank + 1) * source.n // world) if needs else range(0)
-    widths = {"pool": net.channels, "spatial": SPATIAL}
-    sums = {key: torch.zeros(1 + n, 1 + n, dtype=torch.float64) for key, n in widths.items() if key in needs}
-    rows = {key: [] for key in needs & {"rows", "logits"}}
-    with tqdm(total=len(mine), unit="img", desc=desc, disable=rank > 0 or not needs) as bar:
-        for images in source.batches(mine, batch_size, num_workers):
-            for part in images.split(8 if device.type == "cpu" else len(images)):    # 8 stay in a CPU's cache
-                part = part.to(device)
-                f = net(part) if net.name == "inception" else dict(pool=net.pooled(part))
-                f = {key: value.cpu() for key, value in f.items()}
-                if not f["pool"].isfinite().all():
-                    raise UserError(f"{source.path}: features not finite; damaged weights of {net.name}?")
-                for key in sums:
-                    x = F.pad(f[key].double(), (1, 0), value=1)
-                    sums[key].addmm_(x.T, x)
-                for key in rows:
-                    rows[key].append(f["pool" if key == "rows" else key])
+def collect(source, net, needs, device, batch_size, num_workers=0, processes=Processes()):
+    """One pass over a source's images, a contiguous shard per process. needs, a set: 'pool' and 'spatial'
+    give (mean, covariance) of these outputs of `net`, or the source's own statistics if it has them;
+    'features' gives the pooled features [N, D], 'logits' [N, 1008]. Process 0 gets {need: value}, the others
+    {}. Raises UserError for features that are not finite."""
+    needs = needs - source.stats.keys()
+    if not needs:
+        return source.stats
+    rank, world, n = processes.rank, processes.world, source.n
+    shard = range(rank * n // world, (rank + 1) * n // world)
+    widths = dict(pool=net.channels, spatial=SPATIAL)
+    moments = {need: torch.zeros(1 + widths[need], widths[need], dtype=torch.float64)
+               for need in needs & widths.keys()}        # row 0: the sum; below: the sum of outer products
+    rows = {need: [] for need in needs - widths.keys()}
+    with tqdm(total=len(shard), unit="img", desc=source.path.name, disable=rank > 0) as bar:
+        for images in source.batches(shard, batch_size, num_workers):
+            for x in images.split(8 if device.type == "cpu" else batch_size):   # the last digits depend on it
+                outputs = {key: value.cpu() for key, value in net(x.to(device)).items()}
+                outputs["features"] = outputs["pool"]
+                require(outputs["pool"].isfinite().all(),
+                        f"{source.path}: features not finite; damaged weights of {net.name}?")
+                for need in moments:
+                    f = outputs[need].double()
+                    moments[need][0] += f.sum(0)
+                    moments[need][1:].addmm_(f.T, f)
+                for need in rows:
+                    rows[need].append(outputs[need])
             bar.update(len(images))
-    parts = [(sums, rows)]
+    shards = [(moments, rows)]
     if world > 1:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object((sums, rows), parts, group=group)
+        shards = [None] * world if rank == 0 else None
+        dist.gather_object((moments, rows), shards, group=processes.host)
         if rank > 0:
             return {}
-    found = {key: torch.cat([batch for _, part in parts for batch in part[key]]) for key in rows}
-    found |= {key: mean_and_covariance(sum(part[key] for part, _ in parts)) for key in sums}
-    return source.given | found
+    values = {need: torch.cat([batch for _, rows in shards for batch in rows[need]]) for need in rows}
+    for need in moments:
+        total = sum(moments[need] for moments, _ in shards)
+        mean, products = total[0] / n, total[1:]
+        values[need] = mean, (products - n * torch.outer(mean, mean)) / (n - 1)
+    return source.stats | values
 
 
-def evaluate(sources, net, metrics, save_stats=None, *, rank=0, **settings):
-    """The metrics (of METRICS) of samples against a reference, sources = [reference, samples], one pass over
-    each: {name: value} on process 0, {} elsewhere. save_stats: also write the reference's statistics there;
-    [reference] alone will do for that. settings: of `collect`."""
-    ref, samples, device = sources[0], sources[-1], settings["device"]
+def evaluate(ref, samples, net, metrics, device, save_stats="", processes=Processes(), **settings):
+    """{name: value} of the metrics (names of METRICS) of samples against a reference on process 0, {} on the
+    others. save_stats: a file for the reference's statistics; samples may then be None. settings: of
+    `collect`."""
     needs = {METRICS[metric] for metric in metrics}
-    saved = ({"pool", "spatial"} if net.name == "inception" else {"pool"}) if save_stats else set()
-    r = collect(ref, net, needs - {"logits"} | saved, rank=rank, desc="reference", **settings)
-    s = collect(samples, net, needs, rank=rank, desc="samples", **settings)
-    if rank > 0:
+    saved = STATISTICS.keys() & net.outputs if save_stats else set()
+    r = collect(ref, net, needs - {"logits"} | saved, device, processes=processes, **settings)
+    s = collect(samples, net, needs, device, processes=processes, **settings) if samples else {}
+    if processes.rank > 0:
         return {}
     if save_stats:
-        arrays = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), r["pool"] + r.get("spatial", ())))
+        arrays = {name: array for need in saved for name, array in zip(STATISTICS[need], r[need])}
         save_npz(save_stats, features=net.name, sha256=net.sha256, n=ref.n, shape=ref.shape, **arrays)
     out = {}
     if "fid" in metrics:
-        out["fid" if net.name == "inception" else f"fd_{net.name}"] = frechet_distance(*r["pool"], *s["pool"])
+        out[net.distance] = frechet_distance(*r["pool"], *s["pool"])
     if "sfid" in metrics:
         out["sfid"] = frechet_distance(*r["spatial"], *s["spatial"])
     if "is" in metrics:
         out["is"] = inception_score(s["logits"], shuffle=samples.is_folder)
+    if "features" in needs:
+        place = "cpu" if device.type == "mps" else device                             # MPS has no float64
+        features = r["features"].to(place), s["features"].to(place)
     if "kid" in metrics:
-        out["kid"] = kid(r["rows"].to(device), s["rows"].to(device))
+        out["kid"] = kid(*features)
     if "precision" in metrics or "recall" in metrics:
-        out["precision"], out["recall"] = precision_recall(r["rows"].to(device), s["rows"].to(device))
+        out["precision"], out["recall"] = precision_recall(*features)
     return out
 
 
 # --- The command --------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    """Flags, checked. `metrics` becomes a list, or stays None: all that can be had."""
+    """Flags, checked. metrics: a list, empty for all available; from_checkpoint: whether a checkpoint makes
+    the images to evaluate."""
     parser = Parser(description="FID, sFID, Inception Score, KID, precision and recall.")
     add = parser.add_argument
     add("ref", nargs="?", metavar="REF", type=existing_path, help="a folder, an .npz, --save-stats' file")
-    add("samples", nargs="?", metavar="SAMPLES", type=existing_path, help="images to judge; in these forms")
+    add("samples", nargs="?", metavar="SAMPLES", type=existing_path, help="images to evaluate, as for REF")
     add("--features", help=f"inception (default if its weights are here), dinov2, {LITE2} or a timm model")
-    add("--metrics", help=f"some of {','.join(METRICS)} (default: all that can be had); is: over splits of "
-        "about 5,000 images, an .npz in its order, a folder shuffled")
+    add("--metrics", help=f"some of {','.join(METRICS)} (default: all available); is: over splits of about "
+        "5,000 images, an .npz in its order, a folder shuffled")
     add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(WEIGHTS))
-    add("--download", action="store_true", help="fetch the Inception weights once (95 MB)")
+    add("--download", action="store_true", help="download the Inception weights once (95 MB)")
     add("--features-weights", metavar="FILE", type=existing_path, help="of a timm model, not the hub's")
     add("--resolution", type=positive_int, help="centre-crop the images of folders to this size, as ADM does")
     add("--save-stats", metavar="FILE", type=path_name,
-        help="write REF's statistics to an .npz; SAMPLES may be left out")
-    add("--json", metavar="FILE", type=path_name, help="write the numbers there")
+        help="write REF's statistics to an .npz; SAMPLES is optional then")
+    add("--json", metavar="FILE", type=path_name, help="write the results to this file")
     add("--batch-size", type=positive_int, default=64, help="per process")
-    add("--num-workers", type=count, default=min(8, os.cpu_count()), help="decoding processes")
+    add("--num-workers", type=count, default=min(8, os.cpu_count()), help="processes that read images")
     add("--device", default="auto")
-    add("--ckpt", metavar="FILE", type=existing_path, help="judge this (without REF: the newest under exps/)")
-    add("--vae-ckpt", type=path_name,
-        help="the VAE, where the checkpoint has none: file, folder or hub id")
-    add("--data-dir", metavar="DIR", type=existing_path, help="its reference images (default: the run's own)")
+    add("--ckpt", metavar="FILE", type=existing_path,
+        help="evaluate this checkpoint (without REF: the newest under exps/)")
+    add("--vae-ckpt", type=path_name, help="the VAE, if the checkpoint has none: file, folder or hub id")
+    add("--data-dir", metavar="DIR", type=existing_path,
+        help="the checkpoint's reference images (default: its training data)")
     add("--num-samples", type=positive_int, help="default: as many as reference images, 50,000 at most")
-    add("--reconstruct", action="store_true", help="judge the checkpoint's VAE: rFID, PSNR, SSIM")
+    add("--reconstruct", action="store_true", help="evaluate the checkpoint's VAE: rFID, PSNR, SSIM")
     add_sampler_flags(parser)
     args = parser.parse_args(argv)
     args.sampler = sampler_settings(args)
-    args.metrics = args.metrics and args.metrics.split(",")
-    unknown = set(args.metrics or ()) - METRICS.keys()
-    for wrong, line in (
-            (unknown, f"--metrics {','.join(unknown)}: unknown; take some of {','.join(METRICS)}"),
-            (args.features_weights and args.features in (None, "inception", *EMBEDDED),
-             "--features-weights goes with --features and a timm model's name"),
-            ((args.inception_weights or args.download) and args.features not in (None, "inception"),
-             f"--inception-weights and --download go with --features inception, not {args.features}"),
-            (args.save_stats and not args.save_stats.endswith(".npz"), "--save-stats: FILE must end in .npz"),
-            (args.json and os.path.isdir(args.json), f"--json {args.json}: a folder; name a file"),
-            (args.ref and args.data_dir, "REF and --data-dir mean the same; give one of them"),
-            (args.samples and (args.ckpt or args.num_samples or args.reconstruct),
-             "--ckpt, --num-samples and --reconstruct make the images to judge; SAMPLES names others"),
-            (args.ref and not args.ckpt and (args.num_samples or args.reconstruct),
-             "--num-samples and --reconstruct go with --ckpt FILE, or without REF"),
-            (args.ref and not (args.samples or args.ckpt or args.save_stats),
-             "SAMPLES is missing: fid.py REF SAMPLES, or REF --ckpt FILE to draw them"),
-            (args.reconstruct and args.num_samples, "--reconstruct takes every image; drop --num-samples"),
-            (args.resolution and (args.ckpt or not args.ref), "--resolution: a checkpoint brings its own")):
-        if wrong:
-            raise UserError(line)
+    args.metrics = args.metrics.split(",") if args.metrics else []
+    unknown = ",".join(set(args.metrics) - set(METRICS))
+    require(not unknown, f"--metrics {unknown}: unknown; take some of {','.join(METRICS)}")
+    require(not (args.json and os.path.isdir(args.json)), f"--json {args.json}: a folder; name a file")
+    require(not args.features_weights or args.features not in (None, "inception", *EMBEDDED),
+            "--features-weights goes with --features and a timm model's name")
+    require(args.features in (None, "inception") or not (args.inception_weights or args.download),
+            f"--inception-weights and --download go with --features inception, not {args.features}")
+    args.from_checkpoint = bool(args.ckpt or not args.ref)
+    require(args.from_checkpoint or args.samples or args.save_stats,
+            "SAMPLES is missing: fid.py REF SAMPLES, or REF --ckpt FILE to generate them")
+    require(args.from_checkpoint or not (args.num_samples or args.reconstruct),
+            "--num-samples and --reconstruct go with --ckpt FILE, or without REF")
+    require(not (args.from_checkpoint and (args.samples or args.resolution)),
+            "a checkpoint generates the images to evaluate, at its resolution; drop SAMPLES and --resolution")
+    require(not (args.ref and args.data_dir), "REF and --data-dir mean the same; give one of them")
+    require(not (args.reconstruct and args.num_samples),
+            "--reconstruct takes every image; drop --num-samples")
     inputs = args.ref, args.samples, args.ckpt, args.vae_ckpt, args.inception_weights, args.features_weights
+    files = [path for path in inputs if path and not os.path.isdir(path)]
     for out in filter(None, (args.save_stats, args.json)):
-        check_output(out, [path for path in inputs if path and not os.path.isdir(path)])
+        check_output(out, files)
     return args
 
 
 def open_sources(args, device):
-    """[REF, SAMPLES], or [REF] for its statistics alone, as the flags say."""
-    if args.ref and not args.ckpt:
-        return [ImageSet(path, args.resolution) for path in (args.ref, args.samples) if path]
-    ckpt = Path(args.ckpt) if args.ckpt else newest_checkpoint()
+    """(reference, samples) of the flags; samples are None for --save-stats alone."""
+    if not args.from_checkpoint:
+        return ImageSet(args.ref, args.resolution), args.samples and ImageSet(args.samples, args.resolution)
+    ckpt = Path(args.ckpt or newest_checkpoint())
     model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile, args.ema)
     size, data = model.args["resolution"], args.ref or args.data_dir or model.args.get("data_dir")
-    if not data or not Path(data).exists():
-        raise UserError(f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")
+    require(data and Path(data).exists(),
+            f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")
     ref = ImageSet(data, size)
-    if not args.reconstruct:
-        n = args.num_samples or min(ref.n or ref.marks.get("n") or 50_000, 50_000)
-        return [ref, Samples(ckpt, model, n, args.sampler, args.label_sampling)]
-    if ref.n == 0 or ref.shape != (size, size):
-        raise UserError(f"{data}: --reconstruct needs images, of {size}x{size} pixels")
-    return [ref, Reconstructions(ckpt, model, ImageSet(data, size))]
+    if args.reconstruct:
+        require(ref.n > 0 and ref.shape == (size, size),
+                f"{data}: --reconstruct needs images, of {size}x{size} pixels")
+        return ref, Reconstructions(ckpt, model, ref)
+    n = args.num_samples or min(count_images(ref) or 50_000, 50_000)
+    return ref, Samples(ckpt, model, n, args.sampler, args.label_sampling)
 
 
-def check(sources, net):
-    """Refuse what would give a wrong number, and return lines on what could be misread. Statistics in a file
-    must be of this network; beside images, those of another are not used. Raises UserError."""
+def count_images(source):
+    """The number of images, or of those behind a file's statistics (0: unknown)."""
+    return source.n or source.stats_info.get("n", 0)
+
+
+def check_source(source, net):
+    """Raises UserError for fewer than four images and for statistics of another network; beside images such
+    statistics are dropped."""
+    if source.stats:
+        width = len(source.stats["pool"][0])
+        name = source.stats_info.get("features", "inception" if width == 2048 else net.name)
+        sha256 = source.stats_info.get("sha256", net.sha256)
+        if (name, sha256, width) != (net.name, net.sha256, net.channels):
+            require(source.n > 0, f"{source.path}: statistics of {name}'s {width} features ({sha256[:8]}), "
+                    f"not of {net.name}'s {net.channels} ({net.sha256[:8]}); see --features")
+            source.stats = {}
+    require(source.n >= 4 or source.stats,
+            f"{source.path}: {source.n} image(s); a distribution needs at least four")
+
+
+def find_warnings(sources, net):
+    """Lines about what could be misread."""
     lines, shapes = [], {tuple(source.shape) for source in sources if source.shape}
-    for source in [source for source in sources if isinstance(source, ImageSet)]:
-        if source.others:
-            lines.append(f"{source.path}: {source.n} images; not read, other files: {dict(source.others)}")
-        lines += filter(None, [several_frames(source.path, source.files)])
-        width = len(source.given["pool"][0]) if source.given else net.channels
-        name = source.marks.get("features", "inception" if width == 2048 else net.name)
-        sha256 = source.marks.get("sha256", net.sha256)
-        if source.given and (name, sha256, width) != (net.name, net.sha256, net.channels):
-            source.given = {}
-            if source.n == 0:
-                raise UserError(f"{source.path}: statistics of {name}'s {width} features ({sha256[:8]}), not "
-                                f"of {net.name}'s {net.channels} ({net.sha256[:8]}); see --features")
-        if source.given and not source.marks and "spatial" not in source.given:     # sFID's only ADM writes
-            meant = f"{name}'s" if name != "inception" else "ADM's (TensorFlow's resize)"
-            lines.append(f"{source.path}: unmarked statistics, taken for {meant}; those of tools that resize "
-                         "otherwise, as pytorch-fid's own files, do not fit")
     for source in sources:
-        n = source.n or (source.marks.get("n", 0) if source.given else 0)
-        if source.n < 4 and not source.given:
-            raise UserError(f"{source.path}: {n} image(s); a distribution needs at least four")
+        n = count_images(source)
+        if source.stats and not source.stats_info and "spatial" not in source.stats:        # ADM's have it
+            origin = "ADM's (TensorFlow's resize)" if net.name == "inception" else f"{net.name}'s"
+            lines.append(f"{source.path}: statistics of unknown origin, assumed to be {origin}; those of "
+                         "tools with another resize, such as pytorch-fid, are not comparable")
         if 0 < n <= net.channels:
             lines.append(f"warning: {source.path}: {n} images are too few for {net.channels} features; "
                          "compare such a distance only with others of as many images")
     if len(shapes) > 1:
         lines.append(f"warning: reference and samples differ in size (height, width): {sorted(shapes)}")
-    ref, samples = (source.path.resolve() for source in (sources[0], sources[-1]))
+    ref, samples = sources[0].path.resolve(), sources[-1].path.resolve()
     if len(sources) == 2 and (ref.is_relative_to(samples) or samples.is_relative_to(ref)):
         lines.append("warning: reference and samples are the same, or one is part of the other")
     return lines
+
+
+def choose_metrics(asked, ref, samples, net):
+    """The names in `asked`; if empty, all that the sources and the network allow, without those that compare
+    all pairs of more than 100,000 images. Raises UserError for one that is not available."""
+    def has(source, need):
+        return need in (*net.outputs, "features") if source.n >= 4 else need in source.stats
+
+    available = [metric for metric, need in METRICS.items()
+                 if has(samples, need) and (metric == "is" or has(ref, need))]
+    missing = ",".join(set(asked) - set(available))
+    require(not missing, f"--metrics {missing}: not available: sfid and is are defined on Inception's "
+            "features; statistics without images give only fid and sfid")
+    if max(ref.n, samples.n) > 100_000:
+        available = [metric for metric in available if METRICS[metric] != "features"]
+    return asked or available
 
 
 def main():
@@ -496,52 +547,48 @@ def main():
     device = pick_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True      # as sample.py samples
     processes = start_processes(device)
-    rank, world = processes.rank, processes.world
-    if (args.ckpt or not args.ref) and not args.reconstruct:                         # it draws
+    args.compile = args.compile and can_compile(device, processes)
+    if args.download:
+        download_inception(processes)
+    if args.from_checkpoint and not args.reconstruct:
         args.sampler["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
-    sources, net = open_sources(args, device), load_features(args)
-    ref, samples, lines = sources[0], sources[-1], check(sources, net)
+    ref, samples = open_sources(args, device)
+    net, sources = load_features(args), [ref, samples] if samples else [ref]
+    for source in sources:
+        check_source(source, net)
+    lines = find_warnings(sources, net)
     if args.ema and isinstance(samples, Samples):
-        lines += filter(None, [warn_of_short_average(samples.model)])
+        lines.append(warn_of_short_average(samples.model))
     if args.features is None and net.name == LITE2:
         lines.append(f"features: {LITE2}; Inception's weights are not here (see --download)")
-    wanted = args.metrics or (["fid"] if args.reconstruct else list(METRICS))
-    every = {"pool", "spatial", "logits", "rows"} if net.name == "inception" else {"pool", "rows"}
-    r, s = (every if source.n >= 4 else source.given.keys() for source in (ref, samples))
-    metrics = [m for m in wanted if METRICS[m] in s and (m == "is" or METRICS[m] in r)]
-    if args.metrics and metrics != wanted:
-        raise UserError(f"--metrics {','.join(set(wanted) - set(metrics))}: sfid and is are defined on "
-                        "Inception's features; statistics without images give only fid and sfid")
-    if not args.metrics and max(ref.n, samples.n) > 100_000:        # all pairs of them: only where asked for
-        metrics = [m for m in metrics if METRICS[m] != "rows"]
-    if args.save_stats and ref.n < 4:
-        raise UserError(f"--save-stats: {ref.path} holds statistics already, and {ref.n} images")
-    if world > 1:                                               # each machine reads its own copies: the same?
-        seen = [None] * world
-        here = [net.sha256[:8], *((source.n, source.shape) for source in sources)]
-        dist.all_gather_object(seen, here, group=processes.host)
-        if any(other != seen[0] for other in seen):
-            raise UserError(f"the machines hold different images or weights: {seen}")
-    if rank == 0 and lines:
-        print(*lines, sep="\n")
+    asked = args.metrics or (["fid"] if args.reconstruct else [])
+    metrics = choose_metrics(asked, ref, samples, net) if samples else []
+    require(not args.save_stats or ref.n >= 4,
+            f"--save-stats: {ref.path} holds statistics already, and {ref.n} images")
+    here = [net.sha256, *((source.n, source.shape) for source in sources)]
+    first = processes.from_first(here)
+    if processes.any(here != first):                                  # each machine reads its own files
+        raise UserError(f"the machines hold different images or weights: {here}, on process 0 {first}")
+    for line in filter(None, lines):
+        processes.say(line)
     net.to(device, memory_format=memory_format(device))
-    results = evaluate(sources, net, metrics if len(sources) == 2 else [], args.save_stats,
-                       device=device, rank=rank, world=world, group=processes.host,
-                       num_workers=args.num_workers, batch_size=args.batch_size)
+    results = evaluate(ref, samples, net, metrics, device, args.save_stats, processes,
+                       batch_size=args.batch_size, num_workers=args.num_workers)
     if args.reconstruct:
-        if world > 1:
+        if processes.world > 1:
             dist.all_reduce(samples.quality, group=processes.host)
-        results |= dict(zip(("psnr", "ssim"), (samples.quality / samples.n).tolist()))
-    if rank == 0:
+        results["psnr"], results["ssim"] = (samples.quality / samples.n).tolist()
+    if processes.rank == 0:
         names = [f"{source.path} ({source.n or 'statistics'})" for source in reversed(sources)]
         print(f"{net.name} {net.sha256[:8]}: " + " against ".join(names))
         for name, value in results.items():
-            label = f"r{name}" if args.reconstruct and name.startswith("f") else name
+            label = f"r{name}" if args.reconstruct and name == net.distance else name
             print(f"  {label:<28}{value:.6g}")
-    if rank == 0 and args.json:
-        n = [source.n or source.marks.get("n", 0) for source in sources]
-        record = results | dict(n_reference=n[0], n_samples=sum(n[1:]), features=net.name,
-                                weights_sha256=net.sha256, resolution=list(samples.shape or ()),
+    if processes.rank == 0 and args.json:
+        n_samples = count_images(samples) if samples else 0
+        record = results | dict(n_reference=count_images(ref), n_samples=n_samples,
+                                features=net.name, weights_sha256=net.sha256,
+                                resolution=list(sources[-1].shape or ()),
                                 seconds=round(time.time() - start, 2))
         write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
     end_processes(processes)
