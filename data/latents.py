@@ -1,0 +1,58 @@
+"""latents.py: the latents of a frozen VAE, written to files once; data/images.py's ImageFolder reads them."""
+import math
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import images
+from support.files import is_whole_archive, write_atomic
+
+
+def write_latents(dataset, folder, numbers, encode, num_workers, show):
+    """Write the chunk files of these numbers, each atomically; one set of loader processes for all."""
+    chunks = [range(k * images.CHUNK, min((k + 1) * images.CHUNK, len(dataset))) for k in numbers]
+    batches = [[(i, False) for i in chunk[start:start + 32]]
+               for chunk in chunks for start in range(0, len(chunk), 32)]
+    loader, known = images.load_batches(dataset, batches, num_workers), set()
+    for k, chunk in zip(numbers, tqdm(chunks, "caching latents", disable=not show)):
+        rows = []
+        for _ in range(0, len(chunk), 32):
+            x, _, errors = next(loader)
+            images.report_unreadable(errors, known, len(dataset))
+            rows.append(encode(x).half().cpu())
+            rows[-1][torch.tensor([error != "" for error in errors])] = math.nan
+        write_atomic(images.chunk_file(folder, k), lambda tmp: torch.save(torch.cat(rows), tmp))
+
+
+def cache_latents(dataset, output_dir, digest, encode, num_workers, processes):
+    """Write the posterior's moments of all images, float16 [1024, 2C, h, w] per file (NaN: an unreadable
+    image), the work split over the processes. Files of an earlier run stay, unless a checksum in them is
+    wrong. Returns the folder, whose name is a hash of VAE, settings and images. digest: hashlib's, of the VAE
+    and its settings. encode: images, uint8 [B, 3, R, R] -> moments [B, 2C, h, w]."""
+    folder = None
+    if processes.rank == 0:
+        for path in dataset.files:              # names, sizes, times of change (ctime cannot be set by hand)
+            stat = os.stat(path)
+            digest.update(path + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} ".encode())
+        folder = f"{output_dir}/latents-{digest.hexdigest()[:16]}"
+    folder = processes.from_first(folder)
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    files = math.ceil(len(dataset) / images.CHUNK)
+    everywhere = range(processes.rank, files, processes.world)
+    on_this_machine = range(local_rank, files, local_world)      # others' as well, where disks are not shared
+    show, whole = processes.rank == 0, set()
+    for mine in (everywhere, on_this_machine):
+        unchecked = [k for k in mine if k not in whole]
+        bar = tqdm(unchecked, "checking latents", delay=2, disable=not show)
+        missing = [k for k in bar if not is_whole_archive(images.chunk_file(folder, k))]
+        damaged = [file.name for file in (images.chunk_file(folder, k) for k in missing) if file.is_file()]
+        if damaged:
+            tqdm.write(f"{folder}: {len(damaged)} damaged files, written again: {', '.join(damaged[:5])}")
+        if missing:
+            write_latents(dataset, folder, missing, encode, num_workers, show)
+        whole.update(mine)
+        processes.wait()
+    processes.say(f"latents: read from {folder}")
+    return folder
