@@ -29,28 +29,30 @@ def parse_model(name):
 class LatentNorm(nn.BatchNorm2d):
     """Batch norm without affine over latents [B, C, h, w] (paper, 3.2): keeps the moving latents normalised.
 
-    In train mode it normalises with the statistics of the micro-batch over all processes (biased variance);
-    `update_statistics` moves the running ones; in eval mode, as `normalize`, with the running ones. In
-    train mode z must carry no graph (the training step detaches it): then a backward pass has nothing to
-    communicate, and one all_reduce in the forward replaces SyncBatchNorm, on gloo as on NCCL."""
+    Called, it normalises with the statistics of the micro-batch over all processes (biased variance), and
+    `update_statistics` moves the running ones once per step. With fixed=True (over a frozen VAE, and for
+    --fixed-latent-stats) it always normalises with the running ones, and these do not move. z must carry no
+    graph: then it equals SyncBatchNorm(affine=False), and also runs on gloo."""
 
-    def __init__(self, channels, momentum=0.1):
+    def __init__(self, channels, momentum=0.1, fixed=False):
         super().__init__(channels, LATENT_EPS, momentum, affine=False)
+        self.fixed = fixed
         self.moments = []                       # of the micro-batches since the last update, [2, C] each
-        self.values = 0                          # in them, per channel, over all processes
+        self.values = 0                         # in them, per channel, over all processes
 
-    def start(self, mean, std):
+    def set_statistics(self, mean, std):
         """Set the running statistics, [C] each."""
         self.running_mean.copy_(mean)
         self.running_var.copy_(std.square() - self.eps)
 
     def forward(self, z):
-        if not self.training:
+        assert not z.requires_grad, "the latent norm takes sg(z)"
+        if self.fixed:
             return self.normalize(z)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        d = z - self.running_mean.view(1, -1, 1, 1)             # less the mean: no cancellation in float32
+        d = z - self.running_mean.view(1, -1, 1, 1)          # shifted by the running mean: no cancellation
         means = torch.stack([d.mean((0, 2, 3)), d.square().mean((0, 2, 3))])
-        if world > 1:                                       # every process holds an equal share of the batch
+        if world > 1:                                         # the per-process batch sizes are equal
             dist.all_reduce(means)
             means /= world
         self.moments.append(means)
@@ -59,26 +61,28 @@ class LatentNorm(nn.BatchNorm2d):
         return (d - mean.view(1, -1, 1, 1)) / (var + self.eps).sqrt().view(1, -1, 1, 1)
 
     def update_statistics(self):
-        """Once per optimizer step: move the running statistics towards the pooled moments of its micro-batches
-        (unbiased variance)."""
+        """Once per optimizer step: move the running statistics towards the pooled moments of its
+        micro-batches (unbiased variance)."""
         if self.moments:
-            mean, square = torch.stack(self.moments).mean(0)                   # micro-batches are equally large
+            mean, square = torch.stack(self.moments).mean(0)                # micro-batches are equally large
             n = self.values
             self.running_var.lerp_((square - mean.square()) * (n / max(n - 1, 1)), self.momentum)
             self.running_mean.lerp_(self.running_mean + mean, self.momentum)
             self.num_batches_tracked += 1
         self.moments, self.values = [], 0
 
-    def running(self):
+    def stats(self):
+        """(mean, std) that broadcast over latents."""
         return self.running_mean.view(1, -1, 1, 1), (self.running_var + self.eps).sqrt().view(1, -1, 1, 1)
 
     def normalize(self, z):
-        mean, std = self.running()
+        """By the running statistics; gradients reach z."""
+        mean, std = self.stats()
         return (z - mean) / std
 
     def denormalize(self, z):
         """The exact inverse of `normalize` (the release forgets eps here)."""
-        mean, std = self.running()
+        mean, std = self.stats()
         return z * std + mean
 
 
@@ -109,6 +113,7 @@ class SiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn.fused_attn = torch.accelerator.is_available()       # the fused kernel is slower on a CPU
         self.mlp = Mlp(width, 4 * width, act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -142,12 +147,13 @@ def sincos_positions(width, grid):
 
 class SiT(nn.Module):
     """model: e.g. 'SiT-XL/2'; size: latent height = width; channels: of the latents; projectors: modules D ->
-    C_i, one per alignment target, that read the raw output of block `encoder_depth` (counted from 1).
-    null_class: the label for "no label", num_classes, or None when cfg_prob is 0. Raises UserError for an
-    unknown model, a latent size the patch does not divide, or a depth out of range."""
+    C_i, one per target encoder, that read the raw output of block `encoder_depth` (counted from 1);
+    fixed_stats: of the latent norm. null_class: the label for "no label", num_classes, or None when cfg_prob
+    is 0. Raises UserError for an unknown model, a patch that does not divide the latent size, or a depth out
+    of range."""
 
     def __init__(self, model, size, channels, num_classes, cfg_prob=0.1, qk_norm=False, encoder_depth=8,
-                 projectors=(), bn_momentum=0.1):
+                 projectors=(), bn_momentum=0.1, fixed_stats=False):
         super().__init__()
         depth, width, heads, patch = parse_model(model)
         if size % patch:
@@ -161,13 +167,13 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(size, patch, channels, width)
         self.t_embedder = TimestepEmbedder(width)
         labels = nn.Embedding(num_classes + (cfg_prob > 0), width)        # its last row is the null class
-        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=labels))                   # [B] -> [B, D]
-        # A Parameter, as released, but one that never trains: in the release a switch turned its gradient on.
+        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=labels))   # named as released
+        # A Parameter, as released, that never trains (there requires_grad(model, True) unfreezes it).
         self.pos_embed = nn.Parameter(sincos_positions(width, size // patch), requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.projectors = nn.ModuleList(projectors)
         self.final_layer = FinalLayer(width, patch * patch * channels)
-        self.bn = LatentNorm(channels, bn_momentum)
+        self.bn = LatentNorm(channels, bn_momentum, fixed_stats)
         self.initialize()
 
     def initialize(self):
@@ -184,12 +190,6 @@ class SiT(nn.Module):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def place(self, device):
-        """Move to the device; on a CPU, attention goes without the fused kernel, slower there in bf16."""
-        for block in self.blocks:
-            block.attn.fused_attn = torch.device(device).type != "cpu"
-        return self.to(device)
-
     def compile_blocks(self):
         """torch.compile on the blocks (one graph serves all) and on nothing else: no graph break."""
         for block in self.blocks:
@@ -198,14 +198,14 @@ class SiT(nn.Module):
     def first_blocks(self, x, t, y):
         """Blocks 1 to encoder_depth: their output h, the conditioning c, and h through the projectors."""
         c = self.t_embedder(t) + self.y_embedder(y)                                        # [B, D]
-        x = self.x_embedder(x.contiguous())             # so is its gradient then, as DDP's buckets want it
+        x = self.x_embedder(x.contiguous())    # so its weight's gradient is contiguous, as in DDP's buckets
         h = x + self.pos_embed                                                             # [B, N, D]
         for block in self.blocks[:self.encoder_depth]:
             h = block(h, c)
         return h, c, [projector(h) for projector in self.projectors]                       # [B, N, C_i] each
 
-    def align(self, x, t, y):
-        """The alignment-only pass: blocks 1 to encoder_depth and the projectors; no later block, no head."""
+    def forward_projections(self, x, t, y):
+        """Blocks 1 to encoder_depth and the projectors alone; no later block, no head."""
         return self.first_blocks(x, t, y)[2]
 
     def forward(self, x, t, y):
@@ -223,9 +223,9 @@ class SiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, self.channels, grid * p, grid * p)
 
 
-def sit_of(tensors, args, what):
-    """A SiT of the model and sizes that these tensors of one (without projectors) show, not yet with them.
-    args: settings of its training, for what no tensor shows: which rows are classes. Raises UserError."""
+def infer_sit(tensors, args, what):
+    """A new SiT whose sizes are inferred from a state dict without projectors (its weights are not loaded).
+    args: settings of its training, which say how many label rows are classes. Raises UserError."""
     names = {(blocks, width): size for size, (blocks, width, _) in SIZES.items()}
     try:
         width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
@@ -256,8 +256,8 @@ def interpolate(z, t, eps, path_type):
     return alpha * z + sigma * eps, d_alpha * z + d_sigma * eps
 
 
-def draw_times(shape, path_type, weighting, generator, device):
-    """Training times: uniform on [0, 1], or 'lognormal' (EDM's, arXiv 2206.00364) mapped onto the path."""
+def sample_timesteps(shape, path_type, weighting, generator, device):
+    """Training timesteps: uniform on [0, 1], or 'lognormal' (EDM's, arXiv 2206.00364) mapped onto a path."""
     if weighting == "uniform":
         return torch.rand(shape, generator=generator, device=device)
     s = torch.randn(shape, generator=generator, device=device).exp()           # sigma / alpha

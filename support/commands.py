@@ -1,5 +1,6 @@
-"""commands.py: what every command line here shares: errors in one line, a parser, types for its arguments."""
+"""commands.py: what the command lines share: one-line errors, signals, types of arguments, settings."""
 import argparse
+import dataclasses
 import errno
 import io
 import math
@@ -18,48 +19,54 @@ class UserError(Exception):
     """A mistake in a flag, a path or a file: the message says what was wrong and what to type instead."""
 
 
+def require(condition, message):
+    """Raises UserError(message) unless the condition is true."""
+    if not condition:
+        raise UserError(message)
+
+
 def one_line(e):
-    """The first line of an exception's message, 80 characters at most; its class where it has none."""
+    """The first line of an exception's message, at most 80 characters; its class name if it is empty."""
     return (str(e).splitlines() or [type(e).__name__])[0][:80]
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)                               # of a disk
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)                     # a full or failing disk
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without the usage block: a bad flag is one line too."""
+    """argparse that raises UserError, without the usage block."""
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
-def memory_ended(e, instead):
-    """The line to print where an exception says that memory, or a loader's shared memory, is not enough; None
-    for others. instead: the flags that need less."""
-    text = str(e)
-    ended = re.search(r"MPS backend out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", text)
-    if ended or isinstance(e, torch.OutOfMemoryError):
-        tried = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
-        total = re.search(r"total capacity of ([\d.]+ \w+)", text)
-        size = f"{tried[1]} more were asked for" if tried else one_line(e)
-        if total:
-            size += f", it has {total[1]}"
-        return f"the GPU's memory is not enough ({size}): {instead}"
-    asked = re.search(r"(can't allocate|not enough) memory: you tried to allocate (\d+) bytes", text)
-    if asked or isinstance(e, MemoryError):
-        size = f"{int(asked[2]) / 2 ** 30:.2f} GiB more were asked for" if asked else one_line(e)
-        return f"memory is not enough ({size}): {instead}"
-    if re.search(r"Bus error|shared memory object|shared memory\(shm\)|torch_shm|</torch_\d+", text):
-        return ("a loader process has no shared memory left: --num-workers 0, or more of it (docker run "
+def oom_message(e, less_memory):
+    """The error line for an exception that means out of memory: of the GPU, the host, or the shared memory of
+    loader processes; "" for other exceptions. less_memory: the flags that need less."""
+    text = f"{e} {e.__cause__ or ''}"                # PyTorch 2.6 names a loader's signal only in the cause
+    if re.search(r"Bus error|</torch_\d", text):
+        return ("a loader process is out of shared memory: try --num-workers 0, or give it more (docker run "
                 "--shm-size=8g)")
-    if "DataLoader worker" in text and re.search(r"killed by signal: Killed|exited unexpectedly", text):
-        return f"a loader process was killed, most likely for memory: a smaller --num-workers, or {instead}"
-    return None
+    if re.search(r"DataLoader worker.*(killed by signal: Killed|exited unexpectedly)", text):
+        return ("a loader process was killed, most likely out of memory: try a smaller --num-workers, or "
+                f"{less_memory}")
+    cuda = isinstance(e, torch.OutOfMemoryError)
+    if not cuda and not isinstance(e, MemoryError) and not re.search(
+            r"MPS backend out of memory|STATUS_ALLOC_FAILED|you tried to allocate", text):
+        return ""
+    tried = re.search(r"[Tt]ried to allocate ([\d.]+) (\w+)", text)
+    total = re.search(r"total capacity of ([\d.]+ \w+)", text)
+    details = one_line(e)
+    if tried:
+        size, unit = tried.groups()
+        if unit == "bytes":
+            size, unit = f"{int(size) / 2 ** 30:.2f}", "GiB"
+        details = f"tried to allocate {size} {unit}" + (f" of {total[1]} total" if total else "")
+    return f"{'CUDA ' if cuda else ''}out of memory: {details}; try {less_memory}"
 
 
 class Output(io.FileIO):
-    """stdout or stderr, which may lose its reader (`| head`, a closed terminal): from then on it is
-    /dev/null."""
+    """stdout or stderr. Once its reader is gone (`| head`, a closed terminal), it writes to /dev/null."""
 
     def write(self, data):
         try:
@@ -73,32 +80,25 @@ class Output(io.FileIO):
             return super().write(data)
 
 
-def keep_printing(stream):
-    """The process's own stdout or stderr as an Output, with backslashes for what it cannot encode."""
-    stream.flush()
-    file = Output(stream.fileno(), "w", closefd=False)
-    unbuffered = isinstance(stream.buffer, io.RawIOBase)                                     # python -u
-    return io.TextIOWrapper(file if unbuffered else io.BufferedWriter(file), stream.encoding,
-                            "backslashreplace", line_buffering=stream.line_buffering,
-                            write_through=stream.write_through)
-
-
 def run_command(main, less_memory="a smaller --batch-size"):
-    """Run `main()`. A UserError, an OSError about a file or a full disk, or the end of memory (less_memory:
-    the flags that need less) becomes one line on stderr and exit code 2; bugs keep their traceback. File
-    names that are not UTF-8 print with backslashes. main() goes on when stdout or stderr loses its reader."""
+    """Run `main()`. A UserError, an OSError about a file or a full disk, and out of memory (less_memory: the
+    flags that need less) become one line on stderr and exit code 2; bugs keep their traceback. What stdout
+    and stderr cannot encode is printed with backslashes; main() continues when their reader is gone."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream and stream is getattr(sys, f"__{name}__"):
-            setattr(sys, name, keep_printing(stream))
-        elif hasattr(stream, "reconfigure"):                              # tests capture what is printed
-            stream.reconfigure(errors="backslashreplace")
+        if stream and stream is getattr(sys, f"__{name}__"):              # neither closed nor captured
+            stream.flush()
+            buffer = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace",
+                                                line_buffering=True))
     try:
         main()
     except (UserError, OSError, RuntimeError, MemoryError) as e:
-        of_a_file = isinstance(e, OSError) and (e.filename is not None or e.errno in NO_ROOM)
-        line = str(e) if of_a_file or isinstance(e, UserError) else memory_ended(e, less_memory)
-        if line is None:
+        about_a_file = isinstance(e, OSError) and (e.filename is not None or e.errno in DISK_ERRORS)
+        line = str(e) if about_a_file or isinstance(e, UserError) else oom_message(e, less_memory)
+        if re.search("gloo/transport.* by peer", str(e)):
+            line = "another process of this run ended, see its output"
+        if not line:
             raise
         rank = os.environ.get("RANK", "0")
         who = "error" if rank == "0" else f"error (rank {rank})"
@@ -109,15 +109,16 @@ def run_command(main, less_memory="a smaller --batch-size"):
         sys.exit(130)
 
 
-# How a person, a terminal that closes, or a cluster asks to stop: Ctrl-C, SIGTERM, SIGHUP, and often SIGUSR1.
+# Signals that end a run after a checkpoint. Clusters often send SIGUSR1 before the time limit.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
                 if hasattr(signal, name)]
-SAME_REQUEST = 5                           # seconds: terminal, shell and torchrun each pass a signal on
+SAME_REQUEST = 5                           # seconds: terminal, shell and torchrun each forward a signal
 
 
 def catch_signals():
-    """From now on STOP_SIGNALS end nothing: returns the list that takes when each came. One that comes more
-    than SAME_REQUEST seconds after the first ends the process at once. nohup's SIGHUP stays ignored."""
+    """From now on STOP_SIGNALS end nothing; the list returned holds the time of each one received. One that
+    comes more than SAME_REQUEST seconds after the first ends the process at once. SIGHUP stays ignored under
+    nohup."""
     times = []
 
     def on_signal(number, frame):
@@ -132,17 +133,17 @@ def catch_signals():
 
 
 def check_output(out, inputs):
-    """Raises UserError where a file to be written is one of those that are read, or in a folder of them."""
+    """Raises UserError if the file `out` is one of the inputs, or exists in a folder that is."""
     target = Path(os.path.realpath(out))
     for path in map(Path, map(os.path.realpath, inputs)):
         if target == path or os.path.exists(out) and target.is_relative_to(path):
-            raise UserError(f"{out}: this file is read, it is not written over; name another")
+            raise UserError(f"{out}: refusing to overwrite an input file; give another name")
 
 
-# --- Types for argparse: each says what it wants where it gets something else -------------------------------
+# --- Types of arguments, for argparse -----------------------------------------------------------------------
 
 def argument(convert, accepts, wanted):
-    """A type= for argparse: convert(text) where `accepts` is true of it, else an error "must be `wanted`"."""
+    """A type= for argparse: convert(text) if `accepts` is true of it, else the error "must be `wanted`"."""
     def parse(text):
         try:
             value = convert(text)
@@ -173,6 +174,25 @@ plain_name = argument(str, lambda name: PureWindowsPath(name).name == name != ""
                       "one plain name, without / or \\ and not hidden")
 
 
-def path_name(text):
-    """A path, with ~ expanded."""
-    return os.path.expanduser(text)
+# --- Settings: a dataclass whose fields are flags -----------------------------------------------------------
+
+def option(default, help, kind=str, choices=None):
+    """A field of the dataclass; kind: its type for argparse."""
+    return dataclasses.field(default=default, metadata=dict(help=help, type=kind, choices=choices))
+
+
+def parse_settings(config_class, presets, description, argv=None):
+    """(the settings, the set of names that were typed): flag > preset > default. The field `preset` names one
+    of `presets`, {name: {field: value}}. Raises UserError."""
+    parser = Parser(description=description)
+    for f in dataclasses.fields(config_class):
+        arguments = dict(f.metadata)
+        if f.type is bool:
+            arguments = dict(help=f.metadata["help"], action=argparse.BooleanOptionalAction)
+        if f.default != "":
+            arguments["help"] += f" ({f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
+    typed = vars(parser.parse_args(argv))
+    preset = typed.get("preset", config_class.preset)
+    require(preset in presets, f"--preset {preset}: unknown; take one of {', '.join(presets)}")
+    return config_class(**(presets[preset] | typed)), set(typed)

@@ -1,4 +1,4 @@
-"""files.py: files written whole or not at all, and files of tensors read without running what is in them."""
+"""files.py: atomic writes, the lock of a folder, and weights files read without running code in them."""
 import argparse
 import errno
 import hashlib
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from support.commands import UserError, one_line
+from support.commands import UserError, one_line, require
 
 try:
     import fcntl
-except ImportError:                                                   # Windows: two runs are not told apart
+except ImportError:                                                   # Windows: there is no lock
     fcntl = None
 
 
 # --- Writing ------------------------------------------------------------------------------------------------
 
 def if_supported(call, *args):
-    """call(*args), ignoring that the file system lacks this call, as CIFS and ZFS lack some."""
+    """call(*args); does nothing where the file system lacks this call (CIFS and ZFS lack some)."""
     try:
         call(*args)
     except OSError as e:
@@ -42,7 +43,7 @@ def if_supported(call, *args):
 
 
 def open_special(path):
-    """A pipe, a device or what stdout or stderr goes to, open for writing; None for other files."""
+    """A pipe, a device, or what stdout or stderr is redirected to, open for writing; None for other files."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -55,8 +56,8 @@ def open_special(path):
 
 
 def write_atomic(path, write):
-    """Write a file atomically, with its folder: write(path), sync, rename. The target of a link is replaced,
-    not the link; a pipe or a device is written into. Raises UserError."""
+    """Write a file atomically: write(path of a temporary file), sync, rename. Creates its folder. Replaces
+    the target of a link, not the link; writes into a pipe or a device. Raises UserError."""
     target = Path(os.path.realpath(path))
     tmp = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
@@ -87,33 +88,38 @@ def save_npz(file, **arrays):
     write_atomic(file, write)
 
 
-def lock(folder, instead="--exp-name NAME names another"):
-    """Refuse a folder that a living run writes to (the lock goes with the process, however it ends). Returns
-    the lock's file, to be kept open. Raises UserError."""
+@contextmanager
+def lock(folder):
+    """Hold the lock of a run's folder, released when the process ends in any way, and delete the temporary
+    files of a killed run there. Raises UserError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)          # flock's would live on in the loaders
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder}: another run is writing to it; {instead}") from None
-    except OSError as e:
-        tqdm.write(f"{folder}: no locks on this file system ({e.strerror}); let no other run write to it")
-    return file
+    with open(folder / ".lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # flock's would survive in the loaders
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder}: another run is writing to it; give another --exp-name") from None
+        except OSError as e:
+            tqdm.write(f"{folder}: this file system has no locks ({e.strerror}); start only one run in it")
+        for kind in ("checkpoints", "images"):                        # sample.py may be writing beside them
+            for unfinished in (folder / kind).glob(".*.[0-9]*.tmp"):
+                unfinished.unlink()
+        yield
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
 
+# Of damaged files.
 READ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError,
                EOFError, SyntaxError, struct.error, zipfile.BadZipFile, zlib.error,
-               Image.DecompressionBombError)                                                # of damaged files
-# Of downloads. The hub's HTTP library differs between versions: HfHubHTTPError's bases are its error and
-# OSError. RuntimeError: of hf_xet, and timm's for a model without weights.
+               Image.DecompressionBombError)
+# Of downloads. The bases of HfHubHTTPError are OSError and the error of the hub's HTTP library, which differs
+# between versions. RuntimeError: of hf_xet, and of timm for a model without weights.
 HUB_ERRORS = (*HfHubHTTPError.__bases__, OSError, RuntimeError, HFValidationError, SafetensorError)
 
 
 def is_whole_archive(path):
-    """Whether all of a file of torch.save, a zip, can be read and agrees with its checksums."""
+    """Whether a file of torch.save, a zip, is complete and agrees with its checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -122,20 +128,19 @@ def is_whole_archive(path):
 
 
 def load_tensors(path):
-    """The dict in a file of torch.save or .safetensors, on the CPU; nothing is unpickled but tensors, plain
-    containers and the argparse.Namespace of released checkpoints. The tensors are mapped, so only those that
-    are used are read. Raises UserError naming the file."""
+    """The dict in a file of torch.save or .safetensors, on the CPU. Only tensors, plain containers and
+    argparse.Namespace (in released checkpoints) are unpickled. The file is mapped: tensors are read when they
+    are used. Raises UserError."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    require(path.is_file(), f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
-            with zipfile.ZipFile(path) as archive:        # torch compresses nothing: a bomb is not its file
-                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                    raise UserError(f"{path}: a compressed archive, not a weights file")
+            with zipfile.ZipFile(path) as archive:        # torch.save never compresses; a zip bomb does
+                require(sum(member.file_size for member in archive.infolist()) <= path.stat().st_size,
+                        f"{path}: a compressed archive, not a weights file")
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as e:
@@ -144,28 +149,27 @@ def load_tensors(path):
         raise UserError(f"{path}: not a readable weights file ({reason})") from None
     except (*READ_ERRORS, SafetensorError) as e:
         raise UserError(f"{path}: not a readable weights file ({one_line(e)})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: no state dict in it, but a {type(state).__name__}")
+    require(isinstance(state, dict), f"{path}: no state dict in it, but a {type(state).__name__}")
     return state
 
 
 def strip_wrappers(state):
-    """A state dict without DDP's "module." and torch.compile's "_orig_mod.", wherever in its keys."""
+    """A state dict without DDP's "module." and torch.compile's "_orig_mod." anywhere in its keys."""
     return {".".join(part for part in str(key).split(".") if part not in ("module", "_orig_mod")): value
             for key, value in state.items()}
 
 
 def load_into(module, state, what):
-    """load_state_dict, where a mismatch is one line that names the first offending tensor."""
+    """load_state_dict; raises a UserError that names the first tensor that does not fit."""
     try:
         module.load_state_dict(state)
-    except (RuntimeError, TypeError) as e:                                     # TypeError: it is not a dict
+    except (RuntimeError, TypeError) as e:                                     # TypeError: not a dict
         reason = str(e).splitlines()[:2][-1].strip()[:160]
         raise UserError(f"{what}: {reason}; is this a checkpoint of another model?") from None
 
 
 def hash_tensors(module):
-    """SHA-256, still open, of the values in a module's state dict."""
+    """hashlib's SHA-256 of the values in a module's state dict, to be updated further or read."""
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
