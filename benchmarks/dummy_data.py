@@ -1,16 +1,16 @@
-"""standins.py: files of the form that the paper's commands read, with noise and random weights in them.
+"""dummy_data.py: files as the paper's commands read them, with noise and random weights in them.
 
-    python experiments/standins.py DIR
+    python benchmarks/dummy_data.py DIR
 
 writes into DIR:
 
-    imagenet/train/n00000000/...       1,000 folders of two noisy JPEGs. The first three that training asks
-                                       for are one that cannot be read, a grey one and a CMYK one.
+    imagenet/train/n00000000/...       1,000 folders of two noisy JPEGs. The first three that training reads
+                                       are a damaged one, a grey one and a CMYK one.
     imagenet/few/...                   links to some of the folders
     pretrained/sdvae/sdvae-f8d4.pt     and beside it its latents' statistics and its discriminator
     pretrained/vavae/...               the same of an f16d32
-    pretrained/...                     DINOv2-B, VGG16 and LPIPS' heads, as their authors have them
-    torch/hub/checkpoints/...          Inception, where fid.py --download puts it if TORCH_HOME is DIR/torch
+    pretrained/...                     DINOv2-B, VGG16 and LPIPS' heads in their authors' formats
+    torch/hub/checkpoints/...          Inception, as fid.py --download writes it if TORCH_HOME is DIR/torch
     VIRTUAL_imagenet256_labeled.npz    ADM's reference batch: 64 images, and statistics
 """
 import os
@@ -23,18 +23,18 @@ import timm
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                       # the six modules are there
+sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
 from data.images import ImageFolder, step_batches
 from fid import SPATIAL, WEIGHTS
 from repa import DINOV2_B
 from support.commands import Parser, run_command
-from support.files import save_npz, write_atomic
+from support.files import save_npz
 from vae import LPIPS, AutoencoderKL, Discriminator
 
-CLASSES, PICTURES, FEW = 1000, 2, 12                      # folders, files in each, folders in imagenet/few
+CLASSES, IMAGES, FEW = 1000, 2, 12                        # folders, files in each, folders in imagenet/few
 
 
-def noisy_picture(rng, width=320, height=280):
+def noisy_image(rng, width=320, height=280):
     """A PIL image of smooth colours and some noise."""
     coarse = Image.fromarray(rng.integers(0, 232, (4, 4, 3), np.uint8))
     smooth = np.array(coarse.resize((width, height), Image.BILINEAR))
@@ -42,33 +42,35 @@ def noisy_picture(rng, width=320, height=280):
 
 
 def write_imagenet(root, rng):
-    """CLASSES folders in root/train, FEW links in root/few, none of them to the folder of a broken file."""
+    """CLASSES folders in root/train, FEW links in root/few, none of them to the folder of the damaged
+    file."""
     for k in range(CLASSES):
         folder = root / f"train/n{k:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        for i in range(PICTURES):
-            noisy_picture(rng).save(folder / f"{folder.name}_{i}.JPEG")
+        for i in range(IMAGES):
+            noisy_image(rng).save(folder / f"{folder.name}_{i}.JPEG")
     dataset = ImageFolder(root / "train", 256)
     settings = SimpleNamespace(seed=0, batch_size=3, max_train_steps=1, flip=False)
     first, = step_batches(len(dataset), settings, 0, 0, 1)                  # three pairs (number, flipped)
-    broken, grey, cmyk = (Path(os.fsdecode(dataset.files[i])) for i, _ in first)
-    broken.write_bytes(broken.read_bytes()[:1000])
-    noisy_picture(rng).convert("L").save(grey)
-    noisy_picture(rng).convert("CMYK").save(cmyk)
+    damaged, grey, cmyk = (Path(os.fsdecode(dataset.files[i])) for i, _ in first)
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    noisy_image(rng).convert("L").save(grey)
+    noisy_image(rng).convert("CMYK").save(cmyk)
     (root / "few").mkdir(exist_ok=True)
-    whole = [folder for folder in sorted((root / "train").iterdir()) if folder != broken.parent]
-    for folder in whole[:FEW]:
+    intact = [folder for folder in sorted((root / "train").iterdir()) if folder != damaged.parent]
+    for folder in intact[:FEW]:
         link = root / "few" / folder.name
         link.unlink(missing_ok=True)
         link.symlink_to(folder.resolve())
 
 
 def save(state, file):
-    write_atomic(file, lambda tmp: torch.save(state, tmp))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, file)
 
 
 def write_vae(name, folder):
-    """A VAE's bare state dict, its latents' statistics beside it, its discriminator's state dict."""
+    """A VAE's bare state dict, its latents' statistics, and a discriminator's state dict."""
     vae = AutoencoderKL(name.split("-")[1])
     vae.initialize()
     save(vae.state_dict(), folder / f"{name}.pt")
@@ -81,22 +83,17 @@ def write_vae(name, folder):
 def write_encoders(folder, hub):
     dinov2 = timm.create_model(DINOV2_B, num_classes=0).state_dict()
     save(dinov2 | dict(mask_token=torch.zeros(1, 768)), folder / "dinov2_vitb14_pretrain.pth")
-    vgg = LPIPS(random=True).vgg.state_dict()
-    vgg = {f"features.{name}": tensor for name, tensor in vgg.items()}
-    for k, (cout, cin) in {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}.items():          # not used
-        vgg |= {f"classifier.{k}.weight": torch.zeros(cout, cin), f"classifier.{k}.bias": torch.zeros(cout)}
-    save(vgg, folder / "vgg16-397923af.pth")
-    heads = {}
-    for k, channels in enumerate(LPIPS.LAYERS.values()):
-        heads[f"lin{k}.model.1.weight"] = torch.rand(1, channels, 1, 1) / channels
-    save(heads, folder / "lpips-vgg.pth")
+    vgg = {f"features.{name}": tensor for name, tensor in LPIPS(random=True).vgg.state_dict().items()}
+    save(vgg | {"classifier.0.weight": torch.zeros(1)}, folder / "vgg16-397923af.pth")     # is not used
+    save({f"lin{k}.model.1.weight": torch.rand(1, channels, 1, 1) / channels
+          for k, channels in enumerate(LPIPS.LAYERS.values())}, folder / "lpips-vgg.pth")
     inception = timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
     save(inception.state_dict(), hub / "checkpoints" / WEIGHTS[0])
 
 
 def write_reference(file, rng, images=64):
     """arr_0 uint8 [N, 256, 256, 3], mu [2048], sigma [2048, 2048], mu_s [2023], sigma_s [2023, 2023]."""
-    arrays = dict(arr_0=np.stack([np.array(noisy_picture(rng, 256, 256)) for _ in range(images)]))
+    arrays = dict(arr_0=np.stack([np.array(noisy_image(rng, 256, 256)) for _ in range(images)]))
     for end, width in (("", 2048), ("_s", SPATIAL)):
         features = rng.random((images, width))
         arrays |= {f"mu{end}": features.mean(0), f"sigma{end}": np.cov(features, rowvar=False)}
@@ -104,7 +101,7 @@ def write_reference(file, rng, images=64):
 
 
 def main():
-    parser = Parser(description="Write stand-ins for the files that the paper's commands read.")
+    parser = Parser(description="Write dummy files for the paper's commands.")
     parser.add_argument("dir", type=Path, help="the folder they go to")
     root, rng = parser.parse_args().dir, np.random.default_rng(0)
     torch.manual_seed(0)
