@@ -1,8 +1,9 @@
-"""The method: what must be true of REPA-E, against the paper's formulas written out here, closed forms and
-independent code. `python -m pytest -q` runs this file and tests/ (data, formats, evaluation, survival ...)."""
+"""The method: what must be true of REPA-E, compared with a reference implementation of the paper's formulas in this
+file, closed forms and independent code. `python -m pytest -q` runs this file and tests/."""
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,28 +25,29 @@ def statistics(channels):
     return torch.linspace(-0.5, 0.5, channels), torch.linspace(0.5, 1.5, channels)
 
 
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """make(*flags, parts) -> (networks, config, a batch as the loader gives it): the tiny preset, smaller still, in
-    float32 on noise, all terms on, no weight at its initial zero, latent statistics that are not the batch's."""
+def smaller_networks(monkeypatch, folder):
+    """make(*flags, micro_batches) -> (networks, config, a batch as the loader gives it): the tiny preset made smaller,
+    in float32, on noise. All terms are on, no weight is at its initial zero, and the latent statistics are not the
+    batch's."""
     monkeypatch.setitem(sit.SIZES, "T", (4, 64, 4))
     monkeypatch.setitem(vae.VAES, "f4d8", dict(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_levels=(2,),
                                                latent_channels=8, groups=4))
 
-    def make(*flags, parts=1):
+    def make(*flags, micro_batches=1):
         if "none" in flags:                                        # a frozen VAE comes from a file
             torch.manual_seed(7)
-            torch.save(vae.AutoencoderKL("f4d8").state_dict(), tmp_path / "vae.pt")
-            flags = [*flags, "--vae-ckpt", str(tmp_path / "vae.pt")]
+            torch.save(vae.AutoencoderKL("f4d8").state_dict(), folder / "vae.pt")
+            flags = [*flags, "--vae-ckpt", str(folder / "vae.pt")]
         cfg = train.parse_config([
-            "--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", str(4 * parts), "--num-classes", "10",
-            "--mixed-precision", "no", "--seed", "1", "--cfg-prob", "0.5", "--disc-weight", "0.1", "--disc-start",
-            "0", "--ema-decay", "0.9", "--lr-warmup-steps", "0", "--gradient-accumulation-steps", str(parts), *flags])
+            "--model", "SiT-T/2", "--projector-dim", "32", "--num-classes", "10", "--mixed-precision", "no", "--seed",
+            "1", "--cfg-prob", "0.5", "--disc-weight", "0.1", "--disc-start", "0", "--ema-decay", "0.9",
+            "--lr-warmup-steps", "0", "--batch-size", str(4 * micro_batches), "--gradient-accumulation-steps",
+            str(micro_batches), *flags])
         m = train.build(cfg, CPU)
         train.wrap(m, cfg, 1)
         g = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for name, p in m.sit.named_parameters():               # as if trained: times and labels count
+            for name, p in m.sit.named_parameters():               # as if trained: timesteps and labels count
                 if "adaLN" in name or "final_layer.linear" in name or "t_embedder" in name:
                     p.normal_(0, 0.1, generator=g)
                 elif "embedding_table" in name:
@@ -54,19 +56,29 @@ def small(tmp_path, monkeypatch):
                 if name.endswith(("conv2.weight", "proj_out.weight")):
                     p.normal_(0, 0.1, generator=g)
         for net in (m.sit, m.ema):
-            net.bn.start(*statistics(8))
+            net.bn.set_statistics(*statistics(8))
         n = cfg.batch_size
         x = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)
         return m, cfg, (x, torch.arange(n), [""] * n)
     return make
 
 
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    return smaller_networks(monkeypatch, tmp_path)
+
+
+def networks(m):
+    """{name: network} of what the run has."""
+    return {name: getattr(m, name) for name in ("vae", "sit", "disc") if getattr(m, name) is not None}
+
+
 def take_step(m, cfg, step, batch):
     """train.run_step: its metrics and, per network, the gradients as each parameter last held them, before they are
-    divided by the number of parts and clipped."""
-    seen, hooks = dict(vae={}, sit={}, disc={}), []
+    divided by the number of micro-batches and clipped."""
+    seen, hooks = {name: {} for name in networks(m)}, []
     for net, grads in seen.items():
-        for name, p in getattr(m, net).named_parameters():
+        for name, p in networks(m)[net].named_parameters():
             def keep(p, grads=grads, name=name):
                 grads[name] = p.grad.clone()
             if p.requires_grad:
@@ -111,7 +123,8 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
     latents), given the latents' running mean and variance. Of the networks only the forward passes are used."""
     v, s, d = (copy.deepcopy(net) for net in (m.vae, m.sit, m.disc))
     hidden, losses, grads = [], {}, {}
-    s.blocks[cfg.encoder_depth - 1].register_forward_hook(lambda block, args, h: hidden.append(h))
+    if not cfg.vae_only:
+        s.blocks[cfg.encoder_depth - 1].register_forward_hook(lambda block, args, h: hidden.append(h))
     features = [encoder(x) for encoder in m.encoders]
     alpha, sigma, d_alpha, d_sigma = interpolant(t, cfg.path_type)
 
@@ -158,7 +171,7 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
             differentiate("disc", d, hinge)
     # 3. SiT on sg(z), normalised with the micro-batch's own statistics, over a frozen VAE with fixed ones
     z = z.detach()
-    if cfg.vae_grad != "none" and cfg.latent_norm:
+    if cfg.vae_grad != "none" and not cfg.fixed_latent_stats:
         mean, var = z.mean((0, 2, 3)), z.transpose(0, 1).flatten(1).var(1, correction=0)
     if not cfg.vae_only:
         denoising, align = diffuse(normalise(z, mean, var), torch.where(drop, cfg.num_classes, y))
@@ -193,64 +206,119 @@ def norm(grads):
     return math.sqrt(sum(g.double().pow(2).sum().item() for g in grads.values()))
 
 
-@pytest.mark.parametrize("flags, parts", [
-    ("", 1), ("", 2), ("--path-type cosine --disc-start 1", 1), ("--projector conv --spatial-norm 0.6", 1),
-    ("--vae-grad none", 2), ("--vae-grad none --proj-coeff 0 --path-type cosine", 1), ("--vae-grad diffusion", 1),
-    ("--vae-grad diffusion --path-type cosine --disc-weight 0", 1), ("--vae-grad both", 1), ("--no-latent-norm", 2),
-    ("--vae-only", 1)])
-def test_the_step_is_the_paper(small, flags, parts):
-    """Two consecutive steps: every gradient, logged loss, statistic, clipped AdamW update, and the average of SiT.
-    Each micro-batch is normalised by its own statistics; the mean of their gradients is the step's, and the running
-    statistics move once, by the moments of all of them together."""
-    m, cfg, batch = small("--kl-weight", "1e-3", "--learning-rate", "1e-3", "--vae-learning-rate", "2e-3",
-                          "--disc-learning-rate", "3e-3", "--max-grad-norm", "0.1", *flags.split(), parts=parts)
-    nets, rates = dict(vae=m.vae, sit=m.sit, disc=m.disc), dict(vae=2e-3, sit=1e-3, disc=3e-3)
-    optimizers = {net: AdamW(module.named_parameters(), rates[net], 0.1) for net, module in nets.items()}
+REGIMES = {                                                         # flags, micro-batches
+    "repae": ("", 1),
+    "repae, two micro-batches": ("", 2),
+    "repae, cosine path, GAN from the second step": ("--path-type cosine --disc-start 1", 1),
+    "irepa": ("--projector conv --spatial-norm 0.6", 1),
+    "repa, two micro-batches": ("--vae-grad none", 2),
+    "sit, cosine path": ("--vae-grad none --proj-coeff 0 --path-type cosine", 1),
+    "naive": ("--vae-grad diffusion", 1),
+    "naive, cosine path, no GAN": ("--vae-grad diffusion --path-type cosine --disc-weight 0", 1),
+    "both": ("--vae-grad both", 1),
+    "fixed statistics, two micro-batches": ("--fixed-latent-stats", 2),
+    "vae alone": ("--vae-only", 1)}
+RATES = dict(vae=2e-3, sit=1e-3, disc=3e-3)
+
+
+def state(m):
+    """Copies of all parameters and buffers, {network: {name: tensor}}."""
+    nets = networks(m) | dict(ema=m.ema)
+    return {net: {name: t.clone() for name, t in module.state_dict().items()} for net, module in nets.items()}
+
+
+@pytest.fixture(scope="module", params=REGIMES.values(), ids=REGIMES)
+def two_steps(request, tmp_path_factory):
+    """(config, two consecutive steps: what train.py did, and what the_papers_step says)."""
+    flags, n = request.param
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        m, cfg, batch = smaller_networks(monkeypatch, tmp_path_factory.mktemp("step"))(
+            "--kl-weight", "1e-3", "--learning-rate", "1e-3", "--vae-learning-rate", "2e-3", "--disc-learning-rate",
+            "3e-3", "--max-grad-norm", "0.1", *flags.split(), micro_batches=n)
+        steps = []
+        for step in range(2):
+            s = SimpleNamespace(before=state(m), losses={}, expected={}, latents=[])
+            x, y, noise = batch[0] / 127.5 - 1, batch[1], train.draw_noise(cfg, step, LATENTS, 0, 1, CPU)
+            assert 0 < noise[3].sum() < len(y)                          # some labels are dropped
+            mean, var = s.before["sit"]["bn.running_mean"], s.before["sit"]["bn.running_var"]
+            for micro_batch in zip(*(values.chunk(n) for values in (x, y, *noise))):
+                losses, grads, z = the_papers_step(m, cfg, step, mean, var, *micro_batch)
+                s.latents.append(z)
+                s.losses = {name: s.losses.get(name, 0) + value / n for name, value in losses.items()}
+                for net, values in grads.items():
+                    sums = s.expected.setdefault(net, {})
+                    for name, g in values.items():
+                        sums[name] = sums.get(name, 0) + g / n
+            s.metrics, grads = take_step(m, cfg, step, batch)
+            s.grads = {net: {name: g / n for name, g in values.items()} for net, values in grads.items()}
+            s.after = state(m)
+            steps.append(s)
+        return cfg, steps
+
+
+def test_each_gradient_is_the_papers(two_steps):
+    """The mean of those of the micro-batches. What does not train has none."""
+    cfg, steps = two_steps
     trained = {"sit"} if cfg.vae_grad == "none" else {"vae", "sit", "disc"}
     trained -= {"sit"} if cfg.vae_only else set()
     trained -= {"disc"} if cfg.disc_weight == 0 else set()
-    for step in range(2):
-        x, y, noise = batch[0] / 127.5 - 1, batch[1], train.draw_noise(cfg, step, LATENTS, 0, 1, CPU)
-        assert 0 < noise[3].sum() < len(y)                          # some labels are dropped
-        losses, expected, latents = {}, {}, []
-        mean, var = m.sit.bn.running_mean.clone(), m.sit.bn.running_var.clone()
-        for part in zip(*(values.chunk(parts) for values in (x, y, *noise))):
-            found, grads, z = the_papers_step(m, cfg, step, mean, var, *part)
-            latents.append(z)
-            losses = {name: losses.get(name, 0) + value / parts for name, value in found.items()}
-            for net, values in grads.items():
-                sums = expected.setdefault(net, {})
-                for name, g in values.items():
-                    sums[name] = sums.get(name, 0) + g / parts
-        average = {name: value.clone() for name, value in m.ema.state_dict().items()}
-        metrics, grads = take_step(m, cfg, step, batch)
-        assert set(grads) == set(expected) == trained
-        for net, log in (("vae", "vae_grad_norm"), ("disc", "disc_grad_norm"), ("sit", "grad_norm")):
-            assert (log in metrics) == (net in trained)
-            if net in trained:
-                grads[net] = {name: g / parts for name, g in grads[net].items()}
-                losses[log] = norm(expected[net])
-                assert grads[net].keys() == expected[net].keys()
-                assert losses[log] > 0.1                            # so that clipping shows
-                for name, g in expected[net].items():
-                    assert (grads[net][name] - g).norm() <= 1e-4 * g.norm() + 1e-6 * losses[log], (net, name)
-                optimizers[net].step(grads[net])
-            for name, p in nets[net].named_parameters():
-                error = (p.detach() - optimizers[net].p[name]).abs().max()
-                assert error <= 1e-4 * rates[net] + 2e-7 * p.abs().max(), (net, name)
-                optimizers[net].p[name] = p.detach().double()       # so that roundings do not add up
-        assert metrics.keys() == losses.keys() | m.health.keys()    # what a regime does not have is absent
-        for name, value in losses.items():
-            assert metrics[name].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
-        if cfg.vae_grad != "none" and cfg.latent_norm:
-            z = torch.cat(latents)
+    for s in steps:
+        assert set(s.grads) == set(s.expected) == trained
+        for net, expected in s.expected.items():
+            assert s.grads[net].keys() == expected.keys()
+            for name, g in expected.items():
+                assert (s.grads[net][name] - g).norm() <= 1e-4 * g.norm() + 1e-6 * norm(expected), (net, name)
+
+
+def test_each_logged_value_is_the_papers(two_steps):
+    """Losses and gradient norms; what a regime does not have is absent."""
+    for s in two_steps[1]:
+        log_names = dict(vae="vae_grad_norm", disc="disc_grad_norm", sit="grad_norm")
+        expected = s.losses | {log_names[net]: norm(grads) for net, grads in s.expected.items()}
+        assert s.metrics.keys() == expected.keys() | {"skipped", "zero_gradients"}
+        for name, value in expected.items():
+            assert s.metrics[name].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_each_update_is_adamw_of_clipped_gradients(two_steps):
+    """And what has no gradient stays."""
+    steps = two_steps[1]
+    for net, before in steps[0].before.items():
+        if net == "ema":
+            continue
+        names = steps[0].grads.get(net, {})
+        optimizer = AdamW([(name, before[name]) for name in names], RATES[net], 0.1)
+        for s in steps:
+            if names:
+                assert norm(s.grads[net]) > 0.1                     # so that clipping shows
+                optimizer.step(s.grads[net])
+            for name, p in s.after[net].items():
+                if name in names:
+                    error = (p - optimizer.p[name]).abs().max()
+                    assert error <= 1e-4 * RATES[net] + 2e-7 * p.abs().max(), (net, name)
+                    optimizer.p[name] = p.double()                  # so that roundings do not add up
+                elif "running" not in name and "num_batches" not in name:
+                    assert torch.equal(p, s.before[net][name]), (net, name)
+
+
+def test_the_latent_statistics_are_those_of_the_whole_batch(two_steps):
+    """They move once per step, by the pooled moments of all micro-batches; over a frozen VAE they do not."""
+    cfg, steps = two_steps
+    for s in steps:
+        mean, var = s.before["sit"]["bn.running_mean"], s.before["sit"]["bn.running_var"]
+        if cfg.vae_grad != "none" and not cfg.fixed_latent_stats:
+            z = torch.cat(s.latents)
             mean, var = 0.9 * mean + 0.1 * z.mean((0, 2, 3)), 0.9 * var + 0.1 * z.var((0, 2, 3))
-        assert torch.allclose(m.sit.bn.running_mean, mean, rtol=1e-5, atol=1e-6)
-        assert torch.allclose(m.sit.bn.running_var, var, rtol=1e-5)
-        now = m.sit.state_dict()
-        for name, value in m.ema.state_dict().items():
+        assert torch.allclose(s.after["sit"]["bn.running_mean"], mean, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(s.after["sit"]["bn.running_var"], var, rtol=1e-5)
+
+
+def test_the_average_follows_sit_and_its_statistics(two_steps):
+    for s in two_steps[1]:
+        for name, value in s.after["ema"].items():
             if value.is_floating_point():
-                assert torch.allclose(value, 0.9 * average[name] + 0.1 * now[name], rtol=1e-5, atol=1e-6), name
+                expected = 0.9 * s.before["ema"][name] + 0.1 * s.after["sit"][name]
+                assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6), name
 
 
 # --- The numbers around it ----------------------------------------------------------------------------------
@@ -259,7 +327,7 @@ PAPER = dict(batch_size=256, max_train_steps=400_000, resolution=256, learning_r
              disc_learning_rate=1e-4, lr_warmup_steps=0, lr_decay_steps=0, max_grad_norm=1.0, ema_decay=0.9999,
              bn_momentum=0.1, cfg_prob=0.1, path_type="linear", weighting="uniform", flip=False, qk_norm=False,
              enc_type="vit_base_patch14_dinov2.lvd142m", encoder_depth=8, projector="mlp", projector_dim=2048,
-             spatial_norm=0.0, proj_coeff=0.5, vae_align_proj_coeff=1.5, vae_grad="repa", latent_norm=True,
+             spatial_norm=0.0, proj_coeff=0.5, vae_align_proj_coeff=1.5, vae_grad="repa", fixed_latent_stats=False,
              perceptual="lpips", perceptual_weight=1.0, kl_weight=1e-6, disc_weight=0.1, seed=0,
              mixed_precision="auto", gradient_accumulation_steps=1, vae_only=False)
 SECOND_STAGE = dict(vae_grad="none", max_train_steps=4_000_000, cache_latents=True)
@@ -289,12 +357,12 @@ def test_presets_and_sizes_are_the_papers(tmp_path):
         assert tuple(vae.VAES[name][key] for key in keys) == row
 
 
-def test_rates_warm_up_and_decay_linearly(small):
+def test_learning_rates_warm_up_and_decay_linearly(small):
     m, cfg, batch = small("--lr-warmup-steps", "4", "--lr-decay-steps", "5", "--max-train-steps", "20",
                           "--learning-rate", "1e-3", "--vae-learning-rate", "2e-3", "--disc-learning-rate", "3e-3")
     for step, factor in ((0, 0.25), (1, 0.5), (3, 1), (10, 1), (15, 1), (16, 0.8), (19, 0.2)):
         take_step(m, cfg, step, batch)
-        rates = [optimizer.param_groups[0]["lr"] for optimizer in (m.opt, m.opt_vae, m.opt_disc)]
+        rates = [m.optimizers[net].param_groups[0]["lr"] for net in ("sit", "vae", "disc")]
         assert rates == pytest.approx([1e-3 * factor, 2e-3 * factor, 3e-3 * factor])
 
 
@@ -325,8 +393,8 @@ def test_routing_table(small):
         return "D"
 
     def gradients(**settings):
-        m, cfg, batch = small()
-        for name in ("perceptual_weight", "kl_weight", "vae_align_proj_coeff", "proj_coeff", "disc_weight"):
+        m, cfg, batch = small("--disc-weight", str(settings.get("disc_weight", 0.0)))
+        for name in ("perceptual_weight", "kl_weight", "vae_align_proj_coeff", "proj_coeff"):
             setattr(cfg, name, settings.get(name, 0.0))
         return take_step(m, cfg, 0, batch)[1]
 
@@ -345,56 +413,68 @@ def test_routing_table(small):
         assert {name for name, value in size.items() if value > 1e-5 * largest} == columns, (term, size)
 
 
-def everything(m):
-    """Copies of all parameters and buffers, by network and name."""
-    return {f"{net}.{name}": t.clone() for net in ("sit", "ema", "vae", "disc")
-            for name, t in getattr(m, net).state_dict().items()}
-
-
 def changed(m, before):
-    return {name.partition(".")[0] for name, t in everything(m).items() if not torch.equal(t, before[name])}
+    """The networks that differ from `before`."""
+    now = state(m)
+    return {net for net in now if any(not torch.equal(t, before[net][name]) for name, t in now[net].items())}
 
 
-def test_a_step_that_is_not_finite_leaves_nothing_behind(small):
-    """One NaN in one gradient of any network, and no network moves; nor do statistics, moments or step counts."""
+def test_a_step_that_is_not_finite_changes_nothing(small):
+    """One NaN in one gradient of any network: no weights, statistics, moments and step counts change."""
     def spoil(p):
         p.grad.view(-1)[0] = math.nan
 
     m, cfg, batch = small()
-    optimizers, skipped = (m.opt, m.opt_vae, m.opt_disc), 0
+    skipped = 0
     for net in ("vae", "disc", "sit"):
         take_step(m, cfg, 0, batch)
-        before, moments = everything(m), copy.deepcopy([o.state_dict()["state"] for o in optimizers])
+        before = state(m)
+        moments = {name: copy.deepcopy(optimizer.state_dict()["state"]) for name, optimizer in m.optimizers.items()}
         hook = list(getattr(m, net).parameters())[3].register_post_accumulate_grad_hook(spoil)
-        for in_a_row in (1, 2):
+        for _ in range(2):
             metrics, skipped = take_step(m, cfg, 1, batch)[0], skipped + 1
-            assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (skipped, in_a_row)
+            assert metrics["skipped"] == skipped
         hook.remove()
         assert changed(m, before) <= {"ema"}  # which moves on, towards unchanged weights
-        for old, optimizer in zip(moments, optimizers):
-            for i, state in optimizer.state_dict()["state"].items():
-                assert all(torch.equal(t, old[i][name]) for name, t in state.items())
-        metrics = take_step(m, cfg, 2, batch)[0]
-        assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (skipped, 0)
+        for name, optimizer in m.optimizers.items():
+            for i, values in optimizer.state_dict()["state"].items():
+                assert all(torch.equal(t, moments[name][i][key]) for key, t in values.items())
+        assert take_step(m, cfg, 2, batch)[0]["skipped"] == skipped
         assert changed(m, before) == {"sit", "ema", "vae", "disc"}
 
 
-def test_gradients_that_vanish_are_counted(small):
+def test_steps_with_zero_gradients_are_counted(small):
     def clear(p):
         p.grad.zero_()
 
     m, cfg, batch = small("--vae-grad", "none")
-    for step, counted in enumerate((1, 2, 0, 1)):
-        hooks = [p.register_post_accumulate_grad_hook(clear) for p in m.sit_params if counted]
-        assert take_step(m, cfg, step, batch)[0]["zero_gradients_in_a_row"] == counted
+    for step, (zero, counted) in enumerate(((True, 1), (True, 2), (False, 2), (True, 3))):
+        hooks = [p.register_post_accumulate_grad_hook(clear) for p in train.trainable(m.sit) if zero]
+        assert take_step(m, cfg, step, batch)[0]["zero_gradients"] == counted
         for hook in hooks:
             hook.remove()
+
+
+def test_what_does_not_train_is_not_built(small):
+    """A VAE alone has no SiT but its latent statistics; a frozen VAE has no discriminator. What else is built has the
+    same initial weights."""
+    def build(*flags):
+        return train.build(small(*flags)[1], CPU)
+
+    alone, frozen, whole = build("--vae-only"), build("--vae-grad", "none"), build()
+    assert [*alone.sit.state_dict()] == ["bn.running_mean", "bn.running_var", "bn.num_batches_tracked"]
+    assert set(alone.parts()) == {"vae", "discriminator", "opt_vae", "opt_disc", "model", "ema"}
+    assert set(frozen.parts()) == {"vae", "model", "ema", "opt"} and frozen.disc is None and frozen.perceptual is None
+    assert all(torch.equal(t, alone.vae.state_dict()[name]) for name, t in whole.vae.state_dict().items())
+    no_gan = build("--disc-weight", "0")
+    assert no_gan.disc is None
+    assert all(torch.equal(t, no_gan.sit.state_dict()[name]) for name, t in whole.sit.state_dict().items())
 
 
 @pytest.mark.parametrize("weighting, path_type", [
     ("uniform", "linear"), ("lognormal", "linear"), ("lognormal", "cosine")])
 def test_noise_of_a_step(weighting, path_type):
-    """Standard normal, independent; times and dropped labels as the paper draws them; the same for any number of
+    """Standard normal, independent; timesteps and dropped labels as in the paper; the same for any number of
     processes, different at another step or seed."""
     cfg = train.parse_config(["--batch-size", "4096", "--weighting", weighting, "--path-type", path_type])
     noise, eps, t, drop = train.draw_noise(cfg, 7, (1, 2, 2), 0, 1, CPU)
@@ -402,14 +482,15 @@ def test_noise_of_a_step(weighting, path_type):
         assert abs(a.mean()) < 0.03 and abs(a.std() - 1) < 0.03 and abs((a[1:] * a[:-1]).mean()) < 0.03
     assert abs((noise * eps).mean()) < 0.03 and abs(drop.float().mean() - 0.1) < 0.02
     alpha, sigma, _, _ = interpolant(t, path_type)
-    s = (sigma / alpha).log().flatten()                             # lognormal: N(0, 1); uniform: t itself
+    s = (sigma / alpha).log().flatten()                             # lognormal: log(sigma/alpha) ~ N(0, 1)
     values, cdf = (t, t) if weighting == "uniform" else (s, 0.5 + 0.5 * torch.erf(s / math.sqrt(2)))
     ranks = values.argsort().argsort().add(0.5) / len(t)
     assert (cdf - ranks).abs().max() < 0.03                         # Kolmogorov-Smirnov at about 0.1%
     quarters = [train.draw_noise(cfg, 7, (1, 2, 2), rank, 4, CPU) for rank in range(4)]
     assert all(torch.equal(a, torch.cat(parts)) for a, *parts in zip((noise, eps, t, drop), *quarters))
     others = [noise]
-    for cfg.seed, step in ((0, 6), (0, 8), (1, 7), (0, 1_000_003 + 7), (1, 0), (0, 1_000_003)):
+    for seed, step in ((0, 6), (0, 8), (1, 7), (0, 1_000_003 + 7), (1, 0), (0, 1_000_003)):
+        cfg.seed = seed
         others.append(train.draw_noise(cfg, step, (1, 2, 2), 0, 1, CPU)[0])
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(others, 2))
 
@@ -464,7 +545,7 @@ def test_sit_is_written_out(qk_norm):
     assert len(projected) == 1 and (projected[0] - states[1]).abs().max() < 1e-4 * states[1].abs().max()
     for module in (*net.blocks[2:], net.final_layer):  # the alignment's pass runs none of these
         module.register_forward_pre_hook(lambda *_: pytest.fail("a block behind encoder_depth or the head ran"))
-    assert torch.equal(net.align(x, t, y)[0], projected[0])
+    assert torch.equal(net.forward_projections(x, t, y)[0], projected[0])
 
 
 def test_positions():
@@ -484,13 +565,17 @@ def test_latent_norm_is_batch_norm_with_its_own_inverse():
         assert torch.allclose(ours(z), theirs(z), atol=1e-3)
         ours.update_statistics()
     assert all(torch.allclose(v, theirs.state_dict()[k], rtol=1e-4) for k, v in ours.state_dict().items())
-    ours.eval(), theirs.eval()
-    before = ours.running_mean.clone()
-    assert torch.allclose(ours(z), theirs(z), atol=1e-3) and torch.equal(ours.running_mean, before)
+    ours.fixed, before = True, ours.running_mean.clone()
+    theirs.eval()
+    assert torch.allclose(ours(z), theirs(z), atol=1e-3)
+    ours.update_statistics()
+    assert torch.equal(ours.running_mean, before)
     assert torch.allclose(ours.denormalize(ours(z)), z, atol=1e-4)
+    with pytest.raises(AssertionError, match="sg"):
+        ours(z.clone().requires_grad_())
     mean, std = statistics(5)
     std[0] = 0.02                                                   # so small that eps counts
-    ours.start(mean, std)
+    ours.set_statistics(mean, std)
     z = mean.view(1, 5, 1, 1) + 2 * std.view(1, 5, 1, 1)
     assert torch.allclose(ours(z), torch.tensor(2.0), atol=1e-4)
     assert torch.allclose(ours.denormalize(ours(z)), z, atol=1e-6)
@@ -570,7 +655,7 @@ def test_discriminator_written_out():
 def test_encoder_distance_and_features_written_out():
     """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, then every level of stride 2 to 16 for
     the distance; the last of stride 16, enlarged to 16 pixels a token (bicubic), for the alignment."""
-    encoder = repa.FrozenEncoder(repa.LITE0, 4)
+    encoder = repa.PatchFeatures(repa.LITE0, 4)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def maps(x, size=32):
@@ -585,7 +670,7 @@ def test_encoder_distance_and_features_written_out():
     distance = repa.EncoderDistance()
     assert distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and distance(x, x) == 0
     assert torch.allclose(encoder(x), maps(x, 64)[3].flatten(2).mT, atol=1e-5) and encoder.channels == 112
-    assert not any(p.requires_grad for p in distance.parameters()) and not distance.encoder.net.training
+    assert not any(p.requires_grad for p in distance.parameters()) and not distance.encoder.training
     for loss in (distance, vae.LPIPS(random=True)):  # all-zero features: the gradient stays finite
         flat, target = torch.zeros(1, 3, 32, 32, requires_grad=True), x[:1].clone().requires_grad_()
         loss(flat, target).backward()
@@ -598,8 +683,8 @@ def test_irepa_and_projectors():
     expected = (f - 0.6 * f.mean(1, keepdims=True)) / (f.std(1, ddof=1, keepdims=True) + 1e-6)
     assert np.allclose(repa.spatial_norm(torch.tensor(f), 0.6), expected)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    plain = repa.FrozenEncoder(repa.LITE0, 2)(x)
-    normed = repa.FrozenEncoder(repa.LITE0, 2, gamma=0.6)(x)
+    plain = repa.PatchFeatures(repa.LITE0, 2)(x)
+    normed = repa.PatchFeatures(repa.LITE0, 2, gamma=0.6)(x)
     assert torch.allclose(normed, repa.spatial_norm(plain, 0.6), atol=1e-5)
     project = repa.projector("conv", 4, 6)
     h = torch.randn(1, 9, 4)

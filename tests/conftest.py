@@ -1,6 +1,5 @@
-"""What the tests share: running commands, small pictures, a short run, the tiny preset's networks."""
+"""What the tests share: running commands, small images, a short run, the tiny preset's networks."""
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support.commands import STOP_SIGNALS, run_command
+from support.metrics import read_rows
 import fid
 import sample
 import train
@@ -58,24 +58,22 @@ def run(*command, cwd, env=None, code=0, timeout=600):
 
 
 def run_here(script, *flags, cwd):
-    """train, sample, fid or vae in this process, which starts faster, and leaves no trace in it; its exit code."""
+    """Run train, sample, fid or vae in this process, which starts faster, and undo its settings; its exit code."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    switches = {module: module.allow_tf32 for module in (torch.backends.cuda.matmul, torch.backends.cudnn)}
-    folder, argv, code = os.getcwd(), sys.argv, 0
-    os.chdir(cwd)
-    sys.argv = [f"{script}.py", *map(str, flags)]
-    try:
-        run_command(dict(train=train.main, sample=sample.main, fid=fid.main, vae=vae.main)[script])
-    except SystemExit as e:
-        code = e.code
-    finally:
-        os.chdir(folder)
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for module, value in switches.items():
-            module.allow_tf32 = value
-    return code
+    tf32 = {module: module.allow_tf32 for module in (torch.backends.cuda.matmul, torch.backends.cudnn)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        try:
+            run_command(dict(train=train, sample=sample, fid=fid, vae=vae)[script].main)
+        except SystemExit as e:
+            return e.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for module, value in tf32.items():
+                module.allow_tf32 = value
+    return 0
 
 
 @pytest.fixture
@@ -98,11 +96,11 @@ def one_line(output, *words):
 
 def metrics_of(folder):
     """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(Path(folder) / "metrics.jsonl")
 
 
 def losses(folder):
-    """The losses in a run's metrics.jsonl, a row a step."""
+    """The losses in a run's metrics.jsonl, one row per step."""
     return [{k: v for k, v in row.items() if "loss" in k or k == "step"} for row in metrics_of(folder)]
 
 
@@ -130,10 +128,9 @@ def digest(module):
     return len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def smooth_pictures(n, size, seed=0, blur=4):
-    """Random smooth pictures uint8 [n, size, size, 3]."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (n, blur, blur, 3), dtype=np.uint8)
+def smooth_images(n, size, seed=0, blur=4):
+    """Random smooth images uint8 [n, size, size, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (n, blur, blur, 3), dtype=np.uint8)
     return np.stack([np.array(Image.fromarray(c).resize((size, size), Image.BICUBIC)) for c in coarse])
 
 
@@ -141,7 +138,7 @@ def nchw(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def noise_pictures(folder, n, size=40, seed=0):
+def noise_images(folder, n, size=40, seed=0):
     """n little PNGs 000.png, ... of noise in a folder; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -174,11 +171,11 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A folder of 2 classes x 12 little pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_dir(tmp_path_factory):
+    """A folder of 2 classes x 12 small images."""
+    folder = tmp_path_factory.mktemp("images")
     for seed, name in enumerate(("one", "two words")):
-        noise_pictures(folder / name, 12, seed=seed)
+        noise_images(folder / name, 12, seed=seed)
     return folder
 
 
@@ -194,9 +191,9 @@ def frozen_vae(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def short_run(pictures, tmp_path_factory):
+def short_run(image_dir, tmp_path_factory):
     """A folder in which four steps without GAN were run: exps/a, checkpoints at 2 and 4."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--data-dir", pictures, "--exp-name", "a", "--disc-weight", "0", "--checkpointing-steps", "2", *SHORT]
+    flags = ["--data-dir", image_dir, "--exp-name", "a", "--disc-weight", "0", "--checkpointing-steps", "2", *SHORT]
     assert run_here("train", *flags, cwd=folder) == 0
     return folder

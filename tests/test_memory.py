@@ -1,8 +1,7 @@
-"""The estimate of experiments/memory.py against what PyTorch's allocator reports."""
+"""The estimate of benchmarks/memory.py compared with what PyTorch's allocator reports."""
 import gc
 import json
 import re
-import resource
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -15,8 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from benchmarks import memory
 from conftest import CPU, ROOT, one_line, run, slow
-from experiments import memory
+from sit import SiTBlock
 
 SMALL = ["--preset", "sdvae-xl2", "--model", "SiT-T/2", "--vae", "f4d8", "--resolution", "32", "--encoder-depth", "2",
          "--enc-type", "resnet18", "--perceptual", "lpips", "--projector-dim", "256", "--mixed-precision", "no"]
@@ -25,29 +25,27 @@ FROZEN = ["--vae-grad", "none", "--cache-latents"]
 
 def allocated(cfg, processes, tmp_path):
     """Bytes at the peak of a process's second step on real tensors: the networks' and, from the first step on, those of
-    the events of the CPU's allocator. Not before: DDP's first broadcast is freed by gloo's threads at times, which the
-    profiler does not see. DDP, where there are several processes, is one of a single process."""
+    the events of the CPU's allocator. Not before: gloo's threads free DDP's first broadcast at times, which the
+    profiler does not see. With several processes, DDP is that of a single one."""
     gc.collect()
     if processes > 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with torch.profiler.profile(profile_memory=True) as profiler:
         m = train.build(cfg, CPU)
-        for block in (*m.sit.blocks, *m.ema.blocks):
-            block.attn.fused_attn = True
+        for module in (*m.sit.modules(), *m.ema.modules()):
+            if isinstance(module, SiTBlock):
+                module.attn.fused_attn = True
         train.wrap(m, cfg, processes)
-        n = cfg.batch_size // processes
         for k in range(2):
             with torch.profiler.record_function(f"step {k}"):
-                batch = [torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), [""] * n]
-                if cfg.cache_latents:
-                    batch.append(torch.zeros(n, 16, 8, 8, dtype=torch.float16))
+                batch = memory.random_batch(m, cfg, cfg.batch_size // processes)
                 train.run_step(m, cfg, k, batch, 0, processes)
     if processes > 1:
         dist.destroy_process_group()
     networks = [m.vae, m.sit, m.ema, *m.encoders, *filter(None, (m.disc, m.perceptual))]
     tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    if processes > 1:                                                              # as large as these: DDP's buckets
-        tensors += [p for optimizer in m.trained.values() for p in optimizer.param_groups[0]["params"]]
+    if processes > 1:                                                              # DDP's buckets are as large
+        tensors += [p for optimizer in m.optimizers.values() for p in optimizer.param_groups[0]["params"]]
     now = peak = sum(tensor.nbytes for tensor in tensors)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -60,16 +58,22 @@ def allocated(cfg, processes, tmp_path):
     return peak
 
 
-@pytest.mark.parametrize("flags, processes", [([], 1), ([], 2), (["--gradient-checkpointing"], 1),
-                                              (["--gradient-accumulation-steps", "4"], 1), (FROZEN, 1)])
-def test_the_estimate_is_what_is_allocated(flags, processes, tmp_path):
+@pytest.mark.parametrize("flags, processes", [([], 2), (["--gradient-checkpointing"], 1),
+                                              (["--gradient-accumulation-steps", "4"], 1), (FROZEN, 1),
+                                              (["--vae-only"], 1)])
+def test_estimate_equals_allocated_memory(flags, processes, tmp_path):
     cfg = memory.read_flags([*SMALL, "--batch-size", str(32 * processes), *flags], processes)
     real = allocated(cfg, processes, tmp_path)
     assert memory.estimate(cfg, [cfg.batch_size], processes)[0] == pytest.approx(real, rel=0.03)
 
 
-def test_autocast_follows_the_rules_that_cuda_has():
-    """No operation of the forward passes that PyTorch's header lists as float32 gets anything else."""
+def test_flags_are_read_without_files():
+    cfg = memory.read_flags(["--preset", "invae-xl1", "--vae-ckpt", "nowhere"], 8)
+    assert (cfg.vae, cfg.vae_ckpt, cfg.mixed_precision) == ("f16d32", "", "bf16")
+
+
+def test_autocast_follows_cudas_rules():
+    """No operation of the forward passes that PyTorch's header lists as float32 gets a bfloat16 tensor."""
     header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
     rules = re.search(r"define AT_FORALL_FP32\(_\)(.*?)\n\n", header.read_text(), re.S)[1]
     names, lower = set(re.findall(r"_\((\w+)", rules)), set()
@@ -101,19 +105,12 @@ def test_autocast_follows_the_rules_that_cuda_has():
             assert not forward()
 
 
-def test_the_command_says_what_a_step_takes(tmp_path):
-    script = [sys.executable, ROOT / "experiments/memory.py"]
-    out = run(*script, *SMALL, "--gpus", "1", "--batch-size", "32", cwd=tmp_path)
-    training, pictures = (float(number) for number in re.findall(r"([\d.]+) GiB", out))
-    assert training > pictures > 0 and not list(tmp_path.iterdir())
-    one_line(run(*script, *SMALL, "--gpus", "3", cwd=tmp_path, code=2), "--batch-size 256", "3")
-    one_line(run(*script, "--gpu", "1", cwd=tmp_path, code=2), "--gpu")
-
-
 @slow
-def test_nothing_is_allocated(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    out = run(sys.executable, ROOT / "experiments/memory.py", "--preset", "sdvae-xl2", "--batch-size", "32",
-              cwd=tmp_path)
-    assert float(re.search(r"([\d.]+) GiB", out)[1]) > 20
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before, 3 * 2 ** 20)           # in KiB
+def test_the_command_prints_the_estimate_of_xl_without_allocating_it(tmp_path):
+    script = ("import resource; from benchmarks import memory; memory.main(); "
+              "print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    out = run(sys.executable, "-c", script, "--preset", "sdvae-xl2", "--batch-size", "32", "--gpus", "1", cwd=tmp_path)
+    training, grids = (float(number) for number in re.findall(r"[\d.]+", out.split("32` |")[1])[:2])
+    assert training > 60 and training > grids > 0 and int(out.split("KiB ")[1]) < 3 * 2 ** 20
+    script = [sys.executable, ROOT / "benchmarks/memory.py"]
+    one_line(run(*script, "--gpus", "3", *SMALL, cwd=tmp_path, code=2), "--batch-size 256", "3")

@@ -1,68 +1,82 @@
-"""Several processes, and two machines (each in a folder of its own with a copy of the pictures)."""
+"""Several processes, and two machines (each in a folder of its own with a copy of the images)."""
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
+import signal
 import socket
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import repa
+import train
+import vae
 from conftest import ROOT, SHORT, flatten, losses, metrics_of, one_line, run, run_here, slow, torchrun
-from data import images
+from data import images, latents
+from support import devices
 from support.checkpoints import checkpoints
+from support.commands import UserError, run_command
 from support.files import load_tensors
 
-TRAIN = ["--data-dir", "pictures", *SHORT, "--max-train-steps", "6", "--checkpointing-steps", "3",
-         "--disc-weight", "0"]
+TRAIN = ["--data-dir", "data", *SHORT, "--max-train-steps", "6", "--checkpointing-steps", "3", "--disc-weight", "0"]
 
 
-def work(folder, env, script, *flags):
-    """A process's whole life: a command in a folder, as torchrun would have started it; prints to FOLDER-RANK.log."""
-    log = os.open(f"{folder}-{env['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    sys.exit(run_here(script, *flags, cwd=folder))
-
-
-def work_in_small_files(*args):
-    images.CHUNK = 8
-    work(*args)
-
-
-def two_machines(folder, script, *flags, processes=1, code=0, work=work):
-    """A command by `processes` in folder/node0 and as many in folder/node1; their exit codes checked, what each has
-    printed. They are forked from one that has imported everything, which saves seconds a process."""
+def start(target, processes, *args, machines=1):
+    """Start target(*args, rank) in `processes` processes with torchrun's environment. They are forked from one that
+    has imported everything, which saves seconds per process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest"])
-    jobs, logs = [], []
-    for rank in range(2 * processes):
-        machine = folder / f"node{rank // processes}"
-        env = dict(RANK=rank, WORLD_SIZE=2 * processes, LOCAL_RANK=rank % processes, LOCAL_WORLD_SIZE=processes,
+    jobs, local = [], processes // machines
+    for rank in range(processes):
+        env = dict(RANK=rank, WORLD_SIZE=processes, LOCAL_RANK=rank % local, LOCAL_WORLD_SIZE=local,
                    MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        env = {name: str(value) for name, value in env.items()}
-        jobs.append(context.Process(target=work, args=(machine, env, script, *flags)))
+        jobs.append(context.Process(target=launch, args=(env, target, *args, rank)))
         jobs[-1].start()
-        logs.append(Path(f"{machine}-{rank}.log"))
+    return jobs
+
+
+def launch(env, target, *args):
+    os.environ.update({name: str(value) for name, value in env.items()})
+    torch.set_num_threads(1)
+    target(*args)
+
+
+def exit_codes(jobs):
+    deadline = time.time() + 300
     try:
         for job in jobs:
-            job.join(300)
+            job.join(deadline - time.time())
     finally:
         for job in jobs:
             job.kill()
-    printed = [log.read_text() for log in logs]
-    assert [job.exitcode for job in jobs] == [code] * len(jobs), "\n".join(printed)
+    return [job.exitcode for job in jobs]
+
+
+def work(folder, processes, prepare, script, flags, rank):
+    """A command of one process on machine rank // processes; prints to FOLDER/RANK.log."""
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    if prepare:
+        prepare(rank)
+    sys.exit(run_here(script, *flags, cwd=folder / f"node{rank // processes}"))
+
+
+def two_machines(folder, script, *flags, processes=1, code=0, prepare=None):
+    """A command by `processes` in folder/node0 and as many in folder/node1; returns what each has printed."""
+    jobs = start(work, 2 * processes, folder, processes, prepare, script, flags, machines=2)
+    codes = exit_codes(jobs)
+    printed = [(folder / f"{rank}.log").read_text() for rank in range(len(jobs))]
+    assert codes == [code] * len(jobs), "\n".join(printed)
     return printed
 
 
@@ -74,34 +88,48 @@ def one_process(folder, script, *flags):
     torch.set_num_threads(threads)
 
 
-def near(a, b):
-    """Rows of losses, alike but for roundings, of which AdamW's first steps make much."""
+def assert_near(run, other):
+    """The losses of two runs are equal but for roundings, of which AdamW's first steps make much."""
+    a, b = losses(run), losses(other)
     assert len(a) == len(b) > 0 and set(a[0]) == set(b[0])
     for x, y in zip(a, b):
         assert y == pytest.approx(x, **(dict(rel=1e-3, abs=1e-4) if x["step"] < 3 else dict(rel=1e-2, abs=3e-3)))
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory):
+def trained(image_dir, tmp_path_factory):
     """A folder with one/, node0/ and node1/: six steps by one process, and by two machines."""
     folder = tmp_path_factory.mktemp("machines")
-    for name in ("one", "node0", "node1"):                  # other times, so that no name may come from them
-        shutil.copytree(pictures, folder / name / "pictures", copy_function=shutil.copy)
+    for name in ("one", "node0", "node1"):                  # with other times of change
+        shutil.copytree(image_dir, folder / name / "data", copy_function=shutil.copy)
     one_process(folder, "train", "--exp-name", "a", *TRAIN)
     two_machines(folder, "train", "--exp-name", "a", *TRAIN)
     return folder
 
 
-def test_training_on_two_machines_has_the_losses_of_one_process(trained):
-    near(losses(trained / "one/exps/a"), losses(trained / "node0/exps/a"))
+def test_two_machines_have_the_losses_of_one_process(trained):
+    assert_near(trained / "one/exps/a", trained / "node0/exps/a")
     one, two = (metrics_of(trained / name / "exps/a") for name in ("one", "node0"))
     for name in ("grad_norm", "vae_grad_norm"):                        # of the mean gradient, not of each one's
         assert [row[name] for row in two[:2]] == pytest.approx([row[name] for row in one[:2]], rel=1e-3)
-    assert [p.name for p in (trained / "node1").iterdir()] == ["pictures"]       # the first machine writes
+    assert [p.name for p in (trained / "node1").iterdir()] == ["data"]           # the first machine writes
 
 
-def test_the_discriminators_gradient_is_the_mean_of_its_processes(trained):
-    """Its batch norm sees each process's share alone: as one process sees the parts of a batch."""
+def wrapped(folder, rank):
+    torch.distributed.init_process_group("gloo")
+    m = train.build(train.parse_config([]), torch.device("cpu"))
+    train.wrap(m, train.parse_config([]), 2)
+    sizes = m.ddp_sit._get_ddp_logging_data()["bucket_cap_bytes"]
+    (folder / f"{rank}.txt").write_text(f"{sizes}")
+
+
+def test_gradients_are_sent_in_buckets_of_100_mb(tmp_path):
+    assert exit_codes(start(wrapped, 2, tmp_path)) == [0, 0]
+    assert (tmp_path / "0.txt").read_text() == str(100 * 2 ** 20)
+
+
+def test_gradients_of_the_discriminator_are_averaged_over_processes(trained):
+    """Its batch norm sees each process's images alone: as one process sees micro-batches."""
     flags = ["--exp-name", "gan", *TRAIN, "--disc-weight", "0.1", "--disc-start", "0", "--max-train-steps", "1"]
     one_process(trained, "train", *flags, "--gradient-accumulation-steps", "2")
     two_machines(trained, "train", *flags)
@@ -111,132 +139,122 @@ def test_the_discriminators_gradient_is_the_mean_of_its_processes(trained):
 
 
 def test_resuming_needs_the_checkpoint_on_every_machine(trained):
-    for name in ("one", "node0"):
-        shutil.copytree(trained / "node0/exps/a", trained / name / "exps/b")
-        (trained / name / "exps/b/checkpoints/0000006.pt").unlink()
+    shutil.copytree(trained / "node0/exps/a", trained / "node0/exps/b")
+    (trained / "node0/exps/b/checkpoints/0000006.pt").unlink()
     command = ["train", "--exp-name", "b", "--resume", *TRAIN]
     for printed in two_machines(trained, *command, code=2):
         one_line(printed, "exps/b/checkpoints/0000003.pt: not on every machine")
     shutil.copytree(trained / "node0/exps/b", trained / "node1/exps/b")
     two_machines(trained, *command)
-    near(losses(trained / "one/exps/a"), losses(trained / "node0/exps/b"))
+    assert_near(trained / "one/exps/a", trained / "node0/exps/b")
 
 
-def test_sampling_and_evaluating_on_two_machines_give_one_process_s_numbers(trained):
-    """11 images by batches of 4: the last round has 3 for two processes. (No batch is of one image: matrix products of
+def test_sampling_and_evaluating_do_not_depend_on_the_processes(trained):
+    """11 images in batches of 4: the last round has 3 for two processes. (No batch is of one image: matrix products of
     one row are rounded otherwise, a level in a few pixels.)"""
-    shutil.copytree(trained / "one/exps/a", trained / "same/exps/a")
-    checkpoint = trained / "same/exps/a/checkpoints/0000006.pt"
-    drawing = ["--ckpt", checkpoint, "--num-samples", 11, "--num-steps", 3, "--mode", "sde", "--device", "cpu",
-               "--batch-size", 4, "--mixed-precision", "no"]
-    judging = ["--data-dir", "pictures", "--features", repa.LITE2, "--num-workers", 0]
-    for out, command in (("x.npz", ["sample", *drawing, "--out"]), ("x.json", ["fid", *drawing, *judging, "--json"])):
-        before = sorted(p.name for p in (trained / "node0").iterdir())
-        one_process(trained, *command, out)
-        two_machines(trained, *command, out)
-        assert sorted(p.name for p in (trained / "node0").iterdir()) == sorted([*before, out])
-        assert not (trained / "node1" / out).exists()
+    sampling = ["--num-samples", 11, "--num-steps", 3, "--mode", "sde", "--device", "cpu", "--batch-size", 4,
+                "--mixed-precision", "no", "--ckpt", trained / "one/exps/a/checkpoints/0000006.pt"]
+    evaluating = ["--data-dir", "data", "--features", repa.LITE2, "--num-workers", 0]
+    for command in (["sample", *sampling, "--out", "x.npz"], ["fid", *sampling, *evaluating, "--json", "x.json"]):
+        one_process(trained, *command)
+        two_machines(trained, *command)
+        assert not (trained / "node1" / command[-1]).exists()
     one, two = (np.load(trained / name / "x.npz")["arr_0"] for name in ("one", "node0"))
-    assert one.shape == (11, 32, 32, 3) and one.dtype == np.uint8 and np.array_equal(one, two)
-    assert len(np.unique(one, axis=0)) == 11
+    assert one.shape == (11, 32, 32, 3) and np.array_equal(one, two) and len(np.unique(one, axis=0)) == 11
     one, two = (json.loads((trained / name / "x.json").read_text()) for name in ("one", "node0"))
     one["seconds"] = two["seconds"]
     assert len(one) > 5 and one == {name: pytest.approx(value) for name, value in two.items()}
 
 
+def small_chunks(rank):
+    images.CHUNK = latents.CHUNK = 8
+
+
 @slow
-def test_cached_latents_on_two_machines(trained, monkeypatch):
-    """Files of 8 images, so that there are three of them: made on one machine, they are missing on the other."""
+def test_latents_are_cached_on_each_machine(trained, monkeypatch):
+    """In three files of 8 images: made on one machine, they are missing on the other."""
     command = ["train", "--exp-name", "cached", "--cache-latents", "--vae-grad", "none", "--vae-ckpt",
                trained / "one/exps/a/checkpoints/0000006.pt", *TRAIN]
-    monkeypatch.setattr(images, "CHUNK", 8)
+    for module in (images, latents):
+        monkeypatch.setattr(module, "CHUNK", 8)
     one_process(trained, *command)
-    two_machines(trained, *command, work=work_in_small_files)
-    near(losses(trained / "one/exps/cached"), losses(trained / "node0/exps/cached"))
+    two_machines(trained, *command, prepare=small_chunks)
+    assert_near(trained / "one/exps/cached", trained / "node0/exps/cached")
     cached = [sorted((trained / name / "exps").glob("latents-*/*")) for name in ("one", "node0", "node1")]
-    assert all([p.name for p in files] == [f"{k:06d}.pt" for k in range(3)] for files in cached)
     assert cached[1][0].parent.name == cached[2][0].parent.name
-    for files in zip(*cached):
+    for files in zip(*cached, strict=True):
         one, *others = (torch.load(file, weights_only=True) for file in files)
         assert len(one) == 8 and one.isfinite().all() and all(torch.equal(one, other) for other in others)
 
 
 @slow
-def test_every_machine_draws_its_own_pictures(tmp_path):
-    """Two processes a machine: the second of a machine waits for the first."""
+def test_openmoji_is_rendered_on_each_machine(tmp_path):
+    """Two processes per machine: the second waits for the first."""
     for k in range(2):
         (tmp_path / f"node{k}").mkdir()
-    two_machines(tmp_path, "train", *SHORT, "--num-classes", "0", "--max-train-steps", "1", processes=2)
-    drawn = [sorted(p.name for p in (tmp_path / f"node{k}/data/openmoji-32").rglob("*.png")) for k in range(2)]
-    assert drawn[0] == drawn[1] and len(drawn[0]) > 4000
-
-
-# --- Two processes of one machine -------------------------------------------------------------------------------------
-
-@slow                                                                   # as it stands: test_machines.py
-@pytest.mark.parametrize("flags", [["--gradient-checkpointing"], ["--compile"]])
-def test_two_processes_give_the_losses_of_one(pictures, short_run, flags):
-    run(*torchrun(2), ROOT / "train.py", "--data-dir", pictures, "--exp-name", "two", "--disc-weight", "0",
-        "--overwrite", *flags, *SHORT, cwd=short_run)
-    one, two = losses(short_run / "exps/a"), losses(short_run / "exps/two")
-    assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4] and len(one[0]) > 5
-    for a, b in zip(one, two):  # AdamW's first steps make much of roundings: they grow
-        near = dict(rel=1e-3, abs=1e-4) if a["step"] < 3 else dict(rel=1e-2, abs=3e-3)
-        assert "disc_loss" not in a and {k: b[k] for k in a} == pytest.approx(a, **near)
-
-
-TWO = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-import data.images, support.devices, train, vae
-support.devices.TIMEOUT = support.devices.timedelta(seconds=15)
-rank, batches, items = int(os.environ["RANK"]), 0, 0
-encode, item = vae.Encoder.forward, data.images.ImageFolder.__getitem__
-
-def disturbed(self, x):
-    global batches
-    training = train.torch.is_grad_enabled() and len(x) > 1  # not the one image that FLOPs are counted on
-    batches += training
-    if rank == 1 and batches == 2 and training:
-        {inside}
-    return encode(self, x)
-
-def late(self, index):
-    global items
-    items += batches > 0
-    if rank == 1 and items == 1:
-        {between}
-    return item(self, index)
-
-vae.Encoder.forward, data.images.ImageFolder.__getitem__ = disturbed, late
-train.run_command(train.main)
-"""
-
-
-def start_two(pictures, folder, *flags, inside="pass", between="pass", code=0):
-    """Two processes, of which the second does `inside` to its second batch x, or `between` before that."""
-    (folder / "two.py").write_text(TWO.format(root=str(ROOT), inside=inside, between=between))
-    return run(*torchrun(2), "two.py", "--data-dir", pictures, *SHORT, "--max-train-steps", "3", *flags, cwd=folder,
-               code=code)
-
-
-def test_a_nan_on_one_process_skips_the_step_of_both(pictures, tmp_path):
-    start_two(pictures, tmp_path, "--disc-weight", "0.1", "--keep-every", "1", "--checkpointing-steps", "1",
-              inside="x[0, 0, 0, 0] = float('nan')")
-    rows = metrics_of(tmp_path / "exps/tiny")
-    assert [row["skipped"] for row in rows] == [0, 1, 1]
-    assert not math.isfinite(rows[1]["loss"]) and math.isfinite(rows[2]["loss"])
-    a, b, c = (load_tensors(path) for path in checkpoints(tmp_path / "exps/tiny"))
-    for key in ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc"):
-        for (name, x), (_, y), (_, z) in zip(*(flatten(ckpt[key]) for ckpt in (a, b, c))):
-            same = torch.equal(x, y) or key == "ema"  # which moves on, towards unchanged weights
-            assert same and y.isfinite().all() and z.isfinite().all(), (key, name)
-    assert not torch.equal(b["vae"]["quant_conv.weight"], c["vae"]["quant_conv.weight"])
+    two_machines(tmp_path, "train", *SHORT, "--max-train-steps", "1", processes=2)
+    found = [sorted(p.name for p in (tmp_path / f"node{k}/data/openmoji-32").rglob("*.png")) for k in range(2)]
+    assert found[0] == found[1] and len(found[0]) > 4000
 
 
 @slow
-@pytest.mark.parametrize("what, reason", [("time.sleep(100)", "Ranks 1 failed to pass"), ("os._exit(9)", "error: ")])
-def test_a_process_that_hangs_or_dies_ends_the_run(what, reason, pictures, tmp_path):
-    started = time.time()
-    out = start_two(pictures, tmp_path, between=what, code=1)
-    assert "the processes lost each other: " in out and reason in out and time.time() - started < 95
+@pytest.mark.parametrize("flag", ["--gradient-checkpointing", "--compile"])
+def test_torchrun_gives_the_losses_of_one_process(image_dir, short_run, flag, tmp_path):
+    run(*torchrun(2), ROOT / "train.py", "--data-dir", image_dir, "--disc-weight", "0", flag, *SHORT, cwd=tmp_path)
+    assert_near(short_run / "exps/a", tmp_path / "exps/tiny")
+
+
+def nan_in_step_2(rank):
+    """Of the images of process 1."""
+    encode, batches = vae.Encoder.forward, []
+
+    def disturbed(self, x):
+        if torch.is_grad_enabled():
+            batches.append(x)
+            if rank == 1 and len(batches) == 2:
+                x[0, 0, 0, 0] = math.nan
+        return encode(self, x)
+    vae.Encoder.forward = disturbed
+
+
+def test_a_nan_on_one_process_skips_the_step_on_both(trained):
+    two_machines(trained, "train", "--exp-name", "nan", *TRAIN, "--max-train-steps", "3", "--disc-weight", "0.1",
+                 "--keep-every", "1", "--checkpointing-steps", "1", prepare=nan_in_step_2)
+    rows = metrics_of(trained / "node0/exps/nan")
+    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    assert rows[1]["loss"] is None and math.isfinite(rows[2]["loss"])
+    first, second, third = (load_tensors(path) for path in checkpoints(trained / "node0/exps/nan"))
+    for (name, x), (_, y), (_, z) in zip(*map(flatten, (first, second, third)), strict=True):
+        same = torch.equal(x, y) or name.startswith(".ema")          # which moves on, towards unchanged weights
+        assert same and y.isfinite().all() and z.isfinite().all(), name
+    assert not torch.equal(second["vae"]["quant_conv.weight"], third["vae"]["quant_conv.weight"])
+
+
+# --- Processes that are late, or dead ---------------------------------------------------------------------------------
+
+def late_or_dead(folder, ready, rank):
+    """The first of three processes is late once, the last is killed."""
+    sys.stderr = open(folder / f"{rank}.log", "w", buffering=1)
+    devices.TIMEOUT = devices.timedelta(seconds=5)
+    ready.wait()
+    processes = devices.start_processes(torch.device("cpu"))
+
+    def main():
+        assert not processes.any(False)
+        time.sleep(6 if rank == 0 else 0)                               # longer than TIMEOUT
+        assert processes.any(rank == 0)
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(UserError, match="^lost other processes of this run: rank [01, ]*2 ended"):
+            processes.any(False)
+        torch.distributed.all_reduce(torch.zeros(1))                    # as when a process ends within a step
+    run_command(main)
+
+
+def test_a_late_process_is_waited_for_and_a_dead_one_ends_the_others(tmp_path):
+    ready = multiprocessing.get_context("forkserver").Barrier(3)
+    codes = exit_codes(start(late_or_dead, 3, tmp_path, ready))
+    printed = [(tmp_path / f"{rank}.log").read_text() for rank in range(3)]
+    assert codes == [2, 2, -signal.SIGKILL], printed
+    for out in printed[:2]:
+        assert re.fullmatch(r"error( \(rank 1\))?: another process of this run ended.*\n", out), out

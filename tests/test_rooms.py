@@ -1,4 +1,4 @@
-"""The rooms: imports go one way, and no stray package of the same name wins over a folder of ours."""
+"""The rooms: imports go one way, and no other package of the same name wins over a folder of ours."""
 import ast
 import sys
 
@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, run
 
 NETWORKS = {"vae", "sit", "repa", "sample"}
-MAY_IMPORT = {                                              # of what is ours: {room or file at the top: these}
+MAY_IMPORT = {                                              # {folder or module: what it may import of ours}
     "support": {"support"},
     "data": {"data", "support"},
     "vae": {"data", "support"},
@@ -17,12 +17,13 @@ MAY_IMPORT = {                                              # of what is ours: {
     "train": NETWORKS | {"data", "support"},
     "fid": NETWORKS | {"data", "support"},
     "experiments": NETWORKS | {"train", "fid", "experiments", "data", "support"},
+    "benchmarks": NETWORKS | {"train", "fid", "benchmarks", "data", "support"},
     "test_repae": NETWORKS | {"train", "fid", "data", "support"},
 }
 
 
 def imported(file):
-    """The first words of all modules that a file imports, at its top or inside of a function."""
+    """The top-level packages and modules that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -41,15 +42,16 @@ def test_imports_go_one_way(room):
         assert imported(file) & ours <= MAY_IMPORT[room], file
 
 
-def test_every_file_has_its_room():
-    assert {file.stem for file in ROOT.glob("*.py")} | {"data", "support", "experiments"} == MAY_IMPORT.keys()
-    for folder in ("data", "support"):
+def test_every_file_belongs_to_a_room():
+    folders = {"data", "support", "experiments", "benchmarks"}
+    assert {file.stem for file in ROOT.glob("*.py")} | folders == MAY_IMPORT.keys()
+    for folder in folders:
         assert (ROOT / folder / "__init__.py").read_text() == ""
 
 
 @pytest.mark.parametrize("script", ["train.py", "data/openmoji.py"])
-def test_a_stray_package_of_the_same_name_does_not_win(script, tmp_path):
+def test_packages_of_the_same_names_elsewhere_are_not_imported(script, tmp_path):
     for name in ("data", "support"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the stray {name}')\n")
+        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the other {name}')\n")
     assert "--help" in run(sys.executable, ROOT / script, "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})

@@ -1,64 +1,49 @@
-"""The tour's script, experiments/tour.sh, run for real at toy size."""
-import json
+"""experiments/tour.sh, run for real at toy size."""
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, needs, noise_pictures, slow
+from conftest import ROOT, metrics_of, noise_images, needs, one_line, run, slow
 from PIL import Image
 
 from vae import load_vae
 
-RUNS = "naive repae nonorm noalign repa".split()
-DIFFERENT = {"naive": dict(vae_grad="diffusion"), "nonorm": dict(latent_norm=False), "repa": dict(vae_grad="none"),
-             "noalign": dict(vae_align_proj_coeff=0.0), "repae": {}}
 
-
-@needs("matplotlib")
 @pytest.mark.skipif(os.name != "posix", reason="a bash script")
+@needs("matplotlib")
 @slow
 def test_tour_sh_at_toy_size(tmp_path):
-    """Each run is its regime and starts from base's VAE; what is done is not done twice; other settings are refused."""
+    """Each run starts from base's VAE, a student's own run included; finished runs are skipped."""
     for folder in ("train/one", "train/two", "val/one"):
-        noise_pictures(tmp_path / "data" / folder, 6, size=32)
+        noise_images(tmp_path / "data" / folder, 6, size=32)
     out = tmp_path / "out"
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-           "OUT": str(out), "DATA": str(tmp_path / "data"), "BASE_STEPS": "1", "STEPS": "2", "LOG_STEPS": "1",
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OUT": str(out), "BASE_STEPS": "1",
+           "DATA": str(tmp_path / "data"), "STEPS": "2", "LOG_STEPS": "1", "MINE": "--projector conv",
            "FLAGS": "--batch-size 4 --projector-dim 32 --cfg-scale 1 --lr-warmup-steps 1 --disc-weight 0"}
 
-    def start(code=0, **settings):
-        done = subprocess.run(["bash", "experiments/tour.sh"], cwd=ROOT, env=env | settings, capture_output=True,
-                              text=True)
-        assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout, done.stderr
+    def start(runs, code=0, **settings):
+        """Its output, and the runs that it trained."""
+        printed = run("bash", ROOT / "experiments/tour.sh", cwd=tmp_path, code=code,
+                      env=env | dict(RUNS=runs) | settings)
+        return printed, [line.split(":")[0][3:] for line in printed.splitlines() if line.startswith("== ")]
 
-    def trained(printed):
-        return [line.split(":")[0].removeprefix("== ") for line in printed.splitlines() if line.startswith("== ")]
+    printed, trained = start("naive repa mine")
+    assert trained == ["base", "naive", "repa", "mine"] and "== mine: --vae-ckpt" in printed
+    base, table = load_vae(out / "base/checkpoints/0000001.pt")[0].state_dict(), (out / "table.md").read_text()
+    for name in trained[1:]:
+        changed = [not torch.equal(t, base[key])
+                   for key, t in load_vae(out / name / "checkpoints/0000002.pt")[0].state_dict().items()]
+        assert not any(changed) if name == "repa" else all(changed), name
+        last = metrics_of(out / name)[-1]
+        cells = " | ".join(f"{last[key]:.4g}" for key in ("latent_variance", "proj_loss", "denoising_loss", "val_psnr"))
+        assert f"{name}:\n" in table and f"| 2 | {cells} |" in table
+    assert table.count("effective dimensions") == 3 and table in printed              # base's VAE is repa's
+    assert all(Image.open(out / f"{name}.png").width > 600 for name in ("latents", "curves"))
 
-    printed, _ = start()
-    assert trained(printed) == ["base", *RUNS]
-    base = out / "base/checkpoints/0000001.pt"
-    start_from, settings = load_vae(base)[0].state_dict(), {}
-    for run in RUNS:
-        settings[run] = json.loads((out / run / "args.json").read_text())
-        expected = settings["naive"] | dict(exp_name=run, vae_ckpt=str(base), vae_grad="repa", max_train_steps=2)
-        assert settings[run] == expected | DIFFERENT[run], run                       # equal in all else
-        moved = [not torch.equal(t, start_from[name])
-                 for name, t in load_vae(out / run / "checkpoints/0000002.pt")[0].state_dict().items()]
-        assert not any(moved) if run == "repa" else all(moved), run
-        assert (out / run / "pictures/samples-0000002.png").is_file()
-    table = (out / "table.md").read_text()
-    for run in RUNS:
-        rows = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text().splitlines()]
-        assert f"{run}:\n" in table and f"| {rows[-1]['proj_loss']:.4g} |" in table
-    assert table.count("effective dimensions") == 5 and table in printed              # base's VAE is repa's
-    assert Image.open(out / "latents.png").width > 600 and Image.open(out / "curves.png").width > 600
-
-    (out / "noalign/checkpoints/0000002.pt").unlink()
-    assert trained(start(RUNS="naive noalign")[0]) == ["noalign"]
-    for code, wrong, words in ((2, dict(STEPS="4"), "was begun with"), (2, dict(RUNS="repea"), "repea: no run")):
-        error = start(code, **wrong)[1]
-        assert len(error.splitlines()) == 1 and error.startswith("error") and words in error
+    (out / "mine/checkpoints/0000002.pt").unlink()
+    assert start("naive mine")[1] == ["mine"]
+    for runs, settings, words in (("naive", dict(STEPS="4"), "has other settings"), ("repea", {}, "repea: unknown"),
+                                  ("mine", dict(MINE="--qk-norm"), "has other settings")):
+        one_line(start(runs, 2, **settings)[0], words)
