@@ -255,7 +255,7 @@ class Samples:
         self.stats, self.shape = {}, (model.args["resolution"],) * 2
 
     def batches(self, indices, batch_size, num_workers=0):
-        classes, seed = range(len(self.model.args["classes"])), self.settings.get("seed", 0)
+        classes, seed = range(self.model.sit.num_classes), self.settings.get("seed", 0)
         for start in range(0, len(indices), batch_size):
             part = indices[start:start + batch_size]
             labels = [class_for_sample(i, seed, classes, self.labels, self.n) for i in part]
@@ -482,6 +482,7 @@ def open_sources(args, device):
         require(ref.n > 0 and ref.shape == (size, size),
                 f"{data}: --reconstruct needs images, of {size}x{size} pixels")
         return ref, Reconstructions(ckpt, model, ref)
+    require(model.sit, f"{ckpt}: trained with --vae-only, it has no SiT to sample from; see --reconstruct")
     n = args.num_samples or min(count_images(ref) or 50_000, 50_000)
     return ref, Samples(ckpt, model, n, args.sampler, args.label_sampling)
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+from data.images import nfc
 from sit import SiT, infer_sit, interpolant
 from support.checkpoints import newest_checkpoint, read_checkpoint
 from support.commands import (Parser, UserError, existing_path, fraction, path_name, positive, positive_int,
@@ -291,7 +292,7 @@ def main():
     names, size = sampler.args["classes"], sampler.args["resolution"]
     number_of = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
     try:
-        classes = [number_of[word] for word in (args.classes.split(",") if args.classes else names)]
+        classes = [number_of[word] for word in (nfc(args.classes).split(",") if args.classes else names)]
     except KeyError as e:
         raise UserError(f"--classes {e}: take 0 to {len(names) - 1}, or of {', '.join(names[:20])}") from None
     n = args.num_samples or min(8 * len(classes), 80)

@@ -5,7 +5,6 @@
 
 `train_step` is the method. The order: settings, train_step, optimizer_step, loop, building, data, main.
 """
-import atexit
 import copy
 import json
 import logging
@@ -678,7 +677,6 @@ def main():
     # Settings and folder
     cfg = parse_config()
     device, folder = devices.pick_device(cfg.device), Path(cfg.output_dir) / cfg.exp_name
-    atexit.register(images.end_loaders)
     if checkpoints.checkpoints(folder) and not cfg.resume:
         raise UserError(f"{folder} holds checkpoints: --resume resumes from the newest, --exp-name NAME "
                         "starts another run; to start this one over, remove the folder")

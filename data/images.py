@@ -3,6 +3,7 @@
 Images are uint8 [3, H, W], in batches [B, 3, H, W].
 """
 import argparse
+import atexit
 import json
 import multiprocessing
 import os
@@ -277,8 +278,9 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register
 def end_loaders():
-    """End all loader processes, however the main one ends."""
+    """End all loader processes, however the main one ends: they ignore the signal by which Python would."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)                # PyTorch would report it as an accident
     for worker in multiprocessing.active_children():

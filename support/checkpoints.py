@@ -121,6 +121,8 @@ def plain_checkpoint(content, file):
         args = dict(args if isinstance(args, dict) else vars(args))                        # the release's
         if "latent_norm" in args:                                 # older than --fixed-latent-stats
             args["fixed_latent_stats"] = not args.pop("latent_norm")
+        if args.get("classes"):                                   # once they could be in any Unicode form
+            args["classes"] = [unicodedata.normalize("NFC", name) for name in args["classes"]]
         networks = {key: strip_wrappers(content[key]) for key in ("model", "ema")}
         return content | networks | dict(args=args, steps=content["steps"])
     except (KeyError, IndexError, TypeError, AttributeError):

@@ -170,9 +170,9 @@ def test_gradients_are_sent_once_per_step(tiny):
 
 
 def test_one_loader_reads_for_all_files_of_latents(image_dir, tmp_path, monkeypatch):
-    loaders, load_batches = [], latents.load_batches
-    monkeypatch.setattr(latents, "CHUNK", 8)
-    monkeypatch.setattr(latents, "load_batches", lambda *args: loaders.append(args) or load_batches(*args))
+    loaders, load_batches = [], images.load_batches
+    monkeypatch.setattr(images, "CHUNK", 8)
+    monkeypatch.setattr(images, "load_batches", lambda *args: loaders.append(args) or load_batches(*args))
     folder = latents.cache_latents(images.ImageFolder(image_dir, 32), tmp_path, hashlib.sha256(),
                                    lambda x: x[:, :, :1, :1], 0, devices.Processes())
     assert len(list(Path(folder).glob("*.pt"))) == 3 and len(loaders) == 1

@@ -229,6 +229,15 @@ def test_unreadable_images_are_replaced(tmp_path):
     assert "/bomb.png: cannot be read" in items["bomb.png"][2]
 
 
+def test_a_program_that_fails_ends_its_loader_processes(tmp_path):
+    """They ignore the signal by which Python would end them at its exit: it would wait for ever."""
+    noise_images(tmp_path, 4)
+    code = ("from data.images import ImageFolder, load_batches\n"
+            "batches = load_batches(ImageFolder('.', 8), [[(i, False)] for i in range(4)], 1)\n"
+            "next(batches)\nraise ValueError('stop')")
+    assert "ValueError: stop" in run(sys.executable, "-c", code, cwd=tmp_path, code=1, timeout=60)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_disk_ends_the_loader_in_one_line(workers, tmp_path, monkeypatch, request):
     """20 files all over the data set are tried: 30 damaged neighbours are not a lost disk."""

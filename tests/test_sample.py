@@ -240,6 +240,7 @@ def arr_0(file):
 def test_classes_are_taken_by_name_before_number(tmp_path, command):
     names = sorted(str(k) for k in range(12))                           # 0 1 10 11 2 3 ...: as folders sort
     for names, words, labels in ((names, "2,9", [4, 11]), (["cat", "dog", "zebra"], "zebra,0", [2, 0]),
+                                 (["chat", "cafe\u0301"], "caf\u00e9,cafe\u0301", [1, 1]),       # é in two Unicode forms
                                  (None, "2,1", [2, 1])):                # None: an older one, of numbers alone
         ckpt = save_checkpoint(tmp_path / "x.pt", num_classes=len(names or "123"), classes=names)
         command("sample", "--ckpt", ckpt, "--num-samples", 2, "--classes", words, "--out", "y.npz", *FEW)

@@ -257,7 +257,7 @@ def test_a_step_and_sampling_keep_to_their_device(monkeypatch, perceptual):
     for mode in ("ode", "sde"):
         images = sample.sample_images(model, [0, 1], num_steps=2, mode=mode, cfg_scale=2.0)
         assert images.device.type == "meta" and images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
-    for module, name in ((m.encoders[0], "mean"), (m.sit.bn, "running_var"), (m.sit.t_embedder, "freqs")):
+    for module, name in ((m.encoders[0].normalize, "mean_std"), (m.sit.bn, "running_var"), (m.sit.t_embedder, "freqs")):
         kept = getattr(module, name)
         setattr(module, name, torch.ones(kept.shape))
         with pytest.raises(RuntimeError, match="device"):
