@@ -4,12 +4,13 @@
     python benchmarks/dry_run.py CHECK WORD...                            one of CHECKS
     python benchmarks/dry_run.py table                                    of all commands, as markdown
 
---stop-at: training gets SIGUSR1 as soon as FILE exists. Results go to results.jsonl. Memory is the peak of
-the command's largest process.
+--stop-at: training gets SIGUSR1 as soon as FILE, its metrics.jsonl, has a row. Results go to results.jsonl.
+Memory is the peak of the command's largest process.
 """
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -47,13 +48,14 @@ def stop_training(pid):
 
 
 def run(name, command, stop_at=None):
-    """Run and measure a command. Raises UserError if it fails, or ends before it was stopped."""
+    """Run and measure a command. Raises UserError if it fails, or was to be stopped after a step and was
+    not."""
     start, log, stopped = time.time(), Path(f"logs/{name}.log"), False
     log.parent.mkdir(exist_ok=True)
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            if stop_at and not stopped and Path(stop_at).exists():
+            if stop_at and not stopped and read_rows(Path(stop_at)):
                 stop_training(process.pid)
                 stopped = True
             time.sleep(0.1)
@@ -61,8 +63,8 @@ def run(name, command, stop_at=None):
     if process.returncode:
         print(log.read_text()[-3000:])
         raise UserError(f"{name}: exit code {process.returncode}, see {log}")
-    require(not stop_at or "stopped after step" in log.read_text(),
-            f"{name}: it ended before it was stopped, see {log}")
+    require(not stop_at or re.search("stopped after step [1-9]", log.read_text()),
+            f"{name}: it was not stopped after a step, see {log}")
     written = sum(path.stat().st_size for path in Path(".").rglob("*")
                   if path.is_file() and path.stat().st_mtime >= start)
     memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

@@ -86,13 +86,14 @@ def stop(*_):
     sys.exit(print('stopped after step 1'))
 signal.signal(signal.SIGUSR1, stop)
 memory = bytearray(b'x') * 800_000_000
-open('begun', 'w')
+open('empty', 'w')
+open('begun', 'w').write('{"step": 1}')
 time.sleep(float(sys.argv[1]))
 """
 
 
 def test_a_command_is_measured_and_stopped(tmp_path, monkeypatch, capsys):
-    """By SIGUSR1 once the file exists, train.py and not its parent. A failed or late command is not done."""
+    """By SIGUSR1 once the file has a row, train.py and not its parent. A failed or late command is not done."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(TRAIN)
     Path("old").write_bytes(bytes(1_000))
@@ -102,8 +103,9 @@ def test_a_command_is_measured_and_stopped(tmp_path, monkeypatch, capsys):
     result, = read_rows(dry_run.RESULTS)
     assert result["name"] == "stopped" and 0.8e9 < result["memory"] < 1e9 and 0 < result["seconds"] < 60
     assert 300_000 <= result["written"] < 301_000 and "| stopped |" in capsys.readouterr().out
-    with pytest.raises(UserError, match="late: it ended before it was stopped, see logs/late.log"):
-        dry_run.run("late", [*command, "0"], "never")
+    for never in ("never", "empty"):
+        with pytest.raises(UserError, match="late: it was not stopped after a step, see logs/late.log"):
+            dry_run.run("late", [*command, "0.5"], never)
     with pytest.raises(UserError, match="broken: exit code 1, see logs/broken.log"):
         dry_run.run("broken", [*command, "x"])
     assert "could not convert" in capsys.readouterr().out and read_rows(dry_run.RESULTS) == [result]

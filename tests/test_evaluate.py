@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 
@@ -52,7 +53,7 @@ def test_fds_of_a_run_equal_those_of_fid_py(short_run, image_dir, monkeypatch, c
             "--json", tmp_path / "out.json", cwd=short_run)
         return pytest.approx(json.loads((tmp_path / "out.json").read_text())["fd_resnet18"], rel=1e-4)
 
-    sampled = ["--ckpt", ckpt, "--num-samples", 20, "--num-steps", 2]
+    sampled = ["--ckpt", ckpt, "--num-samples", 20, "--num-steps", 2, "--mixed-precision", "auto"]
     assert record["fd"]["4"] == fid(image_dir, *sampled, "--metrics", "fid")
     assert record["rfd"] == fid(image_dir, "--ckpt", ckpt, "--reconstruct")
     run(sys.executable, ROOT / "sample.py", *sampled, "--out", tmp_path / "samples.npz", "--device", "cpu",
@@ -71,6 +72,13 @@ def test_fds_of_a_run_equal_those_of_fid_py(short_run, image_dir, monkeypatch, c
                          ((a,), "RUN and --points")):
         with pytest.raises(UserError, match=words):
             call(*wrong)
+
+
+def test_fd_of_features_equals_its_formula():
+    a, b = np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).random((30, 3)) ** 2
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
+    assert evaluate.fd_of_features(*map(torch.tensor, (a, b))) == pytest.approx(expected, rel=1e-6)
 
 
 def test_floor_is_the_fd_of_real_images(tmp_path, call):

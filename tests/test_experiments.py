@@ -204,7 +204,8 @@ def write_metrics(run, *rows):
 
 @needs("matplotlib")
 def test_curves_and_table_of_runs(tmp_path, call):
-    first = write_metrics(tmp_path / "a", *(dict(step=k, l1_loss=1 / k, kl_loss=5.0, skipped=0, zero_gradients=0) for k in range(1, 40)))
+    others = dict(kl_loss=5.0, skipped=0, zero_gradients=0)
+    first = write_metrics(tmp_path / "a", *(dict(step=k, l1_loss=1 / k) | others for k in range(1, 40)))
     second = write_metrics(tmp_path / "b", dict(step=5, l1_loss=0.5, loss=math.nan), dict(step=8, loss=None),
                            dict(step=9, loss=-1.5))
     assert curves.read_metrics(second / "metrics.jsonl") == {"l1_loss": {5: 0.5}, "loss": {9: -1.5}}
@@ -287,7 +288,8 @@ def test_comparison_table(tmp_path, call):
 REGIMES = {                                                 # what differs from REPA-E
     "sit": dict(vae_grad="none", proj_coeff=0), "repa": dict(vae_grad="none"), "second": dict(vae_grad="none"),
     "control": dict(vae_grad="none"), "repae": {}, "naive": dict(vae_grad="diffusion"),
-    "noalign": dict(vae_align_proj_coeff=0), "nonorm": dict(fixed_latent_stats=True), "scratch": dict(vae_from_scratch=True, vae_ckpt="", vae="f4d8"),
+    "noalign": dict(vae_align_proj_coeff=0), "nonorm": dict(fixed_latent_stats=True),
+    "scratch": dict(vae_from_scratch=True, vae_ckpt="", vae="f4d8"),
     "both": dict(vae_grad="both"), "irepa": dict(projector="conv", spatial_norm=0.6, proj_coeff=1),
     "lite0": dict(enc_type=LITE0), "weight": dict(vae_align_proj_coeff=1.5), "float32": dict(mixed_precision="no"),
     "mine": dict(qk_norm=True)}

@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 
 OLD = re.compile(r"\b(" + "|".join([
-    "pictures?", r"judge[sd]?(?!\.json)", "judging", "teach(es|ers?)?", "taught",               # images, evaluate, target encoder
+    "pictures?", r"judge[sd]?(?!\.json)", "judging", "teach(es|ers?)?", "taught",  # images, evaluate, target encoder
     "memory (ends|ended|is not enough)", "afresh", "anew", "(go|goes|going) on",        # OOM, from scratch, resumes
     "least to greatest", "FD of these", "their PSNR", "in a row", "error of chroma",     # min-max, rFD, consecutive
     "(latents|them|pictures) in colour", "stand-ins?", "rehears\\w*", "hold (it |them )?against",    # PCA, dummy data
