@@ -76,7 +76,7 @@ class Config:
     # the models
     model: str = option("SiT-XL/2", "SiT-SIZE/PATCH, SIZE of T S B L XL")
     qk_norm: bool = option(False, "normalise queries and keys")
-    cfg_prob: float = option(0.1, "fraction of labels dropped, for guidance", commands.fraction)
+    cfg_prob: float = option(0.1, "fraction of labels dropped, for guidance", commands.below_one)
     path_type: str = option("linear", "interpolant", choices=["linear", "cosine"])
     weighting: str = option("uniform", "distribution of timesteps (lognormal: EDM's)",
                             choices=["uniform", "lognormal"])

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # finds support/ if this runs as a script
-from support.commands import Parser, UserError, positive_int, run_command
+from support.commands import Parser, UserError, path_name, positive_int, run_command
 
 # A class is the first row that holds the first code point; everything else is a symbol.
 OPENMOJI_CLASSES = {
@@ -97,7 +97,7 @@ def render_openmoji(folder, size):
 def main():
     parser = Parser(description="Render OpenMoji's emoji to a folder of classes.")
     parser.add_argument("--size", type=positive_int, default=32, help="pixels (32)")
-    parser.add_argument("--out", help="new folder (data/openmoji-SIZE)")
+    parser.add_argument("--out", type=path_name, help="new folder (data/openmoji-SIZE)")
     args = parser.parse_args()
     folder = Path(args.out or f"data/openmoji-{args.size}")
     if folder.exists():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # finds support/ if this runs as a script
 from data.images import IMAGE_SUFFIXES
-from support.commands import Parser, UserError, existing_path, one_line, run_command
+from support.commands import Parser, UserError, existing_path, one_line, path_name, run_command
 from support.files import READ_ERRORS
 
 SUFFIXES = (".parquet", ".zip", ".tar", ".tgz", ".tar.gz")
@@ -170,7 +170,7 @@ def unpack(files, folder):
 def main():
     parser = Parser(description="Write the images of a packed data set as files, in folders of classes.")
     parser.add_argument("sources", metavar="SOURCE", nargs="+", type=existing_path, help="file, or folder")
-    parser.add_argument("folder", metavar="DIR", help="new folder")
+    parser.add_argument("folder", metavar="DIR", type=path_name, help="new folder")
     args = parser.parse_args()
     unpack(find_files(args.sources), Path(args.folder))
 

@@ -26,8 +26,8 @@ from repa import PatchFeatures
 from sample import check_finite, load_checkpoint
 from sit import interpolate
 from support.checkpoints import read_checkpoint
-from support.commands import (Parser, UserError, check_output, existing_path, positive_int, require,
-                              run_command)
+from support.commands import (Parser, UserError, check_output, existing_path, path_name, positive_int,
+                              require, run_command)
 from support.devices import memory_format, pick_device
 from support.files import write_atomic
 from support.grids import image_grid, pca_rgb, save_png, to_float, to_uint8
@@ -251,23 +251,23 @@ def main():
         return command.add_argument
 
     add = add_command(evaluate_command, "evaluate", "CKNNA by block, denoising loss by t, on held-out images")
-    add("ckpts", metavar="CKPT", nargs="+", help="training checkpoints")
-    add("--val-dir", help="images as DIR/CLASS/*.jpg (default: the run's)")
-    add("--data-dir", help="training images, for their classes")
-    add("--vae-ckpt", help="the VAE, if the checkpoint has none: file, folder or hub id")
+    add("ckpts", metavar="CKPT", nargs="+", type=path_name, help="training checkpoints")
+    add("--val-dir", type=path_name, help="images as DIR/CLASS/*.jpg (default: the run's)")
+    add("--data-dir", type=path_name, help="training images, for their classes")
+    add("--vae-ckpt", type=path_name, help="the VAE, if the checkpoint has none: file, folder or hub id")
     add("--enc-type", help="the encoder to compare with (default: the run's first)")
-    add("--enc-ckpt", help="its weights, instead of the hub's")
+    add("--enc-ckpt", type=path_name, help="its weights, instead of the hub's")
     add = add_command(latents_command, "latents", "PCA of the latents of several VAEs, and their spectra")
-    add("images", help="a folder of images")
-    add("vaes", metavar="VAE", nargs="+", help="checkpoints, weights, diffusers folders")
+    add("images", type=path_name, help="a folder of images")
+    add("vaes", metavar="VAE", nargs="+", type=path_name, help="checkpoints, weights, diffusers folders")
     add("--out", type=chart_file, default="latents.png", help="the chart (latents.png)")
     add("--resolution", type=positive_int, default=256, help="pixels (256)")
     add = add_command(reconstruct_command, "reconstruct", "reconstructions, PSNR, SSIM, LPIPS")
-    add("vae", help="checkpoint, weights, diffusers folder or hub id")
+    add("vae", type=path_name, help="checkpoint, weights, diffusers folder or hub id")
     add("images", type=existing_path, help="a folder or an .npz")
-    add("--out", default="reconstructions.png", help="the image (reconstructions.png)")
-    add("--lpips-ckpt", help="LPIPS' linear heads, instead of the lpips package's")
-    add("--vgg-ckpt", help="torchvision's VGG16 weights, instead of the hub's")
+    add("--out", type=path_name, default="reconstructions.png", help="the image (reconstructions.png)")
+    add("--lpips-ckpt", type=path_name, help="LPIPS' linear heads, instead of the lpips package's")
+    add("--vgg-ckpt", type=path_name, help="torchvision's VGG16 weights, instead of the hub's")
     add("--resolution", type=positive_int, default=256, help="pixels (256)")
     args = parser.parse_args()
     args.run(args)
