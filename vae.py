@@ -18,6 +18,7 @@ import importlib.util
 import json
 import re
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -26,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.checkpoints import is_checkpoint, plain_checkpoint
 from support.commands import Parser, UserError, one_line, path_name, positive_int, require, run_command
@@ -57,12 +59,35 @@ def level_channels(config):
     return [round(config["ch"] * factor) for factor in config["ch_mult"]]
 
 
+def on_cuda(x):
+    """Whether GroupNorm, Upsample and AttnBlock compute in the form that suits CUDA. Elsewhere they are
+    PyTorch's modules."""
+    return x.is_cuda
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that keeps channels last on CUDA, where PyTorch's kernel returns NCHW (its issue 111824)
+    and each convolution would copy back. Moments per channel come first, then per group, in float32."""
+
+    def forward(self, x):
+        if not on_cuda(x):
+            return super().forward(x)
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        n, c = x.shape[:2]
+        var, mean = (m.view(n, self.num_groups, -1) for m in torch.var_mean(h, (2, 3), correction=0))
+        center = mean.mean(2, keepdim=True)                               # of the group
+        var = (var + (mean - center).square()).mean(2, keepdim=True)
+        scale = self.weight.view(self.num_groups, -1) * (var + self.eps).rsqrt()     # [N, groups, C/groups]
+        shift = self.bias.view(self.num_groups, -1) - center * scale
+        return torch.addcmul(shift.view(n, c, 1, 1), h, scale.view(n, c, 1, 1))            # shift + h * scale
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, cin, cout, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.norm1 = GroupNorm(groups, cin, eps=1e-6)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.norm2 = GroupNorm(groups, cout, eps=1e-6)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
@@ -76,14 +101,35 @@ class AttnBlock(nn.Module):
 
     def __init__(self, c, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm = GroupNorm(groups, c, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).mT.unsqueeze(1) for conv in (self.q, self.k, self.v))    # [B, 1, HW, C]
-        h = F.scaled_dot_product_attention(q, k, v)
+        with self.kernel(q):
+            h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.squeeze(1).mT.reshape(x.shape))
+
+    def kernel(self, q):
+        """CUDA has no fast kernel for heads of over 256 channels; products are faster while they fit."""
+        products = on_cuda(q) and q.shape[3] > 256 and q.shape[2] <= 4096
+        return sdpa_kernel(SDPBackend.MATH) if products else nullcontext()
+
+
+class Upsample(nn.Sequential):
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution. On CUDA both are one transposed convolution,
+    with 4 taps per output in place of 9: its kernel is the 3x3 one convolved with 2x2 ones."""
+
+    def __init__(self, c):
+        super().__init__(OrderedDict(scale=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
+
+    def forward(self, x):
+        if not on_cuda(x):
+            return super().forward(x)
+        kernel = F.avg_pool2d(self.conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+        kernel = kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)        # [in, out, 4, 4]
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -100,8 +146,7 @@ class Level(nn.Module):
             self.downsample = nn.Sequential(OrderedDict(
                 pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2)))
         if upsample:
-            self.upsample = nn.Sequential(OrderedDict(
-                scale=nn.Upsample(scale_factor=2), conv=nn.Conv2d(cout, cout, 3, padding=1)))
+            self.upsample = Upsample(cout)
 
     def forward(self, h):
         for block, attn in zip(self.block, self.attn, strict=True):
@@ -133,7 +178,7 @@ class Encoder(nn.Module):
             self.down.append(Level(cin, cout, config["num_res_blocks"], i in config["attn_levels"], groups,
                                    downsample=i < len(channels) - 1))
         self.mid = Middle(channels[-1], config["mid_attention"], groups)
-        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config["latent_channels"], 3, padding=1)
 
     def forward(self, x):
@@ -153,7 +198,7 @@ class Decoder(nn.Module):
         for i, (cin, cout) in enumerate(zip(channels[1:] + channels[-1:], channels)):
             self.up.append(Level(cin, cout, config["num_res_blocks"] + 1, i in config["attn_levels"], groups,
                                  upsample=i > 0))
-        self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
+        self.norm_out = GroupNorm(groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, z):

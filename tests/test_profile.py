@@ -5,15 +5,19 @@ import sys
 import pytest
 import torch
 
+import vae
 from benchmarks import profile_step
 from conftest import CPU, ROOT, SHORT, run, slow
 
 
-def test_flops_per_image_are_those_counted_by_hand(tiny):
-    """The products of the transformer and the VAE."""
+def test_flops_per_image_are_those_counted_by_hand(tiny, monkeypatch):
+    """The products of the transformer and the VAE, the same where the VAE takes its forms for CUDA."""
     m, cfg, _ = tiny("--disc-weight", "0")
     batch = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.long), [""]
     flops = profile_step.flops_per_image(m, cfg, batch)
+    monkeypatch.setattr(vae, "on_cuda", lambda x: True)
+    assert profile_step.flops_per_image(m, cfg, batch) == flops
+    monkeypatch.undo()
     assert profile_step.peak_flops(CPU, None) > 1e9
     depth, width, tokens, convolutions = 6, 256, 16, []               # multiply-adds x 2
     block = 2 * tokens * 12 * width ** 2 + 2 * 2 * tokens ** 2 * width + 2 * 6 * width ** 2
