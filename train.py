@@ -572,7 +572,7 @@ def wrap(m, cfg, world):
         for encoder in m.encoders:
             encoder.compile()
         if isinstance(m.perceptual, LPIPS):                  # EncoderDistance is slower compiled, on a CPU
-            m.perceptual.features = torch.compile(m.perceptual.features)
+            m.perceptual.forward = torch.compile(m.perceptual.forward)
     if cfg.gradient_checkpointing:
         recompute = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
         for module in (*m.sit.modules(), *m.vae.modules()):

@@ -62,6 +62,21 @@ def test_lpips_is_the_package(tmp_path):
     assert (ours_x - theirs_x).norm() < 1e-3 * theirs_x.norm()
 
 
+def test_lpips_is_compiled_as_one_graph(tiny):
+    """With --gradient-checkpointing, too; distance and gradient stay those of the eager one."""
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    x.requires_grad_()
+    for more in ([], ["--gradient-checkpointing"]):
+        m, _, _ = tiny("--perceptual", "lpips", "--allow-random-weights", "--compile", *more)
+        graphs, results = [], []
+        for stance in (dict(stance="force_eager"), dict(force_backend=lambda g, args: graphs.append(g) or g.forward)):
+            with torch.compiler.set_stance(**stance):
+                distance = m.perceptual(x, y)
+            results.append([distance.item(), *torch.autograd.grad(distance, x)[0].flatten().tolist()])
+        close(results[1], results[0], 1e-5)
+        assert len(graphs) == 1
+
+
 def test_lpips_formula(tmp_path):
     """Over torchvision's VGG16: images scaled once, five layers, unit length, heads, mean over positions and batch."""
     torch.manual_seed(0)
