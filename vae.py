@@ -368,7 +368,8 @@ class LPIPS(PerceptualDistance):
                 raise UserError("LPIPS: no linear heads; pip install lpips, or give the file by --lpips-ckpt")
             heads = Path(spec.origin).parent / "weights/v0.1/vgg.pth"
         try:
-            net = timm.create_model("vgg16.tv_in1k", pretrained=not (vgg or random))
+            with torch.device("meta" if vgg else "cpu"):                 # a file's weights: initialize none
+                net = timm.create_model("vgg16.tv_in1k", pretrained=not (vgg or random))
         except HUB_ERRORS as e:
             reason = type(e).__name__
             raise UserError(f"LPIPS: could not download VGG16 ({reason}); give it by --vgg-ckpt") from None
@@ -376,7 +377,7 @@ class LPIPS(PerceptualDistance):
         self.heads = nn.ParameterList(torch.ones(1, c, 1, 1) / c for c in self.LAYERS.values())
         if vgg:
             state = {key[9:]: t for key, t in load_tensors(vgg).items() if key.startswith("features.")}
-            load_into(self.vgg, state, vgg)
+            load_into(self.vgg.to_empty(device="cpu"), state, vgg)
         if heads:                                                # lin0.model.1.weight ... lin4.model.1.weight
             state = {key[3]: t for key, t in load_tensors(heads).items() if key.endswith("model.1.weight")}
             load_into(self.heads, state, heads)

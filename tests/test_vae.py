@@ -2,6 +2,7 @@
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from scipy.ndimage import gaussian_filter
@@ -75,6 +76,20 @@ def test_lpips_is_compiled_as_one_graph(tiny):
             results.append([distance.item(), *torch.autograd.grad(distance, x)[0].flatten().tolist()])
         close(results[1], results[0], 1e-5)
         assert len(graphs) == 1
+
+
+def test_vgg_of_a_file_is_not_initialized_first(tmp_path):
+    """The generator stays where it was; `random` takes the weights that it always took."""
+    torch.manual_seed(0)
+    net = timm.create_model("vgg16.tv_in1k").features
+    torch.save({f"features.{name}": t for name, t in net.state_dict().items()}, tmp_path / "vgg.pth")
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    from_file = vae.LPIPS(vgg=tmp_path / "vgg.pth", random=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    for distance in (from_file, vae.LPIPS(random=True)):
+        for (name, ours), theirs in zip(distance.vgg.named_parameters(), net.parameters()):
+            assert torch.equal(ours, theirs), name
 
 
 def test_lpips_formula(tmp_path):
