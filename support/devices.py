@@ -36,10 +36,17 @@ def pick_device(name):
     return device
 
 
+def is_x86():
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def memory_format(device):
-    """Channels last for image tensors, except on MPS, where it has given wrong gradients of batch norm
-    (PyTorch issue 175189) and very slow convolutions (193349)."""
-    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+    """Channels last for image tensors, except where it is slower: on x86 CPUs without AVX-512
+    (docs/performance.md), and on MPS, where it has also given wrong gradients of batch norm (PyTorch issues
+    193349, 175189)."""
+    kind = torch.device(device).type
+    old_cpu = kind == "cpu" and is_x86() and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return torch.contiguous_format if old_cpu or kind == "mps" else torch.channels_last
 
 
 def disable_wrong_attention(*tokens):
@@ -56,8 +63,7 @@ def computes_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         # On x86 oneDNN accepts AVX-512 without bf16, and then takes three times as long as in float32.
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        instructions = torch.cpu._is_avx512_bf16_supported() if x86 else True
+        instructions = torch.cpu._is_avx512_bf16_supported() if is_x86() else True
         return bool(instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False                                                      # MPS: less memory, but no faster
 

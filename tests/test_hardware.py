@@ -81,8 +81,8 @@ def test_cudnn_attention_is_off_where_its_gradients_are_wrong(image_dir, tmp_pat
 @pytest.mark.parametrize("mac", [False, True])
 def test_nothing_is_channels_last_on_mps(mac, tiny, monkeypatch):
     assert devices.memory_format(MPS) == devices.memory_format("mps") == torch.contiguous_format
-    if mac:
-        monkeypatch.setattr(devices, "memory_format", lambda device: torch.contiguous_format)
+    layout = torch.contiguous_format if mac else torch.channels_last
+    monkeypatch.setattr(devices, "memory_format", lambda device: layout)
     m, cfg, _ = tiny("--disc-start", "0")
     seen = []
     m.vae.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))

@@ -1,4 +1,7 @@
-"""Memory layouts: the VAE's forms for CUDA, computed on a CPU."""
+"""Memory layouts: which device takes which, and the VAE's forms for CUDA, computed on a CPU."""
+import platform
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae
-from conftest import close
+from conftest import close, run
+from support import devices
 
 LAST = torch.channels_last
 CONVOLUTIONS = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
@@ -125,3 +129,22 @@ def test_convolutions_on_cuda_get_channels_last(part, attention, as_on_cuda):
         wrong = [t.shape for t in images if not t.is_contiguous(memory_format=LAST)]
         assert len(images) > 50 and all(t.is_cuda for t in images)
         assert wrong == [(2, 288, 16, 16)] * attention
+
+
+# --- By the hardware --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("machine, capability, device, last", [
+    ("x86_64", "AVX512", "cpu", True), ("AMD64", "AVX2", "cpu", False), ("x86_64", "DEFAULT", "cpu", False),
+    ("aarch64", "DEFAULT", "cpu", True), ("arm64", "SVE256", "cpu", True), ("x86_64", "AVX2", "cuda", True),
+    ("arm64", "DEFAULT", "mps", False)])
+def test_memory_format_by_the_hardware(machine, capability, device, last, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert devices.memory_format(device) == (LAST if last else torch.contiguous_format)
+
+
+@pytest.mark.skipif(not devices.is_x86(), reason="x86's instructions")
+def test_memory_format_obeys_restricted_instructions(tmp_path):
+    code = "from support.devices import memory_format; print(memory_format('cpu'))"
+    out = run(sys.executable, "-c", code, cwd=tmp_path, env=dict(ATEN_CPU_CAPABILITY="avx2"))
+    assert "contiguous_format" in out
