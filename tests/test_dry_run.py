@@ -101,7 +101,7 @@ def test_a_command_is_measured_and_stopped(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-c", parent]
     dry_run.run("stopped", [*command, "60"], "begun")
     result, = read_rows(dry_run.RESULTS)
-    assert result["name"] == "stopped" and 0.8e9 < result["memory"] < 1e9 and 0 < result["seconds"] < 60
+    assert result["name"] == "stopped" and result["memory"] > 0.8e9 and 0 < result["seconds"] < 60
     assert 300_000 <= result["written"] < 301_000 and "| stopped |" in capsys.readouterr().out
     for never in ("never", "empty"):
         with pytest.raises(UserError, match="late: it was not stopped after a step, see logs/late.log"):

@@ -81,6 +81,7 @@ def test_fd_of_features_equals_its_formula():
     assert evaluate.fd_of_features(*map(torch.tensor, (a, b))) == pytest.approx(expected, rel=1e-6)
 
 
+@slow
 def test_floor_is_the_fd_of_real_images(tmp_path, call):
     """Held-out images like the training images are nearer than others; a part of them is near the rest."""
     lines = {}

@@ -96,6 +96,7 @@ def test_nothing_is_channels_last_on_mps(mac, tiny, monkeypatch):
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_a_missing_compiler_is_printed(capsys):
     no_compiler = {"cpp.cxx": ("/nowhere",), "force_disable_caches": True}
+    torch.compiler.reset()                                   # what tests before it have compiled
     with torch._inductor.config.patch(no_compiler):
         assert not devices.can_compile(CPU, devices.Processes())
     out = capsys.readouterr().out
