@@ -18,7 +18,7 @@ import repa
 import train
 import vae
 from conftest import ROOT, SHORT, flatten, losses, metrics_of, one_line, run, run_here, slow, torchrun
-from data import images, latents
+from data import images
 from support import devices
 from support.checkpoints import checkpoints
 from support.commands import UserError, run_command
@@ -167,7 +167,7 @@ def test_sampling_and_evaluating_do_not_depend_on_the_processes(trained):
 
 
 def small_chunks(rank):
-    images.CHUNK = latents.CHUNK = 8
+    images.CHUNK = 8
 
 
 @slow
@@ -175,8 +175,7 @@ def test_latents_are_cached_on_each_machine(trained, monkeypatch):
     """In three files of 8 images: made on one machine, they are missing on the other."""
     command = ["train", "--exp-name", "cached", "--cache-latents", "--vae-grad", "none", "--vae-ckpt",
                trained / "one/exps/a/checkpoints/0000006.pt", *TRAIN]
-    for module in (images, latents):
-        monkeypatch.setattr(module, "CHUNK", 8)
+    monkeypatch.setattr(images, "CHUNK", 8)
     one_process(trained, *command)
     two_machines(trained, *command, prepare=small_chunks)
     assert_near(trained / "one/exps/cached", trained / "node0/exps/cached")
