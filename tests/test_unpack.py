@@ -184,6 +184,7 @@ def test_links_and_devices_are_refused(kind, tmp_path, call):
     one_line(call("x.tar", "out", fails=True), "'x.png' is a link or a device")
 
 
+@needs("pyarrow")
 def test_damaged_archives(tmp_path, call):
     """Cut at a header, in a header, in an image; a wrong header; another format. Nothing is left behind."""
     write_tar(tmp_path / "a.tar", {"1.png": encoded(1), "2.png": encoded(2)})
