@@ -166,11 +166,12 @@ def test_a_crash_ends_the_loader_processes(image_dir, tmp_path):
 
 
 @slow
-def test_resume_is_exact_after_25_kills(image_dir, tmp_path, command):
+def test_resume_is_exact_after_25_kills(image_dir, tmp_path):
+    """Every process with one thread: with two, sums round in another order."""
     whole, killed, rng = tmp_path / "exps/whole", tmp_path / "exps/killed", np.random.default_rng(0)
     flags = ["--data-dir", image_dir, *SHORT, "--disc-weight", "0.1", "--disc-start", "0", "--max-train-steps", "150",
              "--checkpointing-steps", "3", "--resume", "--exp-name"]
-    command("train", *flags, "whole")
+    assert start(*flags, "whole", cwd=tmp_path).wait() == 0
     for _ in range(25):                                             # each within a second after the first step
         if any(int(path.stem) > 140 for path in checkpoints(killed)):
             break
@@ -181,7 +182,7 @@ def test_resume_is_exact_after_25_kills(image_dir, tmp_path, command):
         time.sleep(rng.uniform(0, 1))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    command("train", *flags, "killed")
+    assert start(*flags, "killed", cwd=tmp_path).wait() == 0
     assert_same(whole, killed)
     assert not list(killed.glob("checkpoints/*.damaged"))
 
