@@ -240,9 +240,9 @@ class ImageSet:
             raise UserError(f"{self.path}: damaged ({one_line(e)})") from None
 
     def batches(self, indices, batch_size, num_workers=0):
-        parts = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-        workers = min(num_workers, len(parts) if self.files else 1)           # one reads an .npz in order
-        return load_batches(self, parts, workers)
+        batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
+        workers = min(num_workers, len(batches) if self.files else 1)           # one reads an .npz in order
+        return load_batches(self, batches, workers)
 
 
 class Samples:
@@ -257,9 +257,9 @@ class Samples:
     def batches(self, indices, batch_size, num_workers=0):
         classes, seed = range(self.model.sit.num_classes), self.settings.get("seed", 0)
         for start in range(0, len(indices), batch_size):
-            part = indices[start:start + batch_size]
-            labels = [class_for_sample(i, seed, classes, self.labels, self.n) for i in part]
-            yield sample_images(self.model, part, labels, **self.settings)
+            batch = indices[start:start + batch_size]
+            labels = [class_for_sample(i, seed, classes, self.labels, self.n) for i in batch]
+            yield sample_images(self.model, batch, labels, **self.settings)
 
 
 class Reconstructions:

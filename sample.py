@@ -55,8 +55,8 @@ def integrate(velocity, x, mode="ode", num_steps=50, heun=False, path_type="line
     """Integrate dx = v dt (ode: Euler or Heun) or the reverse SDE (sde: Euler-Maruyama) from t = 1 to 0, x:
     float64 [B, C, h, w]. velocity(x, t, guided) -> v; a step is guided if its start t lies in the interval
     `guidance` (arXiv 2404.07724). noise(): standard normal like x, for the SDE."""
-    times, (low, high) = time_grid(mode, num_steps), guidance
-    for t, t_next in zip(times, times[1:]):
+    timesteps, (low, high) = time_grid(mode, num_steps), guidance
+    for t, t_next in zip(timesteps, timesteps[1:]):
         dt, guided = t_next - t, low <= t <= high
         v = velocity(x, t, guided)
         if mode == "sde":
