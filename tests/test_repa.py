@@ -123,7 +123,8 @@ def test_features_of_official_encoders(alias, patch, prefix, norm, monkeypatch, 
 
 def test_hub_errors_are_one_line_and_programming_errors_are_not(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for load in (lambda: repa.PatchFeatures("dinov2-vit-s", 4), vae.LPIPS, lambda: vae.fetch("owner/name")):
+    for load in (lambda: repa.PatchFeatures("dinov2-vit-s", 4), lambda: vae.LPIPS("heads.pth"),
+                 lambda: vae.fetch("owner/name")):
         with pytest.raises(UserError, match="LocalEntryNotFoundError") as error:
             load()
         assert "\n" not in str(error.value)
