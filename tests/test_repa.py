@@ -143,7 +143,8 @@ def test_hub_errors_are_one_line_and_programming_errors_are_not(monkeypatch):
     with pytest.raises(TypeError, match="a mistake"):
         repa.PatchFeatures("resnet18", 4, random=True)
     monkeypatch.setattr(timm, "create_model", mistake)
-    for load in (lambda: repa.PatchFeatures("resnet18", 4), vae.LPIPS, lambda: vae.fetch("owner/name")):
+    for load in (lambda: repa.PatchFeatures("resnet18", 4), lambda: vae.LPIPS("heads.pth"),
+                 lambda: vae.fetch("owner/name")):
         with pytest.raises(TypeError, match="a mistake"):
             load()
 
