@@ -1,13 +1,13 @@
-"""fid.py: evaluation metrics: FID, sFID, Inception Score, KID, precision and recall in one pass.
+"""fid.py: evaluation metrics: FID, sFID, Inception Score, KID, MIND, precision and recall in one pass.
 
-    python fid.py                                            the newest run under exps/ against its own data
-    python fid.py REF SAMPLES                                each a folder of images or an ADM-format .npz
-    python fid.py REF --ckpt X.pt --num-samples 50000        generate the samples, evaluate them in memory
-    python fid.py --ckpt X.pt --data-dir DIR --reconstruct   the VAE alone: rFID, PSNR, SSIM
-    torchrun --nproc_per_node=8 fid.py ...                   the same numbers, computed by 8 processes
+    python fid.py                                         the newest run under exps/ against its own data
+    python fid.py REF SAMPLES                             each a folder of images or an ADM-format .npz
+    python fid.py REF --ckpt X.pt --num-samples 50000     generate the samples, evaluate them in memory
+    python fid.py REF --ckpt X.pt --reconstruct           the VAE alone: rFID, PSNR, SSIM, LPIPS
+    torchrun --nproc_per_node=8 fid.py ...                the same numbers, computed by 8 processes
 
-FID, sFID, IS, precision and recall follow the ADM evaluator (guided-diffusion), without its TensorFlow; KID
-follows arXiv 1801.01401. Over other features (--features dinov2) the Frechet distance is called fd_NAME.
+FID, sFID, IS, precision and recall follow the ADM evaluator (guided-diffusion), without its TensorFlow. Over
+other networks than Inception (--features dinov2) the names end in theirs: the Frechet distance is fd_dinov2.
 """
 import hashlib
 import json
@@ -27,26 +27,23 @@ from tqdm import tqdm
 
 from data.images import how_to_unpack, list_images, load_batches, read_image
 from repa import EMBEDDED, LITE2, create_encoder, fold_batch_norms, timm_name
-from sample import (add_sampler_flags, check_finite, class_for_sample, load_checkpoint, sample_images,
-                    sampler_settings, warn_of_short_average)
-from support.checkpoints import newest_checkpoint
+from sample import add_sampler_flags, check_finite, class_for_sample, open_sampler, sample_images
 from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, path_name,
                               positive_int, require, run_command)
-from support.devices import (Processes, can_compile, choose_precision, end_processes, full_float32,
-                             memory_format, pick_device, start_processes)
+from support.devices import (Processes, end_processes, full_float32, memory_format, pick_device,
+                             start_processes)
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
 from support.grids import to_float, to_uint8
-from vae import psnr, reconstruct, ssim
+from vae import LPIPS, psnr, reconstruct, ssim
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
-METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits",    # what each is computed from, see `collect`
-           "kid": "features", "precision": "features", "recall": "features"}
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}         # arrays in an ADM-format .npz
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS[0]}"
 
 
 # --- Feature networks: uint8 images [B, 3, H, W] -> {output: [B, D]} in full float32 ------------------------
+# Each has: name; outputs, {output: its width D}; sha256, of the weights.
 
 def resize_tf1(images, size):
     """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], bilinear as in TensorFlow 1: output pixel i reads the
@@ -89,8 +86,7 @@ class Inception(nn.Module):
     """The Inception-v3 of FID (TensorFlow graph of 2015-12-05), from timm's blocks. Differences from timm's:
     resize and scaling, 1008 logits, average pools that do not count the padding, a max pool in the last
     block. file: one of the public weights files (WEIGHTS). Raises UserError."""
-    name, distance, outputs = "inception", "fid", ("pool", "spatial", "logits")
-    channels = 2048
+    name, outputs = "inception", dict(pool=2048, spatial=SPATIAL, logits=1008)
 
     def __init__(self, file):
         super().__init__()
@@ -126,7 +122,6 @@ class PooledFeatures(nn.Module):
     """A frozen timm encoder up to its classifier: DINOv2's normalised class token at 224 pixels (as in arXiv
     2306.04675), a convolutional network's pooled last feature map. name: "dinov2" (ViT-L), or as `timm_name`
     takes it; ckpt: a weights file instead of the hub's. Raises UserError."""
-    outputs = ("pool",)
 
     def __init__(self, name, ckpt=""):
         super().__init__()
@@ -139,8 +134,8 @@ class PooledFeatures(nn.Module):
         for key in ("mean", "std"):
             value = 255 * torch.tensor(config[key]).view(3, 1, 1)
             self.register_buffer(key, value, persistent=False)
-        self.name, self.distance, self.sha256 = name, f"fd_{name}", hash_tensors(self).hexdigest()
-        self.channels = self(torch.zeros(1, 3, 32, 32))["pool"].shape[1]
+        self.name, self.sha256 = name, hash_tensors(self).hexdigest()
+        self.outputs = dict(pool=self(torch.zeros(1, 3, 32, 32))["pool"].shape[1])
 
     def forward(self, images):
         """-> 'pool' [B, D]."""
@@ -163,31 +158,47 @@ def download_inception(processes):
     processes.any(False)
 
 
-def load_features(args):
-    """The feature network of the flags; by default Inception if its weights are here, else LITE2."""
+def load_networks(names, device, inception_weights="", weights=""):
+    """The feature networks of these names, a list, on the device. names: as in --features; "": Inception if
+    its weights are here, else LITE2. weights: files of the timm models among them, in their order; models
+    without a file get the hub's. Raises UserError."""
     cached = [Path(torch.hub.get_dir()) / "checkpoints" / name for name in WEIGHTS]
-    file = args.inception_weights or next(filter(Path.is_file, cached), None)
-    if file and args.features in (None, "inception"):
-        return Inception(file)
-    require(args.features != "inception",
-            f"--features inception: no weights here; --download fetches them, or {INSTEAD}")
-    return PooledFeatures(args.features or LITE2, args.features_weights or "")
+    inception_weights = inception_weights or next(filter(Path.is_file, cached), "")
+    files, nets = weights.split(",") if weights else [], []
+    for name in (names or ("inception" if inception_weights else LITE2)).split(","):
+        if name == "inception":
+            require(inception_weights,
+                    f"--features inception: no weights here; --download fetches them, or {INSTEAD}")
+            net = Inception(inception_weights)
+        else:
+            net = PooledFeatures(name, files.pop(0) if files and name not in EMBEDDED else "")
+        nets.append(net.to(device, memory_format=memory_format(device)))
+    require(not files, f"--features-weights {','.join(files)}: goes with --features and a timm model's name")
+    return nets
 
 
 # --- Sources of images --------------------------------------------------------------------------------------
-# Each has: path; n, the number of images; shape, their (height, width); is_folder; stats: {} or precomputed
-# {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}; and batches(indices, batch_size, num_workers): yields the
-# images of a range of indices in order, uint8 [B, 3, H, W].
+# Each has: path; n, the number of images; shape, their (height, width); is_folder; stats: precomputed
+# {(network's name, "pool" or "spatial"): (mean, covariance)}; and batches(indices, batch_size, num_workers):
+# yields the images of a range of indices in order, uint8 [B, 3, H, W].
+
+def name_arrays(names):
+    """{(network, output): names of mean and covariance in an .npz}: ADM's for the first of these networks;
+    those of the others end in _NETWORK."""
+    ends = [f"_{name}" if k else "" for k, name in enumerate(names)]
+    return {(name, output): [array + end for array in arrays]
+            for name, end in zip(names, ends) for output, arrays in STATISTICS.items()}
+
 
 class ImageSet:
     """A folder of images (at any depth, sorted), or an .npz with arr_0 uint8 [N, H, W, 3], statistics, or
-    both; n is 0 for statistics alone. stats_info: what --save-stats wrote with the statistics (features,
-    sha256, n, shape). resolution: ADM's centre crop for the files of a folder. Raises UserError."""
+    both; n is 0 for statistics alone. marks: what --save-stats wrote with the statistics (features, sha256,
+    n, shape). resolution: ADM's centre crop for the files of a folder. Raises UserError."""
 
     def __init__(self, path, resolution=None):
         self.path, self.resolution, self.stream = Path(path), resolution, None
         self.is_folder, self.files = not self.path.is_file(), []
-        self.n, self.shape, self.stats, self.stats_info = 0, None, {}, {}
+        self.n, self.shape, self.stats, self.marks = 0, None, {}, {}
         if self.is_folder:
             self.files = list_images(path)
             self.n, self.shape = len(self.files), read_image(self.files[0], resolution).shape[1:]
@@ -200,16 +211,18 @@ class ImageSet:
 
     def open_npz(self):
         with np.load(self.path) as f:                                    # reads only the arrays asked for
-            for key, names in STATISTICS.items():
-                if all(name in f for name in names):
-                    mu, sigma = (torch.from_numpy(f[name]).double() for name in names)
+            self.marks = {k: f[k].tolist() for k in ("features", "sha256", "n", "shape") if k in f}
+            self.shape = tuple(self.marks.get("shape", ())) or None
+            unmarked = "inception" if "mu" in f and f["mu"].shape == (2048,) else ""
+            names = np.atleast_1d(self.marks.get("features", unmarked)).tolist()
+            self.hashes = dict(zip(names, np.atleast_1d(self.marks.get("sha256", [])).tolist()))
+            for key, arrays in name_arrays(names).items():
+                if all(array in f for array in arrays):
+                    mu, sigma = (torch.from_numpy(f[array]).double() for array in arrays)
                     finite = mu.sum().isfinite() and sigma.sum().isfinite()
                     require(finite and mu.ndim == 1 and sigma.shape == (len(mu), len(mu)),
                             f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
                     self.stats[key] = mu, sigma
-            if "sha256" in f:
-                self.stats_info = {k: f[k].tolist() for k in ("features", "sha256", "n", "shape") if k in f}
-                self.shape = tuple(self.stats_info.get("shape", ())) or None
             if "arr_0" in f:
                 with f.zip.open("arr_0.npy") as array:
                     np.lib.format.read_magic(array)
@@ -218,7 +231,7 @@ class ImageSet:
                 require(dtype == np.uint8 and not fortran and len(shape) == 4 and shape[3] == 3,
                         f"{self.path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3]")
                 self.n, self.shape = shape[0], shape[1:3]
-            elif "pool" not in self.stats:
+            elif not self.stats:
                 raise ValueError("neither arr_0 (images) nor mu and sigma (statistics) in it")
 
     def __getitem__(self, i):
@@ -263,31 +276,35 @@ class Samples:
 
 
 class Reconstructions:
-    """The VAE's reconstructions of an ImageSet (from the posterior's mean, rounded to uint8). quality: the
-    sums of PSNR and SSIM."""
+    """The VAE's reconstructions of an ImageSet (from the posterior's mean, rounded to uint8). sums: of PSNR,
+    SSIM and, if `lpips` is a network, of LPIPS."""
 
-    def __init__(self, path, model, originals):
-        self.path, self.model, self.originals = path, model, originals
+    def __init__(self, path, model, originals, lpips=None):
+        self.path, self.model, self.originals, self.lpips = path, model, originals, lpips
         self.n, self.shape, self.is_folder = originals.n, originals.shape, originals.is_folder
-        self.stats, self.quality = {}, torch.zeros(2)
+        self.stats, self.sums = {}, torch.zeros(3)
 
     def batches(self, indices, batch_size, num_workers=0):
-        first = indices.start
+        first, device = indices.start, self.model.device
         for images in self.originals.batches(indices, batch_size, num_workers):
             y = reconstruct(self.model.vae, images, batch_size)[1]
             check_finite(y, lambda b: f"{self.path}: the reconstruction of image {first + b}")
             first, y = first + len(y), to_uint8(y)
             x, rounded = to_float(images), to_float(y)
-            self.quality += torch.stack([psnr(x, rounded).sum(), ssim(x, rounded).float().sum()])
+            self.sums[:2] += torch.stack([psnr(x, rounded).sum(), ssim(x, rounded).float().sum()])
+            if self.lpips:
+                with full_float32(device):
+                    self.sums[2] += len(y) * self.lpips(rounded.to(device), x.to(device)).cpu()
             yield y
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------
 
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64 tensors [D], [D, D] (arXiv 1706.08500, eq. 6).
-    With C1 = A A^T, the matrix C1 C2 has the eigenvalues of A^T C2 A, which is symmetric: no matrix square
-    root is needed, and C1 may be singular (few images)."""
+def frechet_distance(reference, samples):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two pairs of mean and covariance, float64 tensors [D],
+    [D, D] (arXiv 1706.08500, eq. 6). With C1 = A A^T, the matrix C1 C2 has the eigenvalues of A^T C2 A, which
+    is symmetric: no matrix square root is taken, and C1 may be singular (few images)."""
+    (mean1, cov1), (mean2, cov2) = reference, samples
     values, vectors = torch.linalg.eigh(cov1)
     a = vectors * values.clamp_min(0).sqrt()
     root = torch.linalg.eigvalsh(a.T @ cov2 @ a).clamp_min(0).sqrt().sum()
@@ -323,49 +340,80 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
     return torch.stack(values).mean().item()
 
 
-def precision_recall(reference, samples, k=3, block=1000):
-    """Fraction of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold
-    is the union of balls around features [N, D], whose radius is the distance to the k-th nearest neighbour.
-    In float64: in float32 `cdist` loses the distances of features that lie close together."""
+def mind(x, y, directions=1000, seed=2020):
+    """Monge-Inception distance (arXiv 2605.06797) of features [N, D], [M, D]: 3 D times the squared
+    Wasserstein distance of their projections, averaged over random directions. The random numbers are those of
+    torch-fidelity: first the subset of the larger set, then the directions. In float64, as `kid`."""
+    rng, n = torch.Generator().manual_seed(seed), min(len(x), len(y))
+    x, y = (f if len(f) == n else f[torch.randperm(len(f), generator=rng)[:n]] for f in (x.double(), y.double()))
+    u = F.normalize(torch.randn(directions, x.shape[1], generator=rng)).to(x)
+    squares = [((x @ part.T).sort(0)[0] - (y @ part.T).sort(0)[0]).square().mean(0) for part in u.split(50)]
+    return 3 * x.shape[1] * torch.cat(squares).mean().item()
+
+
+def precision(reference, samples, k=3, block=1000):
+    """Fraction of the samples within the reference's manifold (arXiv 1904.06991), the union of balls around
+    its features [N, D], each with the distance to the k-th nearest neighbour as radius. In float64: in float32
+    `cdist` loses the distances of features that lie close together."""
     reference, samples = reference.double(), samples.double()
+    nearest = [torch.cdist(rows, reference).topk(k + 1, largest=False) for rows in reference.split(block)]
+    radius = torch.cat([found.values[:, k] for found in nearest])            # the nearest of all is itself
+    within = [(torch.cdist(rows, reference) <= radius).any(1) for rows in samples.split(block)]
+    return torch.cat(within).double().mean().item()
 
-    def fraction_within(x, manifold):
-        nearest = [torch.cdist(rows, manifold).topk(k + 1, largest=False) for rows in manifold.split(block)]
-        radius = torch.cat([found.values[:, k] for found in nearest])        # the nearest of all is itself
-        within = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in x.split(block)]
-        return torch.cat(within).double().mean().item()
 
-    return fraction_within(samples, reference), fraction_within(reference, samples)
+def recall(reference, samples):
+    """Fraction of the reference within the samples' manifold."""
+    return precision(samples, reference)
+
+
+# {metric: (what it is computed from, see `collect`; its function of the reference's and the samples')}
+METRICS = {"fid": ("pool", frechet_distance), "sfid": ("spatial", frechet_distance),
+           "is": ("logits", inception_score), "kid": ("features", kid), "mind": ("features", mind),
+           "precision": ("features", precision), "recall": ("features", recall)}
+
+
+def metric_name(net, metric):
+    """Its name in the results: Inception's metrics have plain names, others end in the network's."""
+    if net.name == "inception":
+        return metric
+    return ("fd" if metric == "fid" else metric) + f"_{net.name}"
 
 
 @torch.no_grad()
-def collect(source, net, needs, device, batch_size, num_workers=0, processes=Processes()):
-    """One pass over a source's images, a contiguous shard per process. needs, a set: 'pool' and 'spatial'
-    give (mean, covariance) of these outputs of `net`, or the source's own statistics if it has them;
-    'features' gives the pooled features [N, D], 'logits' [N, 1008]. Process 0 gets {need: value}, the others
-    {}. Raises UserError for features that are not finite."""
-    needs = needs - source.stats.keys()
+def collect(source, needs, device, batch_size, num_workers=0, processes=Processes()):
+    """What metrics are computed from, in one pass over a source's images, a contiguous shard per process.
+    needs: pairs (network, need). The needs 'pool' and 'spatial' give (mean, covariance) of these outputs, or
+    the source's own statistics if it has them; 'features' gives the pooled features [N, D], 'logits'
+    [N, 1008]. Process 0 gets {(network's name, need): value}, the others {}. Raises UserError for features
+    that are not finite."""
+    needs = [(net, need) for net, need in needs if (net.name, need) not in source.stats]
     if not needs:
         return source.stats
     rank, world, n = processes.rank, processes.world, source.n
-    shard = range(rank * n // world, (rank + 1) * n // world)
-    widths = dict(pool=net.channels, spatial=SPATIAL)
-    moments = {need: torch.zeros(1 + widths[need], widths[need], dtype=torch.float64)
-               for need in needs & widths.keys()}        # row 0: the sum; below: the sum of outer products
-    rows = {need: [] for need in needs - widths.keys()}
+    shard, moments, rows = range(rank * n // world, (rank + 1) * n // world), {}, {}
+    for net, need in needs:
+        if need in STATISTICS:                           # row 0: the sum; below: the sum of outer products
+            width = net.outputs[need]
+            moments[net.name, need] = torch.zeros(1 + width, width, dtype=torch.float64)
+        else:
+            rows[net.name, need] = []
     with tqdm(total=len(shard), unit="img", desc=source.path.name, disable=rank > 0) as bar:
         for images in source.batches(shard, batch_size, num_workers):
             for x in images.split(8 if device.type == "cpu" else batch_size):   # the last digits depend on it
-                outputs = {key: value.cpu() for key, value in net(x.to(device)).items()}
-                outputs["features"] = outputs["pool"]
-                require(outputs["pool"].isfinite().all(),
-                        f"{source.path}: features not finite; damaged weights of {net.name}?")
-                for need in moments:
-                    f = outputs[need].double()
-                    moments[need][0] += f.sum(0)
-                    moments[need][1:].addmm_(f.T, f)
-                for need in rows:
-                    rows[need].append(outputs[need])
+                outputs = {}
+                for net in dict.fromkeys(net for net, _ in needs):                         # each network once
+                    found = net(x.to(device))
+                    require(found["pool"].isfinite().all(),
+                            f"{source.path}: features not finite; damaged weights of {net.name}?")
+                    found["features"] = found["pool"]
+                    outputs |= {(net.name, need): value.cpu() for need, value in found.items()}
+                for key, sums in moments.items():
+                    f = outputs[key].double()
+                    sums[0] += f.sum(0)
+                    sums[1:].addmm_(f.T, f)
+                for key, batches in rows.items():
+                    batches.append(outputs[key])
             bar.update(len(images))
     shards = [(moments, rows)]
     if world > 1:
@@ -373,42 +421,31 @@ def collect(source, net, needs, device, batch_size, num_workers=0, processes=Pro
         dist.gather_object((moments, rows), shards, group=processes.host)
         if rank > 0:
             return {}
-    values = {need: torch.cat([batch for _, rows in shards for batch in rows[need]]) for need in rows}
-    for need in moments:
-        total = sum(moments[need] for moments, _ in shards)
+    values = {key: torch.cat([batch for _, rows in shards for batch in rows[key]]) for key in rows}
+    for key in moments:
+        total = sum(moments[key] for moments, _ in shards)
         mean, products = total[0] / n, total[1:]
-        values[need] = mean, (products - n * torch.outer(mean, mean)) / (n - 1)
+        values[key] = mean, (products - n * torch.outer(mean, mean)) / (n - 1)
     return source.stats | values
 
 
-def evaluate(ref, samples, net, metrics, device, save_stats="", processes=Processes(), **settings):
-    """{name: value} of the metrics (names of METRICS) of samples against a reference on process 0, {} on the
-    others. save_stats: a file for the reference's statistics; samples may then be None. settings: of
-    `collect`."""
-    needs = {METRICS[metric] for metric in metrics}
-    saved = STATISTICS.keys() & net.outputs if save_stats else set()
-    r = collect(ref, net, needs - {"logits"} | saved, device, processes=processes, **settings)
-    s = collect(samples, net, needs, device, processes=processes, **settings) if samples else {}
-    if processes.rank > 0:
-        return {}
-    if save_stats:
-        arrays = {name: array for need in saved for name, array in zip(STATISTICS[need], r[need])}
-        save_npz(save_stats, features=net.name, sha256=net.sha256, n=ref.n, shape=ref.shape, **arrays)
-    out = {}
-    if "fid" in metrics:
-        out[net.distance] = frechet_distance(*r["pool"], *s["pool"])
-    if "sfid" in metrics:
-        out["sfid"] = frechet_distance(*r["spatial"], *s["spatial"])
-    if "is" in metrics:
-        out["is"] = inception_score(s["logits"], shuffle=samples.is_folder)
-    if "features" in needs:
-        place = "cpu" if device.type == "mps" else device                             # MPS has no float64
-        features = r["features"].to(place), s["features"].to(place)
-    if "kid" in metrics:
-        out["kid"] = kid(*features)
-    if "precision" in metrics or "recall" in metrics:
-        out["precision"], out["recall"] = precision_recall(*features)
-    return out
+def evaluate(reference, samples, metrics, device, batch_size, num_workers=0, processes=Processes()):
+    """{name: value} of the metrics of a source, pairs (network, name in METRICS), on process 0; {} on the
+    others. reference: what `collect` returned of the reference, with the same arguments."""
+    needs = [(net, METRICS[metric][0]) for net, metric in metrics]
+    found = collect(samples, needs, device, batch_size, num_workers, processes)
+    place, results = "cpu" if device.type == "mps" else device, {}                    # MPS has no float64
+    for net, metric in metrics if processes.rank == 0 else []:
+        need, compute = METRICS[metric]
+        a, b = reference.get((net.name, need)), found[net.name, need]
+        if need == "features":
+            value = compute(a.to(place), b.to(place))
+        elif metric == "is":
+            value = compute(b, shuffle=samples.is_folder)
+        else:
+            value = compute(a, b)
+        results[metric_name(net, metric)] = value
+    return results
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -416,40 +453,36 @@ def evaluate(ref, samples, net, metrics, device, save_stats="", processes=Proces
 def parse_args(argv=None):
     """Flags, checked. metrics: a list, empty for all available; from_checkpoint: whether a checkpoint makes
     the images to evaluate."""
-    parser = Parser(description="FID, sFID, Inception Score, KID, precision and recall.")
+    parser = Parser(description="FID, sFID, Inception Score, KID, MIND, precision and recall.")
     add = parser.add_argument
-    add("ref", nargs="?", metavar="REF", type=existing_path, help="a folder, an .npz, --save-stats' file")
+    add("ref", nargs="?", metavar="REF", type=existing_path,
+        help="a folder, an .npz, --save-stats' file (default: the checkpoint's training data)")
     add("samples", nargs="?", metavar="SAMPLES", type=existing_path, help="images to evaluate, as for REF")
-    add("--features", help=f"inception (default if its weights are here), dinov2, {LITE2} or a timm model")
+    add("--features", default="", help="networks, with commas: inception (default if its weights are here), "
+        f"dinov2, {LITE2} or a timm model")
     add("--metrics", help=f"some of {','.join(METRICS)} (default: all available); is: over splits of about "
         "5,000 images, an .npz in its order, a folder shuffled")
-    add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(WEIGHTS))
+    add("--ratio", metavar="VAL", type=existing_path, help="held-out images, as for REF: divide each Frechet "
+        "distance by theirs (FDr), and average over the networks")
+    add("--inception-weights", metavar="FILE", default="", type=existing_path, help=" or ".join(WEIGHTS))
     add("--download", action="store_true", help="download the Inception weights once (95 MB)")
-    add("--features-weights", metavar="FILE", type=existing_path, help="of a timm model, not the hub's")
+    add("--features-weights", metavar="FILE,...", default="", help="of the timm models, not the hub's")
     add("--resolution", type=positive_int, help="centre-crop the images of folders to this size, as ADM does")
     add("--save-stats", metavar="FILE", type=path_name,
         help="write REF's statistics to an .npz; SAMPLES is optional then")
     add("--json", metavar="FILE", type=path_name, help="write the results to this file")
-    add("--batch-size", type=positive_int, default=64, help="per process")
     add("--num-workers", type=count, default=min(8, os.cpu_count()), help="processes that read images")
-    add("--device", default="auto")
-    add("--ckpt", metavar="FILE", type=existing_path,
-        help="evaluate this checkpoint (without REF: the newest under exps/)")
-    add("--vae-ckpt", type=path_name, help="the VAE, if the checkpoint has none: file, folder or hub id")
-    add("--data-dir", metavar="DIR", type=existing_path,
-        help="the checkpoint's reference images (default: its training data)")
     add("--num-samples", type=positive_int, help="default: as many as reference images, 50,000 at most")
-    add("--reconstruct", action="store_true", help="evaluate the checkpoint's VAE: rFID, PSNR, SSIM")
+    add("--reconstruct", action="store_true", help="evaluate the checkpoint's VAE: rFID, PSNR, SSIM, LPIPS")
     add_sampler_flags(parser)
     args = parser.parse_args(argv)
-    args.sampler = sampler_settings(args)
     args.metrics = args.metrics.split(",") if args.metrics else []
     unknown = ",".join(set(args.metrics) - set(METRICS))
     require(not unknown, f"--metrics {unknown}: unknown; take some of {','.join(METRICS)}")
+    require(not args.ratio or not args.metrics or "fid" in args.metrics, "--ratio divides fid; add it to --metrics")
     require(not (args.json and os.path.isdir(args.json)), f"--json {args.json}: a folder; name a file")
-    require(not args.features_weights or args.features not in (None, "inception", *EMBEDDED),
-            "--features-weights goes with --features and a timm model's name")
-    require(args.features in (None, "inception") or not (args.inception_weights or args.download),
+    require("inception" in (args.features or "inception").split(",")
+            or not (args.inception_weights or args.download),
             f"--inception-weights and --download go with --features inception, not {args.features}")
     args.from_checkpoint = bool(args.ckpt or not args.ref)
     require(args.from_checkpoint or args.samples or args.save_stats,
@@ -458,67 +491,79 @@ def parse_args(argv=None):
             "--num-samples and --reconstruct go with --ckpt FILE, or without REF")
     require(not (args.from_checkpoint and (args.samples or args.resolution)),
             "a checkpoint generates the images to evaluate, at its resolution; drop SAMPLES and --resolution")
-    require(not (args.ref and args.data_dir), "REF and --data-dir mean the same; give one of them")
     require(not (args.reconstruct and args.num_samples),
             "--reconstruct takes every image; drop --num-samples")
-    inputs = args.ref, args.samples, args.ckpt, args.vae_ckpt, args.inception_weights, args.features_weights
+    inputs = (args.ref, args.samples, args.ratio, args.ckpt, args.vae_ckpt, args.inception_weights,
+              *args.features_weights.split(","))
     files = [path for path in inputs if path and not os.path.isdir(path)]
     for out in filter(None, (args.save_stats, args.json)):
         check_output(out, files)
     return args
 
 
-def open_sources(args, device):
-    """(reference, samples) of the flags; samples are None for --save-stats alone."""
-    if not args.from_checkpoint:
-        return ImageSet(args.ref, args.resolution), args.samples and ImageSet(args.samples, args.resolution)
-    ckpt = Path(args.ckpt or newest_checkpoint())
-    model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile, args.ema)
-    size, data = model.args["resolution"], args.ref or args.data_dir or model.args.get("data_dir")
-    require(data and Path(data).exists(),
-            f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")
-    ref = ImageSet(data, size)
+def open_sources(args, device, processes):
+    """[reference, samples, held-out images] of the flags; samples are None for --save-stats alone, held-out
+    images without --ratio."""
+    size, samples = args.resolution, args.samples
+    if args.from_checkpoint:
+        ckpt, model, settings = open_sampler(args, device, processes)
+        size, args.ref = model.args["resolution"], args.ref or model.args.get("data_dir")
+        require(args.ref and Path(args.ref).exists(),
+                f"{args.ref or ckpt}: no such folder; give the reference images: fid.py REF --ckpt {ckpt}")
+    ref, samples, val = [path and ImageSet(path, size) for path in (args.ref, args.samples, args.ratio)]
     if args.reconstruct:
         require(ref.n > 0 and ref.shape == (size, size),
-                f"{data}: --reconstruct needs images, of {size}x{size} pixels")
-        return ref, Reconstructions(ckpt, model, ref)
-    require(model.sit, f"{ckpt}: trained with --vae-only, it has no SiT to sample from; see --reconstruct")
-    n = args.num_samples or min(count_images(ref) or 50_000, 50_000)
-    return ref, Samples(ckpt, model, n, args.sampler, args.label_sampling)
+                f"{ref.path}: --reconstruct needs images, of {size}x{size} pixels")
+        samples = Reconstructions(ckpt, model, ref, load_lpips(model, processes))
+    elif args.from_checkpoint:
+        require(model.sit, f"{ckpt}: trained with --vae-only, it has no SiT to sample from; see --reconstruct")
+        n = args.num_samples or min(count_images(ref) or 50_000, 50_000)
+        samples = Samples(ckpt, model, n, settings, args.label_sampling)
+    return ref, samples, val
+
+
+def load_lpips(model, processes):
+    """The LPIPS that the checkpoint was trained with, None where its weights are not here."""
+    try:
+        require(model.args.get("perceptual", "lpips") == "lpips", "")
+        return LPIPS(model.args.get("lpips_ckpt"), model.args.get("vgg_ckpt")).to(model.device)
+    except UserError as e:
+        processes.say(f"no {e}")
 
 
 def count_images(source):
     """The number of images, or of those behind a file's statistics (0: unknown)."""
-    return source.n or source.stats_info.get("n", 0)
+    return source.n or source.marks.get("n", 0)
 
 
-def check_source(source, net):
-    """Raises UserError for fewer than four images and for statistics of another network; beside images such
-    statistics are dropped."""
-    if source.stats:
-        width = len(source.stats["pool"][0])
-        name = source.stats_info.get("features", "inception" if width == 2048 else net.name)
-        sha256 = source.stats_info.get("sha256", net.sha256)
-        if (name, sha256, width) != (net.name, net.sha256, net.channels):
-            require(source.n > 0, f"{source.path}: statistics of {name}'s {width} features ({sha256[:8]}), "
-                    f"not of {net.name}'s {net.channels} ({net.sha256[:8]}); see --features")
-            source.stats = {}
-    require(source.n >= 4 or source.stats,
-            f"{source.path}: {source.n} image(s); a distribution needs at least four")
+def match_statistics(source, nets):
+    """Keep those of a source's statistics that are of these networks. Raises UserError where one has neither
+    statistics nor four images."""
+    given, source.stats = source.stats, {}
+    for net in nets:
+        for need, width in net.outputs.items():
+            stats = given.get((net.name, need)) or given.get(("", need))
+            if stats and len(stats[0]) == width and source.hashes.get(net.name, net.sha256) == net.sha256:
+                source.stats[net.name, need] = stats
+        found = " and ".join(f"{name}'s {len(stats[0])} features ({source.hashes.get(name, 'unmarked')[:8]})"
+                             for (name, need), stats in given.items() if need == "pool")
+        require(source.n >= 4 or (net.name, "pool") in source.stats, f"{source.path}: " + (
+            f"statistics of {found}, not of {net.name}'s {net.outputs['pool']} ({net.sha256[:8]}); see --features"
+            if found else f"{source.n} image(s); a distribution needs at least four"))
 
 
-def find_warnings(sources, net):
+def find_warnings(sources, nets):
     """Lines about what could be misread."""
     lines, shapes = [], {tuple(source.shape) for source in sources if source.shape}
     for source in sources:
-        n = count_images(source)
-        if source.stats and not source.stats_info and "spatial" not in source.stats:        # ADM's have it
+        n, net = count_images(source), nets[0]
+        if source.stats and not source.marks and (net.name, "spatial") not in source.stats:   # ADM's have it
             origin = "ADM's (TensorFlow's resize)" if net.name == "inception" else f"{net.name}'s"
             lines.append(f"{source.path}: statistics of unknown origin, assumed to be {origin}; those of "
                          "tools with another resize, such as pytorch-fid, are not comparable")
-        if 0 < n <= net.channels:
-            lines.append(f"warning: {source.path}: {n} images are too few for {net.channels} features; "
-                         "compare such a distance only with others of as many images")
+        lines += [f"warning: {source.path}: {n} images are too few for {net.outputs['pool']} features; compare "
+                  "such a distance only with others of as many images"
+                  for net in nets if 0 < n <= net.outputs["pool"]]
     if len(shapes) > 1:
         lines.append(f"warning: reference and samples differ in size (height, width): {sorted(shapes)}")
     ref, samples = sources[0].path.resolve(), sources[-1].path.resolve()
@@ -527,71 +572,93 @@ def find_warnings(sources, net):
     return lines
 
 
-def choose_metrics(asked, ref, samples, net):
-    """The names in `asked`; if empty, all that the sources and the network allow, without those that compare
-    all pairs of more than 100,000 images. Raises UserError for one that is not available."""
-    def has(source, need):
-        return need in (*net.outputs, "features") if source.n >= 4 else need in source.stats
+def choose_metrics(asked, ref, samples, nets):
+    """Pairs (network, metric): of the names in `asked`; if empty, all that the sources and the networks
+    allow, without those that compare all pairs of more than 100,000 images. Raises UserError for a metric
+    that no network allows."""
+    def has(source, net, need):
+        return need in (*net.outputs, "features") if source.n >= 4 else (net.name, need) in source.stats
 
-    available = [metric for metric, need in METRICS.items()
-                 if has(samples, need) and (metric == "is" or has(ref, need))]
-    missing = ",".join(set(asked) - set(available))
+    pairs = [(net, metric) for net in nets for metric, (need, _) in METRICS.items()
+             if has(samples, net, need) and (metric == "is" or has(ref, net, need))]
+    missing = ",".join(set(asked) - {metric for _, metric in pairs})
     require(not missing, f"--metrics {missing}: not available: sfid and is are defined on Inception's "
             "features; statistics without images give only fid and sfid")
-    if max(ref.n, samples.n) > 100_000:
-        available = [metric for metric in available if METRICS[metric] != "features"]
-    return asked or available
+    if not asked:
+        all_pairs = max(ref.n, samples.n) <= 100_000
+        asked = [metric for metric, (need, _) in METRICS.items() if need != "features" or all_pairs]
+    return [(net, metric) for net, metric in pairs if metric in asked]
+
+
+def save_stats(file, ref, values, nets):
+    """Write a reference's statistics, `values` of `collect`, for these networks."""
+    names = [net.name for net in nets]
+    arrays = {array: value for key, pair in name_arrays(names).items() if key in values
+              for array, value in zip(pair, values[key])}
+    save_npz(file, features=names, sha256=[net.sha256 for net in nets], n=ref.n, shape=ref.shape, **arrays)
 
 
 def main():
     args, start = parse_args(), time.time()
     device = pick_device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True      # as sample.py samples
     processes = start_processes(device)
-    args.compile = args.compile and can_compile(device, processes)
+    settings = dict(device=device, batch_size=args.batch_size, num_workers=args.num_workers, processes=processes)
     if args.download:
         download_inception(processes)
-    if args.from_checkpoint and not args.reconstruct:
-        args.sampler["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
-    ref, samples = open_sources(args, device)
-    net, sources = load_features(args), [ref, samples] if samples else [ref]
+    ref, samples, val = open_sources(args, device, processes)
+    nets = load_networks(args.features, device, args.inception_weights, args.features_weights)
+    sources = [source for source in (ref, samples, val) if source]
     for source in sources:
-        check_source(source, net)
-    lines = find_warnings(sources, net)
-    if args.ema and isinstance(samples, Samples):
-        lines.append(warn_of_short_average(samples.model))
-    if args.features is None and net.name == LITE2:
+        match_statistics(source, nets)
+    lines = find_warnings(sources, nets)
+    if not args.features and nets[0].name == LITE2:
         lines.append(f"features: {LITE2}; Inception's weights are not here (see --download)")
     asked = args.metrics or (["fid"] if args.reconstruct else [])
-    metrics = choose_metrics(asked, ref, samples, net) if samples else []
+    metrics = choose_metrics(asked, ref, samples, nets) if samples else []
     require(not args.save_stats or ref.n >= 4,
             f"--save-stats: {ref.path} holds statistics already, and {ref.n} images")
-    here = [net.sha256, *((source.n, source.shape) for source in sources)]
+    here = [[net.sha256 for net in nets], [(source.n, source.shape) for source in sources]]
     first = processes.from_first(here)
     if processes.any(here != first):                                  # each machine reads its own files
         raise UserError(f"the machines hold different images or weights: {here}, on process 0 {first}")
-    for line in filter(None, lines):
+    for line in lines:
         processes.say(line)
-    net.to(device, memory_format=memory_format(device))
-    results = evaluate(ref, samples, net, metrics, device, args.save_stats, processes,
-                       batch_size=args.batch_size, num_workers=args.num_workers)
+    needs = [(net, METRICS[metric][0]) for net, metric in metrics if metric != "is"]
+    if args.save_stats:
+        needs += [(net, need) for net in nets for need in STATISTICS.keys() & net.outputs.keys()]
+    reference = collect(ref, needs, **settings)
+    if args.save_stats and processes.rank == 0:
+        save_stats(args.save_stats, ref, reference, nets)
+    results = evaluate(reference, samples, metrics, **settings) if samples else {}
     if args.reconstruct:
         if processes.world > 1:
-            dist.all_reduce(samples.quality, group=processes.host)
-        results["psnr"], results["ssim"] = (samples.quality / samples.n).tolist()
+            dist.all_reduce(samples.sums, group=processes.host)
+        means = dict(zip(("psnr", "ssim", "lpips"), (samples.sums / samples.n).tolist()))
+        results |= means if samples.lpips else {name: means[name] for name in ("psnr", "ssim")}
+    if args.reconstruct:
+        if processes.world > 1:
+            dist.all_reduce(samples.sums, group=processes.host)
+        means = (samples.sums / samples.n).tolist()
+        results |= dict(zip(["psnr", "ssim", "lpips"] if samples.lpips else ["psnr", "ssim"], means))
+    below = evaluate(reference, val, [(net, "fid") for net in nets], **settings) if val else {}
     if processes.rank == 0:
-        names = [f"{source.path} ({source.n or 'statistics'})" for source in reversed(sources)]
-        print(f"{net.name} {net.sha256[:8]}: " + " against ".join(names))
+        names = [f"{source.path} ({source.n or 'statistics'})" for source in sources]
+        print(", ".join(f"{net.name} {net.sha256[:8]}" for net in nets) + ": " + " against ".join(names[1::-1]))
+        distances = [metric_name(net, "fid") for net in nets]
+        if val:
+            ratios = [results[name] / below[name] for name in distances]
+            results |= {f"{name}_ratio": ratio for name, ratio in zip(distances, ratios)}
+            results[f"fdr^{len(nets)}"] = sum(ratios) / len(nets)
         for name, value in results.items():
-            label = f"r{name}" if args.reconstruct and name == net.distance else name
+            label = f"r{name}" if args.reconstruct and name in distances else name
             print(f"  {label:<28}{value:.6g}")
-    if processes.rank == 0 and args.json:
-        n_samples = count_images(samples) if samples else 0
-        record = results | dict(n_reference=count_images(ref), n_samples=n_samples,
-                                features=net.name, weights_sha256=net.sha256,
-                                resolution=list(sources[-1].shape or ()),
-                                seconds=round(time.time() - start, 2))
-        write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
+        if args.json:
+            record = results | dict(n_reference=count_images(ref), n_samples=count_images(samples) if samples else 0,
+                                    features=",".join(net.name for net in nets),
+                                    weights_sha256=",".join(net.sha256 for net in nets),
+                                    resolution=list(sources[-1].shape or ()),
+                                    seconds=round(time.time() - start, 2))
+            write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
     end_processes(processes)
 
 

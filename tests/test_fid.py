@@ -22,6 +22,7 @@ import vae
 from conftest import CPU, ROOT, close, nchw, needs, one_line, run, slow, smooth_images, torchrun
 from data.images import list_images, read_image
 from support.commands import UserError
+from support.devices import Processes
 from support.grids import to_float, to_uint8
 
 FLAGS = ("--device", "cpu", "--num-workers", "0")
@@ -116,7 +117,7 @@ def test_pooled_features_are_dinov2s_class_token_at_224(tmp_path, monkeypatch):
     ours, images = fid.PooledFeatures("dinov2-vit-s", str(tmp_path / "dino.pth")), nchw(smooth_images(2, 224))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     close(ours(images)["pool"], net.forward_features((images / 255 - mean) / std)[:, 0], 1e-4)
-    assert (ours.size, ours.channels, ours.name, ours.distance) == (224, 384, "dinov2-vit-s", "fd_dinov2-vit-s")
+    assert (ours.size, ours.outputs, fid.metric_name(ours, "fid")) == (224, dict(pool=384), "fd_dinov2-vit-s")
 
 
 def switches():
@@ -150,7 +151,7 @@ def test_samples_equal_sample_pys_bit_for_bit(short_run, tmp_path, command):
     flags = ["--ckpt", str(short_run / "exps/a/checkpoints/0000004.pt"), "--no-ema", "--num-samples", "70",
              "--num-steps", "2", "--seed", "3", "--label-sampling", "random", "--device", "cpu"]
     command("sample", *flags, "--out", "x.npz")
-    _, samples = fid.open_sources(fid.parse_args(flags), CPU)
+    _, samples, _ = fid.open_sources(fid.parse_args(flags), CPU, Processes())
     batches = list(samples.batches(range(70), 64))
     assert len(batches) == 2 and torch.equal(torch.cat(batches), nchw(np.load(tmp_path / "x.npz")["arr_0"]))
     seen = {}
@@ -207,13 +208,13 @@ def test_inception_score_shuffles_folders(tmp_path):
     def net(images):
         return dict(pool=torch.zeros(len(images), 2), logits=50 * F.one_hot(images[:, 0, 0, 0].long(), 10).float())
 
-    net.name, net.channels = "inception", 2
+    net.name, net.outputs = "inception", dict(pool=2, logits=10)
     images = np.arange(10, dtype=np.uint8).repeat(1000).reshape(-1, 1, 1, 1) * np.ones((1, 1, 1, 3), np.uint8)
     np.savez(tmp_path / "x.npz", arr_0=images)
     in_order, folder = fid.ImageSet(tmp_path / "x.npz"), fid.ImageSet(save_folder(tmp_path / "folder", images[:4]))
     for source, score in ((in_order, 5), (folder, 10), (fid.Reconstructions(Path("x.pt"), None, folder), 10)):
         source.n, source.batches = in_order.n, in_order.batches
-        found = fid.evaluate(source, source, net, ["is"], CPU, batch_size=1000)
+        found = fid.evaluate({}, source, [(net, "is")], CPU, batch_size=1000)
         assert found["is"] == pytest.approx(score, rel=1e-2)
 
 
@@ -224,7 +225,7 @@ def test_frechet_distance_against_scipy(rank):
     c1, c2 = (np.cov(rng.standard_normal((64, rank + 1)) * 3) for _ in "ab")
     eps = 1e-9 * np.eye(64)
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.trace(sqrtm((c1 + eps) @ (c2 + eps))).real
-    assert fid.frechet_distance(*map(torch.from_numpy, (m1, c1, m2, c2))) == pytest.approx(expected, rel=1e-5)
+    assert fid.frechet_distance(*(tuple(map(torch.from_numpy, pair)) for pair in ((m1, c1), (m2, c2)))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_precision_and_recall_by_all_distances(near):
@@ -233,8 +234,9 @@ def test_precision_and_recall_by_all_distances(near):
     precision = (ba <= np.sort(aa)[:, 3]).any(1).mean()              # the nearest of all is itself: column 3 is k = 3
     recall = (ba.T <= np.sort(bb)[:, 3]).any(1).mean()
     assert 0.05 < precision < 0.95 and 0.05 < recall < 0.95
-    ours = fid.precision_recall(torch.from_numpy(a).float(), torch.from_numpy(b).float(), block=64)
-    assert ours == pytest.approx((precision, recall), abs=1e-9)
+    x, y = (torch.from_numpy(features).float() for features in (a, b))
+    assert fid.precision(x, y, block=64) == pytest.approx(precision, abs=1e-9)
+    assert fid.recall(x, y) == pytest.approx(recall, abs=1e-9)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -262,11 +264,11 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
         p, q = (f[key].double() for f in features)
         close(stats[mu], p.mean(0), 1e-4)
         close(stats[sigma], torch.cov(p.T), 1e-3)
-        distance = fid.frechet_distance(p.mean(0), torch.cov(p.T), q.mean(0), torch.cov(q.T))
+        distance = fid.frechet_distance((p.mean(0), torch.cov(p.T)), (q.mean(0), torch.cov(q.T)))
         assert found[name] == pytest.approx(distance, rel=1e-3)
     assert found["is"] == pytest.approx(fid.inception_score(features[1]["logits"]), rel=1e-3)
     assert found["kid"] == pytest.approx(fid.kid(x, y), rel=1e-3)
-    assert (found["precision"], found["recall"]) == fid.precision_recall(x, y)
+    assert (found["precision"], found["recall"]) == (fid.precision(x, y), fid.recall(x, y))
     one_line(command("fid", "stats.npz", "b.npz", *small, code=2), "statistics of inception's 2048 features")
 
 
@@ -291,7 +293,8 @@ def test_evaluating_a_run(image_dir, short_run, command, processes):
     stored = numbers(1, image_dir, "samples.npz", "--resolution", "32", *metrics)
     for other in (again, stored):
         assert (other["n_samples"], other["n_reference"]) == (20, 24)
-        for key in ("fd_efficientnet-lite2", "kid", "recall"):
+        for metric in ("fd", "kid", "recall"):
+            key = f"{metric}_{repa.LITE2}"
             assert other[key] == pytest.approx(sampled[key], rel=1e-3)
     rec = numbers(processes, "--reconstruct", "--ckpt", ckpt)
     model = sample.load_checkpoint(ckpt)
@@ -391,11 +394,12 @@ def test_unmarked_statistics(tmp_path):
     def check(net, **arrays):
         np.savez(tmp_path / "x.npz", **arrays)
         source = fid.ImageSet(tmp_path / "x.npz")
-        fid.check_source(source, net)
-        return source, fid.find_warnings([source], net)
+        fid.match_statistics(source, [net])
+        return source, fid.find_warnings([source], [net])
 
-    inception, resnet50, other = (SimpleNamespace(name=name, sha256="a" * 64, channels=channels)
-                                  for name, channels in (("inception", 2048), ("resnet50", 2048), ("resnet18", 512)))
+    inception, resnet50, other = (SimpleNamespace(name=name, sha256="a" * 64, outputs=outputs) for name, outputs in
+                                  (("inception", dict(pool=2048, spatial=2023)), ("resnet50", dict(pool=2048)),
+                                   ("resnet18", dict(pool=512))))
     wide = dict(mu=np.zeros(2048), sigma=np.eye(2048), names=np.array([{"pickled": 1}], dtype=object))
     adm = dict(wide, mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     assert check(inception, **adm)[1] == []
@@ -408,7 +412,7 @@ def test_unmarked_statistics(tmp_path):
     both, _ = check(resnet50, arr_0=noise(4), **adm)                       # its images can be used
     assert both.stats == {} and both.n == 4
     both, _ = check(other, arr_0=noise(4), mu=np.ones(512), sigma=np.eye(512))         # statistics are used as given
-    assert torch.equal(fid.collect(both, other, {"pool"}, CPU, 4)["pool"][0], torch.ones(512).double())
+    assert torch.equal(fid.collect(both, [(other, "pool")], CPU, 4)["resnet18", "pool"][0], torch.ones(512).double())
 
 
 def test_saved_statistics_are_marked(tmp_path, command, small):
