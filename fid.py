@@ -448,6 +448,35 @@ def evaluate(reference, samples, metrics, device, batch_size, num_workers=0, pro
     return results
 
 
+class RunEvaluation:
+    """The distance of a run's samples from its data, while it trains: fid.py --ckpt with n samples of the ODE
+    (50 steps), over Inception if its weights are here, else LITE2. source: images or statistics; those
+    computed from images are kept in `folder`, and read there the next time. All processes call it. Raises
+    UserError."""
+
+    def __init__(self, folder, source, resolution, n, device, num_workers, processes):
+        self.folder, self.n = folder, n
+        self.settings = dict(device=device, batch_size=32, num_workers=num_workers, processes=processes)
+        self.nets, self.reference = load_networks("", device), {}
+        kept = folder / f"reference-{self.nets[0].name}.npz"
+        if processes.from_first(kept.is_file()):
+            if processes.rank > 0:
+                return
+            source = kept
+        images = ImageSet(source, resolution)
+        match_statistics(images, self.nets)
+        self.reference = collect(images, [(self.nets[0], "pool")], **self.settings)
+        if processes.rank == 0 and source != kept:
+            save_stats(kept, images, self.reference, self.nets)
+
+    def run(self, sampler, cfg_scale):
+        """{name of the distance: its value, "eval_seconds": the time it took} on process 0."""
+        start = time.time()
+        samples = Samples(self.folder / "evaluation", sampler, self.n, dict(cfg_scale=cfg_scale))
+        values = evaluate(self.reference, samples, [(self.nets[0], "fid")], **self.settings)
+        return values | dict(eval_seconds=time.time() - start)
+
+
 # --- The command --------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):

@@ -192,8 +192,9 @@ def test_items_are_images_with_labels_and_flips(image_dir):
     assert torch.equal(data[13, True][0], image.flip(2)) and data.classes == ["one", "two words"]
     assert [data[i, False][1] for i in (0, 11, 12, 23)] == [0, 0, 1, 1]
     everything = torch.stack([data[i, False][0] for i in range(24)])
-    some, all_of_them = data.some(16), data.some(256)
+    (some, _), (all_of_them, labels) = data.some(16), data.some(256)
     assert torch.equal(some, all_of_them[:16]) and all_of_them.sum() == everything.sum() and len(all_of_them) == 24
+    assert all(torch.equal(all_of_them[labels == k].sum(), everything[12 * k:12 * k + 12].sum()) for k in (0, 1))
     from_one = [any(torch.equal(image, other) for other in everything[:12]) for image in some]
     assert 4 <= sum(from_one) <= 11                                          # of all classes
 
