@@ -233,11 +233,11 @@ def generate(sampler, labels, batch_size, processes, **settings):
     order, as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs, and wait while
     it writes them."""
     rank, world, n = processes.rank, processes.world, len(labels)
+    batch_size = min(batch_size, math.ceil(n / world))
     for first in tqdm(range(0, n, batch_size * world), "sampling", leave=False, disable=rank > 0):
-        share = range(first, min(first + batch_size * world, n))                           # of all processes
-        share, images = share[rank * len(share) // world:(rank + 1) * len(share) // world], []
-        if share:
-            images = [sample_images(sampler, share, [labels[i] for i in share], **settings).cpu()]
+        indices, images = range(n)[first + rank * batch_size:][:batch_size], []
+        if indices:
+            images = [sample_images(sampler, indices, [labels[i] for i in indices], **settings).cpu()]
         gathered = processes.gather(images)
         if rank == 0:
             yield first, torch.cat(sum(gathered, [])).permute(0, 2, 3, 1)                     # [k, H, W, 3]

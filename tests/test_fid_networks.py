@@ -87,7 +87,7 @@ def test_statistics_of_an_older_version_are_read(images, numbers, command, weigh
     network = ["--features", "test_resnet", "--features-weights", weights[0]]
     expected = numbers("train.npz", "samples.npz", "--metrics", "fid", *network)
     (net,) = fid.load_networks("test_resnet", CPU, weights=weights[0])
-    mu, sigma = fid.collect(fid.ImageSet(images / "train.npz"), [(net, "pool")], CPU, 4)[net.id, "pool"]
+    mu, sigma = fid.collect(fid.ImageSet(images / "train.npz"), [(net, "pool")], CPU, 64)[net.id, "pool"]
     for file, sha256 in (("older.npz", net.sha256), ("other.npz", "0" * 64)):
         np.savez(images / file, mu=mu, sigma=sigma, features="test_resnet", sha256=sha256, n=12, shape=(32, 32))
     assert numbers("older.npz", "samples.npz", *network)["fd_test_resnet"] == expected["fd_test_resnet"]
@@ -96,11 +96,11 @@ def test_statistics_of_an_older_version_are_read(images, numbers, command, weigh
 
 def test_ratio_to_held_out_images(images, numbers, command, weights):
     """FDr: FD(samples, train) / FD(val, train) of each network, and their mean; of val itself 1."""
-    networks = ["--features", f"test_resnet,{repa.LITE2}", "--features-weights", weights[0], "--metrics", "fid,mind"]
+    networks = ["--features", "test_resnet,test_vit", "--features-weights", ",".join(weights), "--metrics", "fid"]
     sampled, val = (numbers("train.npz", f"{name}.npz", *networks) for name in ("samples", "val"))
     found = numbers("train.npz", "samples.npz", "--ratio", "val.npz", *networks)
-    ratios = [sampled[key] / val[key] for key in ("fd_test_resnet", f"fd_{repa.LITE2}")]
-    assert [found["fd_test_resnet_ratio"], found[f"fd_{repa.LITE2}_ratio"]] == pytest.approx(ratios)
+    ratios = [sampled[key] / val[key] for key in ("fd_test_resnet", "fd_test_vit")]
+    assert [found["fd_test_resnet_ratio"], found["fd_test_vit_ratio"]] == pytest.approx(ratios)
     assert found["fdr^2"] == pytest.approx(sum(ratios) / 2) and found["n_samples"] == 8
     of_val = numbers("train.npz", "val.npz", "--ratio", "val.npz", *networks)
     assert of_val["fdr^2"] == 1 and of_val["fd_test_resnet_ratio"] == 1
