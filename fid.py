@@ -13,14 +13,12 @@ import hashlib
 import json
 import math
 import os
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -34,7 +32,7 @@ from support.devices import (Processes, end_processes, full_float32, memory_form
                              start_processes)
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
 from support.grids import to_float, to_uint8
-from vae import LPIPS, psnr, reconstruct, ssim
+from vae import LPIPS, Normalize, psnr, reconstruct, ssim
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}         # arrays in an ADM-format .npz
@@ -43,28 +41,22 @@ URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{W
 
 
 # --- Feature networks: uint8 images [B, 3, H, W] -> {output: [B, D]} in full float32 ------------------------
-# Each has: name; outputs, {output: its width D}; sha256, of the weights.
+# Each has: name; outputs, {output: its width D}; sha256, of the weights; id, the name and the hash's start.
 
 def resize_tf1(images, size):
     """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], bilinear as in TensorFlow 1: output pixel i reads the
-    input at i * H / size (corners are not centred), without antialiasing."""
-    def taps(n):
-        at = torch.arange(size, device=images.device, dtype=torch.float32) * torch.tensor(n / size)
-        low = at.long()
-        return low, (low + 1).clamp_max(n - 1), at - low
-
-    (top, bottom, dy), (left, right, dx) = taps(images.shape[2]), taps(images.shape[3])
-    x = images.float()
-    x = torch.lerp(x[..., left], x[..., right], dx)                                          # [B, 3, H, size]
-    return torch.lerp(x[:, :, top], x[:, :, bottom], dy[:, None])
+    input at i * H / size (corners are not centred), without antialiasing. That is aligned corners if the last
+    row and column are repeated: H / size = ((H + 1) - 1) / ((size + 1) - 1)."""
+    x = F.pad(images.float(), (0, 1, 0, 1), mode="replicate")
+    return F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)[..., :size, :size]
 
 
 def resize_pillow(images, size, mode):
     """uint8 [B, 3, H, W] -> float32 [B, 3, size, size]. Emulates Pillow's antialiased resize of uint8 images:
     two passes, the width first, each rounded to integers in [0, 255]."""
     x = images.cpu() if images.device.type == "mps" else images     # antialias on MPS needs PyTorch 2.8
-    x = F.interpolate(x.float(), (x.shape[2], size), mode=mode, antialias=True).round().clamp(0, 255)
-    x = F.interpolate(x, (size, size), mode=mode, antialias=True).round().clamp(0, 255)
+    for height in (x.shape[2], size):
+        x = F.interpolate(x.float(), (height, size), mode=mode, antialias=True).round().clamp(0, 255)
     return x.to(images.device)
 
 
@@ -102,6 +94,7 @@ class Inception(nn.Module):
                 setattr(net, name, FIDPoolBranch(block, pool))
         self.net = net
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        self.id = f"{self.name} {self.sha256[:8]}"
 
     def forward(self, images):
         """-> 'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]."""
@@ -131,15 +124,14 @@ class PooledFeatures(nn.Module):
         self.net = net.eval().requires_grad_(False)
         self.size = 14 * grid if grid else config["input_size"][-1]
         self.interpolation = config["interpolation"]                           # "bilinear" or "bicubic"
-        for key in ("mean", "std"):
-            value = 255 * torch.tensor(config[key]).view(3, 1, 1)
-            self.register_buffer(key, value, persistent=False)
+        self.normalize = Normalize(config["mean"], config["std"])
         self.name, self.sha256 = name, hash_tensors(self).hexdigest()
+        self.id = f"{name} {self.sha256[:8]}"
         self.outputs = dict(pool=self(torch.zeros(1, 3, 32, 32))["pool"].shape[1])
 
     def forward(self, images):
         """-> 'pool' [B, D]."""
-        x = (resize_pillow(images, self.size, self.interpolation) - self.mean) / self.std
+        x = self.normalize(resize_pillow(images, self.size, self.interpolation) / 255)
         x = x.contiguous(memory_format=memory_format(x.device))
         with full_float32(x.device):
             return dict(pool=self.net.forward_head(self.net.forward_features(x), pre_logits=True).float())
@@ -179,29 +171,22 @@ def load_networks(names, device, inception_weights="", weights=""):
 
 # --- Sources of images --------------------------------------------------------------------------------------
 # Each has: path; n, the number of images; shape, their (height, width); is_folder; stats: precomputed
-# {(network's name, "pool" or "spatial"): (mean, covariance)}; and batches(indices, batch_size, num_workers):
-# yields the images of a range of indices in order, uint8 [B, 3, H, W].
-
-def name_arrays(names):
-    """{(network, output): names of mean and covariance in an .npz}: ADM's for the first of these networks;
-    those of the others end in _NETWORK."""
-    ends = [f"_{name}" if k else "" for k, name in enumerate(names)]
-    return {(name, output): [array + end for array in arrays]
-            for name, end in zip(names, ends) for output, arrays in STATISTICS.items()}
-
+# {(id of a network, output): (mean, covariance)}; and batches(indices, batch_size, num_workers): yields the
+# images of a range of indices in order, uint8 [B, 3, H, W].
 
 class ImageSet:
     """A folder of images (at any depth, sorted), or an .npz with arr_0 uint8 [N, H, W, 3], statistics, or
-    both; n is 0 for statistics alone. marks: what --save-stats wrote with the statistics (features, sha256,
-    n, shape). resolution: ADM's centre crop for the files of a folder. Raises UserError."""
+    both; n is 0 for statistics alone. Statistics without a network's id, as ADM's, are those of the id "".
+    behind: how many images --save-stats' statistics are of. resolution: ADM's centre crop for the files of a
+    folder. Raises UserError."""
 
     def __init__(self, path, resolution=None):
         self.path, self.resolution, self.stream = Path(path), resolution, None
-        self.is_folder, self.files = not self.path.is_file(), []
-        self.n, self.shape, self.stats, self.marks = 0, None, {}, {}
+        self.files = [] if self.path.is_file() else list_images(path)
+        self.n, self.behind, self.shape, self.stats = len(self.files), 0, None, {}
+        self.is_folder = bool(self.files)
         if self.is_folder:
-            self.files = list_images(path)
-            self.n, self.shape = len(self.files), read_image(self.files[0], resolution).shape[1:]
+            self.shape = read_image(self.files[0], resolution).shape[1:]
             return
         try:
             self.open_npz()
@@ -211,18 +196,18 @@ class ImageSet:
 
     def open_npz(self):
         with np.load(self.path) as f:                                    # reads only the arrays asked for
-            self.marks = {k: f[k].tolist() for k in ("features", "sha256", "n", "shape") if k in f}
-            self.shape = tuple(self.marks.get("shape", ())) or None
-            unmarked = "inception" if "mu" in f and f["mu"].shape == (2048,) else ""
-            names = np.atleast_1d(self.marks.get("features", unmarked)).tolist()
-            self.hashes = dict(zip(names, np.atleast_1d(self.marks.get("sha256", [])).tolist()))
-            for key, arrays in name_arrays(names).items():
-                if all(array in f for array in arrays):
-                    mu, sigma = (torch.from_numpy(f[array]).double() for array in arrays)
-                    finite = mu.sum().isfinite() and sigma.sum().isfinite()
-                    require(finite and mu.ndim == 1 and sigma.shape == (len(mu), len(mu)),
-                            f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
-                    self.stats[key] = mu, sigma
+            own = f"{f['features']} {str(f['sha256'])[:8]}" if "sha256" in f else ""     # an older version's
+            for id in {key.rpartition(" ")[0] for key in f.files}:
+                for output, names in STATISTICS.items():
+                    names = [f"{id} {name}".strip() for name in names]
+                    if all(name in f for name in names):
+                        mu, sigma = (torch.from_numpy(f[name]).double() for name in names)
+                        finite = mu.sum().isfinite() and sigma.sum().isfinite()
+                        require(finite and mu.ndim == 1 and sigma.shape == (len(mu), len(mu)),
+                                f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
+                        self.stats[id or own, output] = mu, sigma
+            if "n" in f:
+                self.behind, self.shape = int(f["n"]), tuple(f["shape"].tolist())
             if "arr_0" in f:
                 with f.zip.open("arr_0.npy") as array:
                     np.lib.format.read_magic(array)
@@ -238,9 +223,9 @@ class ImageSet:
         """Image i, uint8 [3, H, W]."""
         if self.files:
             image = read_image(self.files[i], self.resolution)
-            if image.shape[1:] != self.shape:
-                raise UserError(f"{self.files[i]}: {[*image.shape[1:]]} pixels (height, width), not "
-                                f"{[*self.shape]} as the first image; --resolution N crops all to N")
+            require(image.shape[1:] == self.shape,
+                    f"{self.files[i]}: {[*image.shape[1:]]} pixels (height, width), not {[*self.shape]} as "
+                    "the first image; --resolution N crops all to N")
             return image
         try:
             if self.stream is None:
@@ -256,6 +241,14 @@ class ImageSet:
         batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         workers = min(num_workers, len(batches) if self.files else 1)           # one reads an .npz in order
         return load_batches(self, batches, workers)
+
+
+def given(source, net, need):
+    """The (mean, covariance) of a network's output that came with a source, or None. Statistics without id
+    count as those of a network that is as wide, 2,048 as Inception's alone."""
+    marked, plain = (source.stats.get((id, need)) for id in (net.id, ""))
+    width = len(plain[0]) if plain else 0
+    return plain if width == net.outputs.get(need) and (net.name == "inception" or width != 2048) else marked
 
 
 class Samples:
@@ -276,25 +269,24 @@ class Samples:
 
 
 class Reconstructions:
-    """The VAE's reconstructions of an ImageSet (from the posterior's mean, rounded to uint8). sums: of PSNR,
-    SSIM and, if `lpips` is a network, of LPIPS."""
+    """The VAE's reconstructions of an ImageSet (from the posterior's mean, rounded to uint8). measures:
+    functions of images and reconstructions [B, 3, H, W] in [-1, 1] that give a value per image, or the sum;
+    sums: of these values over all images so far, by name."""
 
-    def __init__(self, path, model, originals, lpips=None):
-        self.path, self.model, self.originals, self.lpips = path, model, originals, lpips
+    def __init__(self, path, model, originals, **measures):
+        self.path, self.model, self.originals = path, model, originals
         self.n, self.shape, self.is_folder = originals.n, originals.shape, originals.is_folder
-        self.stats, self.sums = {}, torch.zeros(3)
+        self.measures = dict(psnr=psnr, ssim=ssim) | measures
+        self.stats, self.sums = {}, dict.fromkeys(self.measures, 0.0)
 
     def batches(self, indices, batch_size, num_workers=0):
-        first, device = indices.start, self.model.device
+        first = indices.start
         for images in self.originals.batches(indices, batch_size, num_workers):
             y = reconstruct(self.model.vae, images, batch_size)[1]
             check_finite(y, lambda b: f"{self.path}: the reconstruction of image {first + b}")
             first, y = first + len(y), to_uint8(y)
-            x, rounded = to_float(images), to_float(y)
-            self.sums[:2] += torch.stack([psnr(x, rounded).sum(), ssim(x, rounded).float().sum()])
-            if self.lpips:
-                with full_float32(device):
-                    self.sums[2] += len(y) * self.lpips(rounded.to(device), x.to(device)).cpu()
+            for name, measure in self.measures.items():
+                self.sums[name] += measure(to_float(images), to_float(y)).sum().item()
             yield y
 
 
@@ -332,29 +324,29 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
     x, y = x.double(), y.double()
     size, rng, values = min(size, len(x), len(y)), np.random.RandomState(seed), []
     for _ in range(subsets):
-        a = x[rng.choice(len(x), size, replace=False)]
-        b = y[rng.choice(len(y), size, replace=False)]
-        aa, bb, ab = ((f @ g.T / x.shape[1] + 1) ** 3 for f, g in ((a, a), (b, b), (a, b)))
-        within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
-        values.append(within / (size * (size - 1)) - 2 * ab.mean())
+        z = torch.cat([f[rng.choice(len(f), size, replace=False)] for f in (x, y)])
+        k = ((z @ z.T / z.shape[1] + 1) ** 3).fill_diagonal_(0)                          # [2 size, 2 size]
+        within = k[:size, :size].sum() + k[size:, size:].sum()
+        values.append(within / (size * (size - 1)) - 2 * k[:size, size:].mean())
     return torch.stack(values).mean().item()
 
 
 def mind(x, y, directions=1000, seed=2020):
-    """Monge-Inception distance (arXiv 2605.06797) of features [N, D], [M, D]: 3 D times the squared
-    Wasserstein distance of their projections, averaged over random directions. The random numbers are those of
-    torch-fidelity: first the subset of the larger set, then the directions. In float64, as `kid`."""
+    """Monge-Inception distance (arXiv 2605.06797) of features [N, D], [M, D]: the squared Wasserstein
+    distance of their projections, averaged over random directions, times 3 D. Of the larger set a random
+    subset counts; the random numbers are torch-fidelity's. In float64, as `kid`."""
     rng, n = torch.Generator().manual_seed(seed), min(len(x), len(y))
-    x, y = (f if len(f) == n else f[torch.randperm(len(f), generator=rng)[:n]] for f in (x.double(), y.double()))
+    x, y = (f[torch.randperm(len(f), generator=rng)[:n]] if len(f) > n else f
+            for f in (x.double(), y.double()))
     u = F.normalize(torch.randn(directions, x.shape[1], generator=rng)).to(x)
-    squares = [((x @ part.T).sort(0)[0] - (y @ part.T).sort(0)[0]).square().mean(0) for part in u.split(50)]
-    return 3 * x.shape[1] * torch.cat(squares).mean().item()
+    gaps = (x @ u.T).sort(0).values - (y @ u.T).sort(0).values                              # [n, directions]
+    return 3 * x.shape[1] * gaps.square().mean().item()
 
 
 def precision(reference, samples, k=3, block=1000):
     """Fraction of the samples within the reference's manifold (arXiv 1904.06991), the union of balls around
-    its features [N, D], each with the distance to the k-th nearest neighbour as radius. In float64: in float32
-    `cdist` loses the distances of features that lie close together."""
+    its features [N, D], each with the distance to the k-th nearest neighbour as radius. In float64: in
+    float32 `cdist` loses the distances of features that lie close together."""
     reference, samples = reference.double(), samples.double()
     nearest = [torch.cdist(rows, reference).topk(k + 1, largest=False) for rows in reference.split(block)]
     radius = torch.cat([found.values[:, k] for found in nearest])            # the nearest of all is itself
@@ -385,66 +377,58 @@ def collect(source, needs, device, batch_size, num_workers=0, processes=Processe
     """What metrics are computed from, in one pass over a source's images, a contiguous shard per process.
     needs: pairs (network, need). The needs 'pool' and 'spatial' give (mean, covariance) of these outputs, or
     the source's own statistics if it has them; 'features' gives the pooled features [N, D], 'logits'
-    [N, 1008]. Process 0 gets {(network's name, need): value}, the others {}. Raises UserError for features
-    that are not finite."""
-    needs = [(net, need) for net, need in needs if (net.name, need) not in source.stats]
-    if not needs:
-        return source.stats
+    [N, 1008]. Process 0 gets {(id of the network, need): value}. Raises UserError for features that are not
+    finite."""
     rank, world, n = processes.rank, processes.world, source.n
-    shard, moments, rows = range(rank * n // world, (rank + 1) * n // world), {}, {}
+    values = {(net.id, need): given(source, net, need) for net, need in needs}
+    needs = dict.fromkeys((net, need) for net, need in needs if not values[net.id, need])          # each once
+    if not needs:
+        return values if rank == 0 else {}
+    shard, kept = range(rank * n // world, (rank + 1) * n // world), {}
     for net, need in needs:
+        kept[net.id, need] = []
         if need in STATISTICS:                           # row 0: the sum; below: the sum of outer products
-            width = net.outputs[need]
-            moments[net.name, need] = torch.zeros(1 + width, width, dtype=torch.float64)
+            kept[net.id, need] = torch.zeros(1 + net.outputs[need], net.outputs[need], dtype=torch.float64)
+    batches, total = source.batches(shard, batch_size, num_workers), math.ceil(len(shard) / batch_size)
+    for images in tqdm(batches, source.path.name, total, disable=rank > 0):
+        outputs = {net: net(images.to(device)) for net in {net for net, _ in needs}}
+        for net, need in needs:
+            pool = outputs[net]["pool"]
+            require(pool.isfinite().all(),
+                    f"{source.path}: features not finite; damaged weights of {net.name}?")
+            f, own = outputs[net].get(need, pool).cpu(), kept[net.id, need]
+            if need in STATISTICS:
+                f = f.double()
+                own[0] += f.sum(0)
+                own[1:].addmm_(f.T, f)
+            else:
+                own.append(f)
+    shards = processes.gather(kept)
+    if rank > 0:
+        return {}
+    for key in kept:
+        parts = [kept[key] for kept in shards]
+        if key[1] in STATISTICS:
+            sums = sum(parts)
+            mean, products = sums[0] / n, sums[1:]
+            values[key] = mean, (products - n * torch.outer(mean, mean)) / (n - 1)
         else:
-            rows[net.name, need] = []
-    with tqdm(total=len(shard), unit="img", desc=source.path.name, disable=rank > 0) as bar:
-        for images in source.batches(shard, batch_size, num_workers):
-            for x in images.split(8 if device.type == "cpu" else batch_size):   # the last digits depend on it
-                outputs = {}
-                for net in dict.fromkeys(net for net, _ in needs):                         # each network once
-                    found = net(x.to(device))
-                    require(found["pool"].isfinite().all(),
-                            f"{source.path}: features not finite; damaged weights of {net.name}?")
-                    found["features"] = found["pool"]
-                    outputs |= {(net.name, need): value.cpu() for need, value in found.items()}
-                for key, sums in moments.items():
-                    f = outputs[key].double()
-                    sums[0] += f.sum(0)
-                    sums[1:].addmm_(f.T, f)
-                for key, batches in rows.items():
-                    batches.append(outputs[key])
-            bar.update(len(images))
-    shards = [(moments, rows)]
-    if world > 1:
-        shards = [None] * world if rank == 0 else None
-        dist.gather_object((moments, rows), shards, group=processes.host)
-        if rank > 0:
-            return {}
-    values = {key: torch.cat([batch for _, rows in shards for batch in rows[key]]) for key in rows}
-    for key in moments:
-        total = sum(moments[key] for moments, _ in shards)
-        mean, products = total[0] / n, total[1:]
-        values[key] = mean, (products - n * torch.outer(mean, mean)) / (n - 1)
-    return source.stats | values
+            values[key] = torch.cat(sum(parts, []))
+    return values
 
 
-def evaluate(reference, samples, metrics, device, batch_size, num_workers=0, processes=Processes()):
+def evaluate(reference, samples, metrics, device, **settings):
     """{name: value} of the metrics of a source, pairs (network, name in METRICS), on process 0; {} on the
-    others. reference: what `collect` returned of the reference, with the same arguments."""
-    needs = [(net, METRICS[metric][0]) for net, metric in metrics]
-    found = collect(samples, needs, device, batch_size, num_workers, processes)
+    others. reference: what `collect` returned of the reference; settings: of `collect`."""
+    found = collect(samples, [(net, METRICS[metric][0]) for net, metric in metrics], device, **settings)
     place, results = "cpu" if device.type == "mps" else device, {}                    # MPS has no float64
-    for net, metric in metrics if processes.rank == 0 else []:
+    for net, metric in metrics if found else []:
         need, compute = METRICS[metric]
-        a, b = reference.get((net.name, need)), found[net.name, need]
+        a, b = reference.get((net.id, need)), found[net.id, need]
         if need == "features":
-            value = compute(a.to(place), b.to(place))
-        elif metric == "is":
-            value = compute(b, shuffle=samples.is_folder)
-        else:
-            value = compute(a, b)
-        results[metric_name(net, metric)] = value
+            a, b = a.to(place), b.to(place)
+        name = metric_name(net, metric)
+        results[name] = compute(b, samples.is_folder) if metric == "is" else compute(a, b)
     return results
 
 
@@ -493,7 +477,7 @@ def parse_args(argv=None):
         "5,000 images, an .npz in its order, a folder shuffled")
     add("--ratio", metavar="VAL", type=existing_path, help="held-out images, as for REF: divide each Frechet "
         "distance by theirs (FDr), and average over the networks")
-    add("--inception-weights", metavar="FILE", default="", type=existing_path, help=" or ".join(WEIGHTS))
+    add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(WEIGHTS))
     add("--download", action="store_true", help="download the Inception weights once (95 MB)")
     add("--features-weights", metavar="FILE,...", default="", help="of the timm models, not the hub's")
     add("--resolution", type=positive_int, help="centre-crop the images of folders to this size, as ADM does")
@@ -505,16 +489,13 @@ def parse_args(argv=None):
     add("--reconstruct", action="store_true", help="evaluate the checkpoint's VAE: rFID, PSNR, SSIM, LPIPS")
     add_sampler_flags(parser)
     args = parser.parse_args(argv)
-    args.metrics = args.metrics.split(",") if args.metrics else []
-    unknown = ",".join(set(args.metrics) - set(METRICS))
-    require(not unknown, f"--metrics {unknown}: unknown; take some of {','.join(METRICS)}")
-    require(not args.ratio or not args.metrics or "fid" in args.metrics, "--ratio divides fid; add it to --metrics")
-    require(not (args.json and os.path.isdir(args.json)), f"--json {args.json}: a folder; name a file")
+    args.metrics = args.metrics.split(",") if args.metrics else ["fid"] if args.reconstruct else []
+    require(not args.ratio or "fid" in (args.metrics or METRICS), "--ratio divides fid: name it in --metrics")
     require("inception" in (args.features or "inception").split(",")
             or not (args.inception_weights or args.download),
             f"--inception-weights and --download go with --features inception, not {args.features}")
     args.from_checkpoint = bool(args.ckpt or not args.ref)
-    require(args.from_checkpoint or args.samples or args.save_stats,
+    require(args.from_checkpoint or args.samples or args.save_stats and not args.ratio,
             "SAMPLES is missing: fid.py REF SAMPLES, or REF --ckpt FILE to generate them")
     require(args.from_checkpoint or not (args.num_samples or args.reconstruct),
             "--num-samples and --reconstruct go with --ckpt FILE, or without REF")
@@ -526,6 +507,7 @@ def parse_args(argv=None):
               *args.features_weights.split(","))
     files = [path for path in inputs if path and not os.path.isdir(path)]
     for out in filter(None, (args.save_stats, args.json)):
+        require(not os.path.isdir(out), f"{out}: a folder; name a file")
         check_output(out, files)
     return args
 
@@ -540,63 +522,64 @@ def open_sources(args, device, processes):
         require(args.ref and Path(args.ref).exists(),
                 f"{args.ref or ckpt}: no such folder; give the reference images: fid.py REF --ckpt {ckpt}")
     ref, samples, val = [path and ImageSet(path, size) for path in (args.ref, args.samples, args.ratio)]
+    require(not val or val.path.resolve() != ref.path.resolve(),
+            f"--ratio {args.ratio}: the reference itself; give held-out images")
     if args.reconstruct:
         require(ref.n > 0 and ref.shape == (size, size),
                 f"{ref.path}: --reconstruct needs images, of {size}x{size} pixels")
-        samples = Reconstructions(ckpt, model, ref, load_lpips(model, processes))
+        samples = Reconstructions(ckpt, model, ref, **load_lpips(model, processes))
     elif args.from_checkpoint:
-        require(model.sit, f"{ckpt}: trained with --vae-only, it has no SiT to sample from; see --reconstruct")
+        require(model.sit,
+                f"{ckpt}: trained with --vae-only, it has no SiT to sample from; see --reconstruct")
         n = args.num_samples or min(count_images(ref) or 50_000, 50_000)
         samples = Samples(ckpt, model, n, settings, args.label_sampling)
     return ref, samples, val
 
 
 def load_lpips(model, processes):
-    """The LPIPS that the checkpoint was trained with, None where its weights are not here."""
-    try:
-        require(model.args.get("perceptual", "lpips") == "lpips", "")
-        return LPIPS(model.args.get("lpips_ckpt"), model.args.get("vgg_ckpt")).to(model.device)
-    except UserError as e:
-        processes.say(f"no {e}")
+    """{"lpips": a measure for `Reconstructions`}; {} where the model was trained without LPIPS, or on another
+    machine than one that has its weights."""
+    lpips, trained = None, model.args
+    if trained.get("perceptual", "lpips") == "lpips":
+        try:
+            lpips = LPIPS(trained.get("lpips_ckpt"), trained.get("vgg_ckpt")).to(model.device)
+        except UserError as e:
+            processes.say(f"no {e}")
+    if processes.any(not lpips):
+        return {}
+    return dict(lpips=lambda x, y: len(x) * lpips(y.to(model.device), x.to(model.device)))
 
 
 def count_images(source):
     """The number of images, or of those behind a file's statistics (0: unknown)."""
-    return source.n or source.marks.get("n", 0)
+    return source.n or source.behind
 
 
-def match_statistics(source, nets):
-    """Keep those of a source's statistics that are of these networks. Raises UserError where one has neither
-    statistics nor four images."""
-    given, source.stats = source.stats, {}
+def check_source(source, nets):
+    """Raises UserError where a source has neither four images nor statistics of each network."""
     for net in nets:
-        for need, width in net.outputs.items():
-            stats = given.get((net.name, need)) or given.get(("", need))
-            if stats and len(stats[0]) == width and source.hashes.get(net.name, net.sha256) == net.sha256:
-                source.stats[net.name, need] = stats
-        found = " and ".join(f"{name}'s {len(stats[0])} features ({source.hashes.get(name, 'unmarked')[:8]})"
-                             for (name, need), stats in given.items() if need == "pool")
-        require(source.n >= 4 or (net.name, "pool") in source.stats, f"{source.path}: " + (
-            f"statistics of {found}, not of {net.name}'s {net.outputs['pool']} ({net.sha256[:8]}); see --features"
-            if found else f"{source.n} image(s); a distribution needs at least four"))
+        found = ", ".join(f"{id or 'unknown'} ({len(stats[0])} features)"
+                          for (id, need), stats in source.stats.items() if need == "pool")
+        require(source.n >= 4 or given(source, net, "pool"),
+                f"{source.path}: {source.n} image(s), statistics of {found or 'no network'}; it takes four "
+                f"images or more, or statistics of {net.id} ({net.outputs['pool']} features)")
 
 
 def find_warnings(sources, nets):
     """Lines about what could be misread."""
     lines, shapes = [], {tuple(source.shape) for source in sources if source.shape}
     for source in sources:
-        n, net = count_images(source), nets[0]
-        if source.stats and not source.marks and (net.name, "spatial") not in source.stats:   # ADM's have it
-            origin = "ADM's (TensorFlow's resize)" if net.name == "inception" else f"{net.name}'s"
-            lines.append(f"{source.path}: statistics of unknown origin, assumed to be {origin}; those of "
-                         "tools with another resize, such as pytorch-fid, are not comparable")
-        lines += [f"warning: {source.path}: {n} images are too few for {net.outputs['pool']} features; compare "
-                  "such a distance only with others of as many images"
+        if ("", "pool") in source.stats and ("", "spatial") not in source.stats:            # ADM's have both
+            lines.append(f"{source.path}: statistics of unknown origin, assumed to be {nets[0].name}'s (as "
+                         "ADM); those of tools with another resize, such as pytorch-fid, are not comparable")
+        n = count_images(source)
+        lines += [f"warning: {source.path}: {n} images are too few for {net.outputs['pool']} features; "
+                  "compare such a distance only with others of as many images"
                   for net in nets if 0 < n <= net.outputs["pool"]]
     if len(shapes) > 1:
         lines.append(f"warning: reference and samples differ in size (height, width): {sorted(shapes)}")
-    ref, samples = sources[0].path.resolve(), sources[-1].path.resolve()
-    if len(sources) == 2 and (ref.is_relative_to(samples) or samples.is_relative_to(ref)):
+    paths = [source.path.resolve() for source in sources]
+    if len(paths) > 1 and (paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])):
         lines.append("warning: reference and samples are the same, or one is part of the other")
     return lines
 
@@ -605,89 +588,80 @@ def choose_metrics(asked, ref, samples, nets):
     """Pairs (network, metric): of the names in `asked`; if empty, all that the sources and the networks
     allow, without those that compare all pairs of more than 100,000 images. Raises UserError for a metric
     that no network allows."""
+    small = max(ref.n, samples.n) <= 100_000
+
     def has(source, net, need):
-        return need in (*net.outputs, "features") if source.n >= 4 else (net.name, need) in source.stats
+        return need in (*net.outputs, "features") if source.n >= 4 else given(source, net, need)
 
     pairs = [(net, metric) for net in nets for metric, (need, _) in METRICS.items()
-             if has(samples, net, need) and (metric == "is" or has(ref, net, need))]
+             if has(samples, net, need) and (metric == "is" or has(ref, net, need))
+             and (metric in asked or not asked and (small or need != "features"))]
     missing = ",".join(set(asked) - {metric for _, metric in pairs})
-    require(not missing, f"--metrics {missing}: not available: sfid and is are defined on Inception's "
-            "features; statistics without images give only fid and sfid")
-    if not asked:
-        all_pairs = max(ref.n, samples.n) <= 100_000
-        asked = [metric for metric, (need, _) in METRICS.items() if need != "features" or all_pairs]
-    return [(net, metric) for net, metric in pairs if metric in asked]
+    require(not missing, f"--metrics {missing}: not available; of {','.join(METRICS)}, sfid and is are "
+            "defined on Inception's features, and statistics without images give only fid and sfid")
+    return pairs
 
 
-def save_stats(file, ref, values, nets):
-    """Write a reference's statistics, `values` of `collect`, for these networks."""
-    names = [net.name for net in nets]
-    arrays = {array: value for key, pair in name_arrays(names).items() if key in values
-              for array, value in zip(pair, values[key])}
-    save_npz(file, features=names, sha256=[net.sha256 for net in nets], n=ref.n, shape=ref.shape, **arrays)
+def save_stats(file, ref, values):
+    """Write a reference's statistics, `values` of `collect`."""
+    arrays = {f"{id} {name}": array for (id, need), pair in values.items() if need in STATISTICS
+              for name, array in zip(STATISTICS[need], pair)}
+    save_npz(file, n=ref.n, shape=ref.shape, **arrays)
 
 
 def main():
-    args, start = parse_args(), time.time()
+    args = parse_args()
     device = pick_device(args.device)
     processes = start_processes(device)
-    settings = dict(device=device, batch_size=args.batch_size, num_workers=args.num_workers, processes=processes)
+    settings = dict(device=device, batch_size=args.batch_size, num_workers=args.num_workers,
+                    processes=processes)
     if args.download:
         download_inception(processes)
     ref, samples, val = open_sources(args, device, processes)
     nets = load_networks(args.features, device, args.inception_weights, args.features_weights)
     sources = [source for source in (ref, samples, val) if source]
     for source in sources:
-        match_statistics(source, nets)
-    lines = find_warnings(sources, nets)
-    if not args.features and nets[0].name == LITE2:
-        lines.append(f"features: {LITE2}; Inception's weights are not here (see --download)")
-    asked = args.metrics or (["fid"] if args.reconstruct else [])
-    metrics = choose_metrics(asked, ref, samples, nets) if samples else []
+        check_source(source, nets)
+    metrics = choose_metrics(args.metrics, ref, samples, nets) if samples else []
     require(not args.save_stats or ref.n >= 4,
             f"--save-stats: {ref.path} holds statistics already, and {ref.n} images")
     here = [[net.sha256 for net in nets], [(source.n, source.shape) for source in sources]]
-    first = processes.from_first(here)
-    if processes.any(here != first):                                  # each machine reads its own files
-        raise UserError(f"the machines hold different images or weights: {here}, on process 0 {first}")
-    for line in lines:
+    differ = processes.any(here != processes.from_first(here))        # each machine reads its own files
+    require(not differ, f"the machines hold different images or weights, here {here}")
+    for line in find_warnings(sources, nets):
         processes.say(line)
+    if not args.features and nets[0].name == LITE2:
+        processes.say(f"features: {LITE2}; Inception's weights are not here (see --download)")
+
     needs = [(net, METRICS[metric][0]) for net, metric in metrics if metric != "is"]
     if args.save_stats:
         needs += [(net, need) for net in nets for need in STATISTICS.keys() & net.outputs.keys()]
     reference = collect(ref, needs, **settings)
     if args.save_stats and processes.rank == 0:
-        save_stats(args.save_stats, ref, reference, nets)
+        save_stats(args.save_stats, ref, reference)
     results = evaluate(reference, samples, metrics, **settings) if samples else {}
-    if args.reconstruct:
-        if processes.world > 1:
-            dist.all_reduce(samples.sums, group=processes.host)
-        means = dict(zip(("psnr", "ssim", "lpips"), (samples.sums / samples.n).tolist()))
-        results |= means if samples.lpips else {name: means[name] for name in ("psnr", "ssim")}
-    if args.reconstruct:
-        if processes.world > 1:
-            dist.all_reduce(samples.sums, group=processes.host)
-        means = (samples.sums / samples.n).tolist()
-        results |= dict(zip(["psnr", "ssim", "lpips"] if samples.lpips else ["psnr", "ssim"], means))
-    below = evaluate(reference, val, [(net, "fid") for net in nets], **settings) if val else {}
+    distances = [(net, "fid") for net in nets]
+    below = evaluate(reference, val, distances, **settings) if val else {}
+    ratios = {f"{name}_ratio": results[name] / value for name, value in below.items()}
+    if ratios:
+        results |= ratios | {f"fdr^{len(nets)}": sum(ratios.values()) / len(nets)}
+    parts = processes.gather(samples.sums) if args.reconstruct else []
+    for name in parts[0] if parts else []:
+        results[name] = sum(part[name] for part in parts) / samples.n
+
     if processes.rank == 0:
         names = [f"{source.path} ({source.n or 'statistics'})" for source in sources]
-        print(", ".join(f"{net.name} {net.sha256[:8]}" for net in nets) + ": " + " against ".join(names[1::-1]))
-        distances = [metric_name(net, "fid") for net in nets]
-        if val:
-            ratios = [results[name] / below[name] for name in distances]
-            results |= {f"{name}_ratio": ratio for name, ratio in zip(distances, ratios)}
-            results[f"fdr^{len(nets)}"] = sum(ratios) / len(nets)
+        print(", ".join(net.id for net in nets) + ":", " against ".join(names[1::-1]))
         for name, value in results.items():
-            label = f"r{name}" if args.reconstruct and name in distances else name
-            print(f"  {label:<28}{value:.6g}")
-        if args.json:
-            record = results | dict(n_reference=count_images(ref), n_samples=count_images(samples) if samples else 0,
-                                    features=",".join(net.name for net in nets),
-                                    weights_sha256=",".join(net.sha256 for net in nets),
-                                    resolution=list(sources[-1].shape or ()),
-                                    seconds=round(time.time() - start, 2))
-            write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
+            rfd = args.reconstruct and name in [metric_name(*pair) for pair in distances]
+            print(f"  {'r' * rfd + name:<28}{value:.6g}")
+    if processes.rank == 0 and args.json:
+        record = dict(n_reference=count_images(ref), n_samples=count_images(samples) if samples else 0,
+                      features=",".join(net.name for net in nets),
+                      weights_sha256=",".join(net.sha256 for net in nets),
+                      resolution=list((samples or ref).shape or ()))
+        text = json.dumps(results | record, indent=1) + "\n"
+        write_atomic(args.json, lambda tmp: tmp.write_text(text))
     end_processes(processes)
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -212,8 +211,8 @@ def add_sampler_flags(parser):
 
 
 def open_sampler(args, device, processes):
-    """(checkpoint file, its Sampler, the keywords of `sample_images`) of parsed flags. Switches TF32 on, as in
-    the paper's sampling. Raises UserError."""
+    """(checkpoint file, its Sampler, the keywords of `sample_images`) of parsed flags. Switches TF32 on, as
+    in the paper's sampling. Raises UserError."""
     require(not (args.heun and args.mode == "sde"), "--heun goes with --mode ode")
     require(args.cfg_scale >= 1 and args.guidance_low <= args.guidance_high,
             "--cfg-scale: 1 (no guidance) or more; --guidance-low: at most --guidance-high")
@@ -234,19 +233,14 @@ def generate(sampler, labels, batch_size, processes, **settings):
     order, as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs, and wait while
     it writes them."""
     rank, world, n = processes.rank, processes.world, len(labels)
-    padded = [*range(n), *[n - 1] * (-n % world)]            # equally many per process; the last one repeated
-    mine = padded[rank::world]
-    for start in tqdm(range(0, len(mine), batch_size), "sampling", leave=False, disable=rank > 0):
-        indices = mine[start:start + batch_size]
-        images = sample_images(sampler, indices, [labels[i] for i in indices], **settings)
-        images = images.permute(0, 2, 3, 1).contiguous().cpu()                                 # [k, H, W, 3]
-        gathered = [images]
-        if world > 1:
-            gathered = [torch.empty_like(images) for _ in range(world)] if rank == 0 else None
-            dist.gather(images, gathered, group=processes.host)
+    batch_size = min(batch_size, math.ceil(n / world))
+    for first in tqdm(range(0, n, batch_size * world), "sampling", leave=False, disable=rank > 0):
+        indices, images = range(n)[first + rank * batch_size:][:batch_size], []
+        if indices:
+            images = [sample_images(sampler, indices, [labels[i] for i in indices], **settings).cpu()]
+        gathered = processes.gather(images)
         if rank == 0:
-            first = start * world
-            yield first, torch.stack(gathered, dim=1).flatten(0, 1)[:n - first]
+            yield first, torch.cat(sum(gathered, [])).permute(0, 2, 3, 1)                     # [k, H, W, 3]
 
 
 def save_images(out, batches, shape, columns):
@@ -301,17 +295,15 @@ def main():
     labels = [class_for_sample(i, args.seed, classes, args.label_sampling, n) for i in range(n)]
     batches = generate(sampler, labels, args.batch_size, processes, **settings)
     if processes.rank > 0:
-        for _ in batches:                                      # samples and sends: process 0 gets the images
-            pass
+        list(batches)                                          # samples and sends: process 0 gets the images
     else:
         out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
         is_file = out.suffix in (".png", ".npz")
         require(not out.is_dir() or not is_file and not any(out.glob("*.png")),
                 f"--out {out}: this folder exists; name another")
         (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
-        columns = 10
-        if len(classes) <= 20:                                            # a column per class, or several
-            columns = len(classes) * max(1, 8 // len(classes))
+        k = len(classes)
+        columns = k * max(1, 8 // k) if k <= 20 else 10                   # one per class, or several
         save_images(out, batches, (n, size, size, 3), columns)
         if out.suffix == ".png":
             print("first row:", ", ".join(names[k] for k in labels[:columns]))

@@ -187,6 +187,14 @@ class Processes:
         dist.broadcast_object_list(values, group=self.host)
         return values[0]
 
+    def gather(self, value):
+        """The values (anything that pickles) of all processes by rank on process 0, [] on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, values, group=self.host)
+        return values or []
+
 
 def start_processes(device):
     """Join torchrun's group, if there is one; returns the Processes. Raises UserError."""

@@ -208,7 +208,7 @@ def test_inception_score_shuffles_folders(tmp_path):
     def net(images):
         return dict(pool=torch.zeros(len(images), 2), logits=50 * F.one_hot(images[:, 0, 0, 0].long(), 10).float())
 
-    net.name, net.outputs = "inception", dict(pool=2, logits=10)
+    net.name, net.id, net.outputs = "inception", "inception", dict(pool=2, logits=10)
     images = np.arange(10, dtype=np.uint8).repeat(1000).reshape(-1, 1, 1, 1) * np.ones((1, 1, 1, 3), np.uint8)
     np.savez(tmp_path / "x.npz", arr_0=images)
     in_order, folder = fid.ImageSet(tmp_path / "x.npz"), fid.ImageSet(save_folder(tmp_path / "folder", images[:4]))
@@ -225,7 +225,8 @@ def test_frechet_distance_against_scipy(rank):
     c1, c2 = (np.cov(rng.standard_normal((64, rank + 1)) * 3) for _ in "ab")
     eps = 1e-9 * np.eye(64)
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.trace(sqrtm((c1 + eps) @ (c2 + eps))).real
-    assert fid.frechet_distance(*(tuple(map(torch.from_numpy, pair)) for pair in ((m1, c1), (m2, c2)))) == pytest.approx(expected, rel=1e-5)
+    m1, c1, m2, c2 = map(torch.from_numpy, (m1, c1, m2, c2))
+    assert fid.frechet_distance((m1, c1), (m2, c2)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_precision_and_recall_by_all_distances(near):
@@ -261,6 +262,7 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
     x, y = (f["pool"] for f in features)
     stats = np.load(tmp_path / "stats.npz")
     for mu, sigma, key, name in (("mu", "sigma", "pool", "fid"), ("mu_s", "sigma_s", "spatial", "sfid")):
+        mu, sigma = f"{inception.id} {mu}", f"{inception.id} {sigma}"
         p, q = (f[key].double() for f in features)
         close(stats[mu], p.mean(0), 1e-4)
         close(stats[sigma], torch.cov(p.T), 1e-3)
@@ -269,7 +271,7 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
     assert found["is"] == pytest.approx(fid.inception_score(features[1]["logits"]), rel=1e-3)
     assert found["kid"] == pytest.approx(fid.kid(x, y), rel=1e-3)
     assert (found["precision"], found["recall"]) == (fid.precision(x, y), fid.recall(x, y))
-    one_line(command("fid", "stats.npz", "b.npz", *small, code=2), "statistics of inception's 2048 features")
+    one_line(command("fid", "stats.npz", "b.npz", *small, code=2), f"of {inception.id} (2048 features)", "(96 features)")
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
@@ -317,9 +319,9 @@ def test_bad_input_is_one_clear_line(tmp_path, command, monkeypatch, small):
         fails("x.png: [32, 40] pixels|not [32, 32]", "good", "mixed", *small, "--num-workers", workers)
     command("fid", "good", "mixed", *small, "--resolution", 32)
     for words, arrays in (("neither arr_0", dict(images=noise(3))), ("arr_0 is float64", dict(arr_0=noise(3) / 255)),
-                          ("64 features|not of test_resnet's 96", dict(mu=np.zeros(64), sigma=np.eye(64))),
+                          ("unknown (64 features)|(96 features)", dict(mu=np.zeros(64), sigma=np.eye(64))),
                           ("not finite", dict(mu=np.full(96, np.nan), sigma=np.eye(96))),
-                          ("3 image(s)|at least four", dict(arr_0=noise(3)))):
+                          ("3 image(s)|four images or more", dict(arr_0=noise(3)))):
         np.savez(tmp_path / "bad.npz", **arrays)
         fails(f"bad.npz: |{words}", "good", "bad.npz", *small)
     for name in ("stats.pkl", "stats.npy", "samples.zip", "image.png", "nameless", "pickle.npz"):
@@ -394,25 +396,25 @@ def test_unmarked_statistics(tmp_path):
     def check(net, **arrays):
         np.savez(tmp_path / "x.npz", **arrays)
         source = fid.ImageSet(tmp_path / "x.npz")
-        fid.match_statistics(source, [net])
+        fid.check_source(source, [net])
         return source, fid.find_warnings([source], [net])
 
-    inception, resnet50, other = (SimpleNamespace(name=name, sha256="a" * 64, outputs=outputs) for name, outputs in
+    inception, resnet50, other = (SimpleNamespace(name=name, id=f"{name} a", outputs=outputs) for name, outputs in
                                   (("inception", dict(pool=2048, spatial=2023)), ("resnet50", dict(pool=2048)),
                                    ("resnet18", dict(pool=512))))
     wide = dict(mu=np.zeros(2048), sigma=np.eye(2048), names=np.array([{"pickled": 1}], dtype=object))
     adm = dict(wide, mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     assert check(inception, **adm)[1] == []
     line, = check(inception, **wide)[1]
-    assert "assumed to be ADM's (TensorFlow's resize)" in line and "pytorch-fid" in line
+    assert "assumed to be inception's (as ADM)" in line and "pytorch-fid" in line
     line, = check(other, mu=np.zeros(512), sigma=np.eye(512))[1]
     assert "assumed to be resnet18's" in line
-    with pytest.raises(UserError, match="inception's 2048 features.*not of resnet50's"):
+    with pytest.raises(UserError, match=r"of unknown \(2048 features\).*of resnet50 a \(2048"):
         check(resnet50, **adm)
     both, _ = check(resnet50, arr_0=noise(4), **adm)                       # its images can be used
-    assert both.stats == {} and both.n == 4
+    assert fid.given(both, resnet50, "pool") is None and both.n == 4
     both, _ = check(other, arr_0=noise(4), mu=np.ones(512), sigma=np.eye(512))         # statistics are used as given
-    assert torch.equal(fid.collect(both, [(other, "pool")], CPU, 4)["resnet18", "pool"][0], torch.ones(512).double())
+    assert torch.equal(fid.collect(both, [(other, "pool")], CPU, 4)[other.id, "pool"][0], torch.ones(512).double())
 
 
 def test_saved_statistics_are_marked(tmp_path, command, small):
@@ -426,11 +428,11 @@ def test_saved_statistics_are_marked(tmp_path, command, small):
     assert "differ in size (height, width): [(16, 16), (24, 24)]" in saved
     assert "stats.npz: 6 images are too few" in saved
     stats = dict(np.load(tmp_path / "stats.npz"))
-    np.savez(tmp_path / "older.npz", **stats | dict(sha256="0" * 64))
+    np.savez(tmp_path / "other.npz", **{name.replace("test_resnet ", "test_resnet 0"): a for name, a in stats.items()})
     np.savez(tmp_path / "two.npz", arr_0=noise(2), **stats)                # two images: only the statistics count
     out = command("fid", "two.npz", "ref", *small)
     assert "fd_test_resnet " in out and "kid" not in out and "recall" not in out
-    for words, flags in (("older.npz: statistics of test_resnet's 96 features (00000000), not", ["older.npz", "ref"]),
+    for words, flags in (("other.npz: 0 image(s), statistics of test_resnet 0|of test_resnet ", ["other.npz", "ref"]),
                          ("--metrics kid", ["two.npz", "ref", "--metrics", "kid"]),
                          ("--save-stats: |and 2 images", ["two.npz", "--save-stats", "x.npz"])):
         one_line(command("fid", *flags, *small, code=2), *words.split("|"))

@@ -340,23 +340,21 @@ def test_the_columns_of_a_grid_are_classes(tmp_path, command, monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 11])
 def test_three_processes_share_the_work(n, monkeypatch):
-    """One after the other, process 0 last; a gather of unequal sizes is no gather."""
+    """One after the other, process 0 last."""
     sent = {1: [], 2: []}
 
+    class InTurn(Processes):
+        def gather(self, value):
+            if self.rank == 0:
+                return [value, sent[1].pop(0), sent[2].pop(0)]
+            sent[self.rank].append(value)
+
     def sample_images(sampler, indices, labels):
-        assert indices and labels == [10 * i for i in indices]
+        assert 0 < len(indices) <= 2 and labels == [10 * i for i in indices]
         return torch.tensor(indices, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
 
-    def gather(images, gathered, group):
-        if gathered is None:
-            sent[group].append(images)
-        else:
-            gathered[:] = [images, sent[1].pop(0), sent[2].pop(0)]
-            assert {len(x) for x in gathered} == {len(images)}
-
     monkeypatch.setattr(sample, "sample_images", sample_images)
-    monkeypatch.setattr(sample.dist, "gather", gather)
-    *others, batches = [list(sample.generate(None, range(0, 10 * n, 10), 2, Processes(rank, 3, host=rank)))
+    *others, batches = [list(sample.generate(None, range(0, 10 * n, 10), 2, InTurn(rank, 3)))
                         for rank in (2, 1, 0)]
     assert others == [[], []] and [first for first, _ in batches] == list(range(0, n, 6))
     assert torch.cat([images for _, images in batches])[:, 0, 0, 0].tolist() == list(range(n))
