@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import zipfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from data.images import how_to_unpack, list_images, load_batches, read_image
 from repa import EMBEDDED, LITE2, create_encoder, fold_batch_norms, timm_name
 from sample import add_sampler_flags, check_finite, class_for_sample, open_sampler, sample_images
+from sit import interpolate
 from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, path_name,
                               positive_int, require, run_command)
 from support.devices import (Processes, end_processes, full_float32, memory_format, pick_device,
@@ -448,17 +450,38 @@ class RunEvaluation:
                 return
             source = kept
         images = ImageSet(source, resolution)
-        match_statistics(images, self.nets)
+        check_source(images, self.nets)
         self.reference = collect(images, [(self.nets[0], "pool")], **self.settings)
         if processes.rank == 0 and source != kept:
-            save_stats(kept, images, self.reference, self.nets)
+            save_stats(kept, images, self.reference)
 
-    def run(self, sampler, cfg_scale):
-        """{name of the distance: its value, "eval_seconds": the time it took} on process 0."""
+    def run(self, sampler, cfg_scale, held_out):
+        """On process 0 a row for the log: the distance; "eval_seconds", the time it took; and of held_out,
+        (images uint8 [N, 3, R, R], labels [N]), the `denoising_loss`."""
         start = time.time()
         samples = Samples(self.folder / "evaluation", sampler, self.n, dict(cfg_scale=cfg_scale))
         values = evaluate(self.reference, samples, [(self.nets[0], "fid")], **self.settings)
-        return values | dict(eval_seconds=time.time() - start)
+        if not values:
+            return {}
+        name = "val_denoising_loss" if sampler.args["val_dir"] else "train_denoising_loss"
+        return values | {name: denoising_loss(sampler, *held_out), "eval_seconds": time.time() - start}
+
+
+@torch.no_grad()
+def denoising_loss(sampler, images, labels):
+    """The denoising loss of a Sampler on images uint8 [N, 3, R, R] with labels [N], in float32. Timesteps,
+    uniform, and noise are the same at each call."""
+    (sit, vae, args, _, device), n, total = sampler, len(images), 0.0
+    generator = torch.Generator().manual_seed(0)
+    noise, eps = torch.randn(2, n, sit.channels, sit.size, sit.size, generator=generator)
+    t = torch.rand(n, generator=generator)
+    for k in torch.arange(n).split(32):
+        x, y, noise_k, eps_k, t_k = (values[k].to(device) for values in (images, labels, noise, eps, t))
+        x = to_float(x).contiguous(memory_format=memory_format(device))
+        z = sit.bn.normalize(vae.encode(x).sample(noise_k))
+        x_t, velocity = interpolate(z, t_k, eps_k, args["path_type"])
+        total += (sit(x_t, t_k, y)[0] - velocity).square().mean((1, 2, 3)).sum().item()
+    return total / n
 
 
 # --- The command --------------------------------------------------------------------------------------------

@@ -401,9 +401,8 @@ def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
         if write_row:
             if evaluate:
                 with torch.compiler.set_stance("force_eager"):
-                    row |= evaluation.run(Sampler(m.ema, m.vae, vars(cfg), step, m.device), cfg.cfg_scale)
-                if main_process:
-                    row |= held_out_loss(m, cfg, *shown)
+                    sampler = Sampler(m.ema, m.vae, vars(cfg), step, m.device)
+                    row |= evaluation.run(sampler, cfg.cfg_scale, shown)
             if main_process:
                 log(step, row | (save_grids(m, cfg, folder, step, shown[0]) if draw else {}))
             saver.check()
@@ -447,24 +446,6 @@ def save_grids(m, cfg, folder, step, shown):
     except UserError as e:
         tqdm.write(f"step {step}: no images ({e})")
         return {}
-
-
-@torch.no_grad()
-def held_out_loss(m, cfg, pixels, y):
-    """The EMA's denoising loss on images uint8 [N, 3, R, R] with labels y [N], for the log. Timesteps and
-    noise are the same at each call."""
-    n, g, total = len(pixels), torch.Generator().manual_seed(0), 0.0
-    noise, eps = torch.randn(2, n, *m.latent_shape, generator=g)
-    t = torch.rand(n, generator=g)
-    with torch.compiler.set_stance("force_eager"), m.autocast():
-        for k in torch.arange(n).split(32):
-            x, y_k, noise_k, eps_k, t_k = (values[k].to(m.device) for values in (pixels, y, noise, eps, t))
-            x = grids.to_float(x).contiguous(memory_format=devices.memory_format(m.device))
-            u = m.ema.bn.normalize(frozen_latents(m, x, noise_k))
-            x_t, velocity = interpolate(u, t_k, eps_k, cfg.path_type)
-            v, _ = m.ema(x_t, t_k, y_k)
-            total += (v - velocity).square().mean((1, 2, 3)).sum().item()
-    return {"val_denoising_loss" if cfg.val_dir else "train_denoising_loss": total / n}
 
 
 # --- Building -----------------------------------------------------------------------------------------------
@@ -526,8 +507,8 @@ def build(cfg, device):
     if cfg.disc_pretrained_ckpt:
         state = files.load_tensors(cfg.disc_pretrained_ckpt)
         if checkpoints.is_checkpoint(state):
-            commands.require("discriminator" in state, f"{cfg.disc_pretrained_ckpt}: no discriminator in this "
-                             "checkpoint; it needs a run with --disc-weight above 0")
+            commands.require("discriminator" in state, f"{cfg.disc_pretrained_ckpt}: no discriminator in "
+                             "this checkpoint; it needs a run with --disc-weight above 0")
             state = state["discriminator"]
         files.load_into(disc, state, cfg.disc_pretrained_ckpt)
     if not train_vae or cfg.disc_weight == 0:

@@ -31,8 +31,8 @@ def test_distance_is_that_of_fid_py(evaluated, image_dir, command):
     found = values_of(evaluated / "exps/a")
     assert list(found) == [3, 4]
     checkpoint, kept = evaluated / "exps/a/checkpoints/0000003.pt", evaluated / f"exps/a/reference-{fid.LITE2}.npz"
-    for reference in (["--resolution", "32", image_dir], [kept]):
-        out = command("fid", *reference, "--ckpt", checkpoint, "--num-samples", "6", "--device", "cpu",
+    for reference in (image_dir, kept):
+        out = command("fid", reference, "--ckpt", checkpoint, "--num-samples", "6", "--device", "cpu",
                       "--num-workers", "0", "--features", fid.LITE2)
         value = next(line.split()[1] for line in out.splitlines() if DISTANCE in line.split())
         assert float(value) == pytest.approx(found[3], rel=1e-5)
@@ -81,5 +81,5 @@ def test_what_cannot_be_evaluated(image_dir, tmp_path, command):
     one_line(command("train", *flags, "--vae-only", code=2), "--eval-steps: --vae-only trains no SiT")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/three").symlink_to(image_dir / "one")
-    (tmp_path / "other/two words").symlink_to(image_dir / "one")
+    (tmp_path / "other/two words").symlink_to(image_dir / "two words")
     one_line(command("train", *flags, "--val-dir", tmp_path / "other", code=2), "classes that the data lacks: three")
