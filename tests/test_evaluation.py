@@ -1,13 +1,11 @@
 """Evaluation while training: the values of fid.py, at the steps asked for, for any number of processes."""
-import numpy as np
 import pytest
 import torch
 
 import fid
-import sample
-from conftest import CPU, SHORT, metrics_of, one_line, run, torchrun, ROOT
+from conftest import CPU, ROOT, SHORT, metrics_of, one_line, run, torchrun
 from data.images import ImageFolder
-from support.grids import to_float
+from sample import Sampler
 
 FLAGS = [*SHORT, "--disc-weight", "0", "--eval-steps", "3", "--eval-samples", "6", "--log-steps", "4",
          "--sampling-steps", "0", "--checkpointing-steps", "3"]
@@ -38,31 +36,32 @@ def test_distance_is_that_of_fid_py(evaluated, image_dir, command):
         assert float(value) == pytest.approx(found[3], rel=1e-5)
 
 
-def test_held_out_loss_is_the_mean_squared_error_of_the_velocity(evaluated, image_dir):
-    sampler = sample.load_checkpoint(evaluated / "exps/a/checkpoints/0000004.pt", CPU)
-    data, n = ImageFolder(image_dir, 32), 24
-    order = np.random.default_rng(0).permutation(n)
+def test_denoising_loss_is_the_mean_squared_error_of_the_velocity(tiny, evaluated, image_dir):
+    m, cfg, _ = tiny("--val-dir", str(image_dir))
+    images, labels = ImageFolder(image_dir, 32).some(5)
     g = torch.Generator().manual_seed(0)
-    noise, eps = torch.randn(2, n, 8, 8, 8, generator=g)
-    t, loss = torch.rand(n, generator=g), 0
+    noise, eps = torch.randn(2, 5, 8, 8, 8, generator=g)
+    t, losses = torch.rand(5, generator=g), []
     with torch.no_grad():
-        for k, i in enumerate(order.tolist()):
-            x, y, _ = data[i, False]
-            z = sampler.vae.encode(to_float(x)[None]).sample(noise[k:k + 1])
-            u = (z - sampler.sit.bn.running_mean.view(1, -1, 1, 1)) / (
-                sampler.sit.bn.running_var.view(1, -1, 1, 1) + 1e-4).sqrt()
-            x_t = (1 - t[k]) * u + t[k] * eps[k:k + 1]
-            v = sampler.sit(x_t, t[k:k + 1], torch.tensor([y]))[0]
-            loss += (v - (eps[k:k + 1] - u)).square().mean().item() / n
-    assert metrics_of(evaluated / "exps/a")[-1]["train_denoising_loss"] == pytest.approx(loss, rel=1e-4)
+        for x, y, n, e, t_i in zip(images, labels, noise, eps, t, strict=True):
+            mean, logvar = m.vae.encode(x[None] / 127.5 - 1).moments.chunk(2, 1)
+            z = (mean + (logvar / 2).exp() * n - m.ema.bn.running_mean.view(1, -1, 1, 1)) / (
+                m.ema.bn.running_var.view(1, -1, 1, 1) + 1e-4).sqrt()
+            v = m.ema((1 - t_i) * z + t_i * e, t_i[None], y[None])[0]
+            losses.append((v - (e - z)).square().mean().item())
+    found = fid.denoising_loss(Sampler(m.ema, m.vae, vars(cfg), 0, CPU), images, labels)
+    assert found == pytest.approx(sum(losses) / 5, rel=1e-4)
+    assert 0 < metrics_of(evaluated / "exps/a")[-1]["train_denoising_loss"] < 10
 
 
 def test_resuming_and_two_processes_change_no_value(evaluated, image_dir, tmp_path):
-    """The statistics that the run keeps are read again, not computed: those of other images would give others."""
+    """The statistics of the reference are computed once per run."""
     found, flags = values_of(evaluated / "exps/a"), ["--data-dir", image_dir, "--exp-name", "b", *FLAGS]
     run("python", ROOT / "train.py", *flags, "--max-train-steps", "3", cwd=tmp_path)
+    kept = tmp_path / f"exps/b/reference-{fid.LITE2}.npz"
+    written = kept.stat().st_mtime_ns
     run("python", ROOT / "train.py", *flags, "--resume", cwd=tmp_path)
-    assert values_of(tmp_path / "exps/b") == found
+    assert values_of(tmp_path / "exps/b") == found and kept.stat().st_mtime_ns == written
     flags[3] = "two"
     run(*torchrun(2), ROOT / "train.py", *flags, cwd=tmp_path)
     assert list(values_of(tmp_path / "exps/two").values()) == pytest.approx(list(found.values()), rel=1e-2)
