@@ -384,12 +384,12 @@ def collect(source, needs, device, batch_size, num_workers=0, processes=Processe
     needs = dict.fromkeys((net, need) for net, need in needs if not values[net.id, need])          # each once
     if not needs:
         return values if rank == 0 else {}
-    shard, kept = range(rank * n // world, (rank + 1) * n // world), {}
+    indices, kept = range(rank * n // world, (rank + 1) * n // world), {}
     for net, need in needs:
         kept[net.id, need] = []
         if need in STATISTICS:                           # row 0: the sum; below: the sum of outer products
             kept[net.id, need] = torch.zeros(1 + net.outputs[need], net.outputs[need], dtype=torch.float64)
-    batches, total = source.batches(shard, batch_size, num_workers), math.ceil(len(shard) / batch_size)
+    batches, total = source.batches(indices, batch_size, num_workers), math.ceil(len(indices) / batch_size)
     for images in tqdm(batches, source.path.name, total, disable=rank > 0):
         outputs = {net: net(images.to(device)) for net in {net for net, _ in needs}}
         for net, need in needs:
@@ -407,7 +407,7 @@ def collect(source, needs, device, batch_size, num_workers=0, processes=Processe
     if rank > 0:
         return {}
     for key in kept:
-        parts = [kept[key] for kept in shards]
+        parts = [shard[key] for shard in shards]
         if key[1] in STATISTICS:
             sums = sum(parts)
             mean, products = sums[0] / n, sums[1:]
@@ -568,8 +568,8 @@ def choose_metrics(asked, ref, samples, nets):
              if has(samples, net, need) and (metric == "is" or has(ref, net, need))
              and (metric in asked or not asked and (small or need != "features"))]
     missing = ",".join(set(asked) - {metric for _, metric in pairs})
-    require(not missing, f"--metrics {missing}: not available; of {','.join(METRICS)}, sfid and is are "
-            "defined on Inception's features, and statistics without images give only fid and sfid")
+    require(not missing, f"--metrics {missing}: unknown or not available; of {','.join(METRICS)}, sfid and "
+            "is are defined on Inception's features, and statistics without images give only fid and sfid")
     return pairs
 
 
