@@ -461,6 +461,8 @@ def parse_args(argv=None):
     add_sampler_flags(parser)
     args = parser.parse_args(argv)
     args.metrics = args.metrics.split(",") if args.metrics else ["fid"] if args.reconstruct else []
+    unknown = ",".join(set(args.metrics) - set(METRICS))
+    require(not unknown, f"--metrics {unknown}: unknown; take some of {','.join(METRICS)}")
     require(not args.ratio or "fid" in (args.metrics or METRICS), "--ratio divides fid: name it in --metrics")
     require("inception" in (args.features or "inception").split(",")
             or not (args.inception_weights or args.download),
@@ -568,8 +570,8 @@ def choose_metrics(asked, ref, samples, nets):
              if has(samples, net, need) and (metric == "is" or has(ref, net, need))
              and (metric in asked or not asked and (small or need != "features"))]
     missing = ",".join(set(asked) - {metric for _, metric in pairs})
-    require(not missing, f"--metrics {missing}: unknown or not available; of {','.join(METRICS)}, sfid and "
-            "is are defined on Inception's features, and statistics without images give only fid and sfid")
+    require(not missing, f"--metrics {missing}: not available: sfid and is are defined on Inception's "
+            "features; statistics without images give only fid and sfid")
     return pairs
 
 
