@@ -476,6 +476,8 @@ def parse_args(argv=None):
             "a checkpoint generates the images to evaluate, at its resolution; drop SAMPLES and --resolution")
     require(not (args.reconstruct and args.num_samples),
             "--reconstruct takes every image; drop --num-samples")
+    if args.reconstruct:                               # the VAE has no average, and computes in float32
+        args.ema, args.mixed_precision = False, "no"
     inputs = (args.ref, args.samples, args.ratio, args.ckpt, args.vae_ckpt, args.inception_weights,
               *args.features_weights.split(","))
     files = [path for path in inputs if path and not os.path.isdir(path)]
@@ -488,7 +490,7 @@ def parse_args(argv=None):
 def open_sources(args, device, processes):
     """[reference, samples, held-out images] of the flags; samples are None for --save-stats alone, held-out
     images without --ratio."""
-    size, samples = args.resolution, args.samples
+    size = args.resolution
     if args.from_checkpoint:
         ckpt, model, settings = open_sampler(args, device, processes)
         size, args.ref = model.args["resolution"], args.ref or model.args.get("data_dir")
