@@ -391,18 +391,19 @@ def collect(source, needs, device, batch_size, num_workers=0, processes=Processe
             kept[net.id, need] = torch.zeros(1 + net.outputs[need], net.outputs[need], dtype=torch.float64)
     batches, total = source.batches(indices, batch_size, num_workers), math.ceil(len(indices) / batch_size)
     for images in tqdm(batches, source.path.name, total, disable=rank > 0):
-        outputs = {net: net(images.to(device)) for net in {net for net, _ in needs}}
-        for net, need in needs:
-            pool = outputs[net]["pool"]
-            require(pool.isfinite().all(),
-                    f"{source.path}: features not finite; damaged weights of {net.name}?")
-            f, own = outputs[net].get(need, pool).cpu(), kept[net.id, need]
-            if need in STATISTICS:
-                f = f.double()
-                own[0] += f.sum(0)
-                own[1:].addmm_(f.T, f)
-            else:
-                own.append(f)
+        for x in images.split(8 if device.type == "cpu" else batch_size):           # 8 fit into a CPU's cache
+            outputs = {net: net(x.to(device)) for net in {net for net, _ in needs}}
+            for net, need in needs:
+                pool = outputs[net]["pool"]
+                require(pool.isfinite().all(),
+                        f"{source.path}: features not finite; damaged weights of {net.name}?")
+                f, own = outputs[net].get(need, pool).cpu(), kept[net.id, need]
+                if need in STATISTICS:
+                    f = f.double()
+                    own[0] += f.sum(0)
+                    own[1:].addmm_(f.T, f)
+                else:
+                    own.append(f)
     shards = processes.gather(kept)
     if rank > 0:
         return {}
