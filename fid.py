@@ -386,30 +386,31 @@ def collect(source, needs, device, batch_size, num_workers=0, processes=Processe
     needs = dict.fromkeys((net, need) for net, need in needs if not values[net.id, need])          # each once
     if not needs:
         return values if rank == 0 else {}
-    shard, kept = range(rank * n // world, (rank + 1) * n // world), {}
+    indices, kept = range(rank * n // world, (rank + 1) * n // world), {}
     for net, need in needs:
         kept[net.id, need] = []
         if need in STATISTICS:                           # row 0: the sum; below: the sum of outer products
             kept[net.id, need] = torch.zeros(1 + net.outputs[need], net.outputs[need], dtype=torch.float64)
-    batches, total = source.batches(shard, batch_size, num_workers), math.ceil(len(shard) / batch_size)
+    batches, total = source.batches(indices, batch_size, num_workers), math.ceil(len(indices) / batch_size)
     for images in tqdm(batches, source.path.name, total, disable=rank > 0):
-        outputs = {net: net(images.to(device)) for net in {net for net, _ in needs}}
-        for net, need in needs:
-            pool = outputs[net]["pool"]
-            require(pool.isfinite().all(),
-                    f"{source.path}: features not finite; damaged weights of {net.name}?")
-            f, own = outputs[net].get(need, pool).cpu(), kept[net.id, need]
-            if need in STATISTICS:
-                f = f.double()
-                own[0] += f.sum(0)
-                own[1:].addmm_(f.T, f)
-            else:
-                own.append(f)
+        for x in images.split(8 if device.type == "cpu" else batch_size):           # 8 fit into a CPU's cache
+            outputs = {net: net(x.to(device)) for net in {net for net, _ in needs}}
+            for net, need in needs:
+                pool = outputs[net]["pool"]
+                require(pool.isfinite().all(),
+                        f"{source.path}: features not finite; damaged weights of {net.name}?")
+                f, own = outputs[net].get(need, pool).cpu(), kept[net.id, need]
+                if need in STATISTICS:
+                    f = f.double()
+                    own[0] += f.sum(0)
+                    own[1:].addmm_(f.T, f)
+                else:
+                    own.append(f)
     shards = processes.gather(kept)
     if rank > 0:
         return {}
     for key in kept:
-        parts = [kept[key] for kept in shards]
+        parts = [shard[key] for shard in shards]
         if key[1] in STATISTICS:
             sums = sum(parts)
             mean, products = sums[0] / n, sums[1:]
@@ -513,6 +514,8 @@ def parse_args(argv=None):
     add_sampler_flags(parser)
     args = parser.parse_args(argv)
     args.metrics = args.metrics.split(",") if args.metrics else ["fid"] if args.reconstruct else []
+    unknown = ",".join(set(args.metrics) - set(METRICS))
+    require(not unknown, f"--metrics {unknown}: unknown; take some of {','.join(METRICS)}")
     require(not args.ratio or "fid" in (args.metrics or METRICS), "--ratio divides fid: name it in --metrics")
     require("inception" in (args.features or "inception").split(",")
             or not (args.inception_weights or args.download),
@@ -526,6 +529,8 @@ def parse_args(argv=None):
             "a checkpoint generates the images to evaluate, at its resolution; drop SAMPLES and --resolution")
     require(not (args.reconstruct and args.num_samples),
             "--reconstruct takes every image; drop --num-samples")
+    if args.reconstruct:                               # the VAE has no average, and computes in float32
+        args.ema, args.mixed_precision = False, "no"
     inputs = (args.ref, args.samples, args.ratio, args.ckpt, args.vae_ckpt, args.inception_weights,
               *args.features_weights.split(","))
     files = [path for path in inputs if path and not os.path.isdir(path)]
@@ -538,7 +543,7 @@ def parse_args(argv=None):
 def open_sources(args, device, processes):
     """[reference, samples, held-out images] of the flags; samples are None for --save-stats alone, held-out
     images without --ratio."""
-    size, samples = args.resolution, args.samples
+    size = args.resolution
     if args.from_checkpoint:
         ckpt, model, settings = open_sampler(args, device, processes)
         size, args.ref = model.args["resolution"], args.ref or model.args.get("data_dir")
@@ -620,8 +625,8 @@ def choose_metrics(asked, ref, samples, nets):
              if has(samples, net, need) and (metric == "is" or has(ref, net, need))
              and (metric in asked or not asked and (small or need != "features"))]
     missing = ",".join(set(asked) - {metric for _, metric in pairs})
-    require(not missing, f"--metrics {missing}: not available; of {','.join(METRICS)}, sfid and is are "
-            "defined on Inception's features, and statistics without images give only fid and sfid")
+    require(not missing, f"--metrics {missing}: not available: sfid and is are defined on Inception's "
+            "features; statistics without images give only fid and sfid")
     return pairs
 
 
