@@ -98,7 +98,7 @@ def check_losses(run, steps, other=None):
                 f"{run}: step {row['step']}: not finite: {bad}; skipped: {row['skipped']:.0f}")
     others = read_rows(Path(other) / "metrics.jsonl") if other else rows
     require(len(others) >= len(rows), f"{other}: logged {len(others)} steps, fewer than {run}")
-    for row, same in zip(rows, others):
+    for row, same in zip(rows, others, strict=False):           # others may have more
         for name, value in row.items():
             require("loss" not in name or math.isclose(value, same[name], rel_tol=1e-4, abs_tol=1e-6),
                     f"step {row['step']}: {name} is {value} in {run}, {same.get(name)} in {other}")

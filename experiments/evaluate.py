@@ -65,7 +65,7 @@ def evaluate_run(run, points, args, net, device):
             record |= dict(fd_to_reconstructions=frechet_distance(made, sampled),
                            rfd=frechet_distance(real, made), psnr=source.sums["psnr"] / source.n,
                            reconstructions_of=last)
-        write_atomic(file, lambda tmp: tmp.write_text(json.dumps(record, indent=1)))
+        write_atomic(file, lambda tmp, record=record: tmp.write_text(json.dumps(record, indent=1)))
     print(f"{run}: " + ", ".join(f"{step}: {value:.1f}" for step, value in record["fd"].items()))
 
 

@@ -19,7 +19,7 @@ def run_colours(names):
     left = [k for k in range(len(COLOURS)) if k not in [REGIMES.get(regime) for regime in regimes]] or [0]
     others = iter(left * len(names))
     return {name: COLOURS[REGIMES[regime] if regime in REGIMES else next(others)]
-            for name, regime in zip(names, regimes)}
+            for name, regime in zip(names, regimes, strict=True)}
 
 
 def load_matplotlib():
