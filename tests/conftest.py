@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 slow, needs = pytest.mark.slow, pytest.mark.peers                                # @slow; @needs("package")
 SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--max-train-steps", "4", "--log-steps",
-         "1", "--sampling-steps", "100", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0",
+         "1", "--sampling-steps", "0", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0",
          "--num-workers", "0", "--mixed-precision", "no", "--device", "cpu"]
 
 
