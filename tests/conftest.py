@@ -1,4 +1,4 @@
-"""What the tests share: running commands, small images, a short run, the tiny preset's networks."""
+"""What the tests share: running commands, small images, a short run, a checkpoint, the tiny preset's networks."""
 import hashlib
 import os
 import signal

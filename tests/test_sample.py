@@ -263,8 +263,6 @@ def test_columns_of_a_grid_are_classes(tmp_path, command, monkeypatch):
     assert "first row: cat, dog, ox, cat, dog, ox\n" in printed and "24 samples of" in printed
     assert Image.open(tmp_path / "run/samples-0000007.png").size == ((6 * 34 - 2) * 2, (4 * 34 - 2) * 2)
     ckpt = save_checkpoint(tmp_path / "many.pt", num_classes=40)
-    printed = command("sample", "--ckpt", ckpt, "--num-samples", 4, "--out", "few.png", *FEW)
-    assert "first row: 0, 10, 20, 30\n" in printed
     sampler = sample.load_checkpoint(ckpt)                               # train.py's grid, of decoded noise
     monkeypatch.setattr(sample, "integrate", lambda velocity, x, *args: x)
     sample.save_sample_grid(sampler, tmp_path / "grids/grid.png", 1.0, "no")

@@ -64,17 +64,6 @@ def test_init_from_another_number_of_classes_and_resolution(short_run, capsys):
     assert "re-initialized" not in capsys.readouterr().out
 
 
-def test_both_gradients_take_one_pass_through_the_first_blocks(tiny):
-    """Each block runs once in the VAE's pass and once in SiT's."""
-    m, cfg, args = tiny("--vae-grad", "both", "--disc-weight", "0")
-    calls = []
-    for k, block in enumerate(m.sit.blocks):
-        block.register_forward_hook(lambda block, args, h, k=k: calls.append(k))
-    m.keep_statistics()
-    train.train_step(m, cfg, 0, *args)
-    assert sorted(calls) == sorted([*range(6)] * 2)
-
-
 def test_frozen_latents_are_float32_with_and_without_a_cache(tiny, frozen_vae, image_dir):
     """Also the statistics at the start: the encoder runs in float32 in a bf16 run."""
     m, cfg, _ = tiny("--vae-grad", "none", "--vae-ckpt", str(frozen_vae), "--mixed-precision", "bf16")
