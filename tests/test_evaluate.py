@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from PIL import Image
 
-from conftest import save_checkpoint, slow, smooth_images
+from conftest import save_checkpoint, slow
 from data.images import list_images, read_image
 from experiments import evaluate
 from repa import create_encoder
@@ -54,20 +53,3 @@ def test_fd_of_features_equals_its_formula():
     ca, cb = np.cov(a.T), np.cov(b.T)
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
     assert evaluate.fd_of_features(*map(torch.tensor, (a, b))) == pytest.approx(expected, rel=1e-6)
-
-
-@slow
-def test_floor_is_the_fd_of_real_images(tmp_path, call):
-    """Held-out images like the training images are as near as a part of these to the rest; others are farther."""
-    lines = {}
-    for name, brightness in (("alike", 0), ("other", 120)):
-        for part, n, more in (("train", 40, 0), ("val", 8, brightness)):
-            (tmp_path / name / part).mkdir(parents=True)
-            for k, image in enumerate(smooth_images(n, 32, seed=len(part))):
-                Image.fromarray((image // 2 + more).astype(np.uint8)).save(tmp_path / name / part / f"{k:03d}.png")
-        lines[name] = call(evaluate.main, "--floor", tmp_path / name, "--samples", 10).splitlines()
-    titles, values = zip(*(line.split(": ") for line in lines["alike"]))
-    assert titles == ("8 held-out images to the 40 training images", "8 training images to the other 32",
-                      "10 training images to the other 30")
-    near, split, _ = (float(value.split()[0]) for value in values)
-    assert float(lines["other"][0].split(": ")[1]) > 1.2 * near and near == pytest.approx(split, rel=0.5)
