@@ -1,13 +1,13 @@
-"""fid.py: evaluation metrics: FID, sFID, Inception Score, KID, precision and recall in one pass.
+"""fid.py: evaluation metrics: FID, sFID, Inception Score, KID, MIND, precision and recall in one pass.
 
-    python fid.py                                            the newest run under exps/ against its own data
-    python fid.py REF SAMPLES                                each a folder of images or an ADM-format .npz
-    python fid.py REF --ckpt X.pt --num-samples 50000        generate the samples, evaluate them in memory
-    python fid.py --ckpt X.pt --data-dir DIR --reconstruct   the VAE alone: rFID, PSNR, SSIM
-    torchrun --nproc_per_node=8 fid.py ...                   the same numbers, computed by 8 processes
+    python fid.py                                         the newest run under exps/ against its own data
+    python fid.py REF SAMPLES                             each a folder of images or an ADM-format .npz
+    python fid.py REF --ckpt X.pt --num-samples 50000     generate the samples, evaluate them in memory
+    python fid.py REF --ckpt X.pt --reconstruct           the VAE alone: rFID, PSNR, SSIM, LPIPS
+    torchrun --nproc_per_node=8 fid.py ...                the same numbers, computed by 8 processes
 
-FID, sFID, IS, precision and recall follow the ADM evaluator (guided-diffusion), without its TensorFlow; KID
-follows arXiv 1801.01401. Over other features (--features dinov2) the Frechet distance is called fd_NAME.
+FID, sFID, IS, precision and recall follow the ADM evaluator (guided-diffusion), without its TensorFlow. Over
+other networks than Inception (--features dinov2) the names end in theirs: the Frechet distance is fd_dinov2.
 """
 import hashlib
 import json
@@ -20,54 +20,45 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.images import how_to_unpack, list_images, load_batches, read_image
 from repa import EMBEDDED, LITE2, create_encoder, fold_batch_norms, timm_name
-from sample import (add_sampler_flags, check_finite, class_for_sample, load_checkpoint, sample_images,
-                    sampler_settings, warn_of_short_average)
-from support.checkpoints import newest_checkpoint
+from sample import add_sampler_flags, check_finite, class_for_sample, open_sampler, sample_images
+from sit import interpolate
 from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, path_name,
                               positive_int, require, run_command)
-from support.devices import (Processes, can_compile, choose_precision, end_processes, full_float32,
-                             memory_format, pick_device, start_processes)
+from support.devices import (Processes, end_processes, full_float32, memory_format, pick_device,
+                             start_processes)
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
 from support.grids import to_float, to_uint8
-from vae import psnr, reconstruct, ssim
+from vae import LPIPS, Normalize, psnr, reconstruct, ssim
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
-METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits",    # what each is computed from, see `collect`
-           "kid": "features", "precision": "features", "recall": "features"}
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}         # arrays in an ADM-format .npz
 WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS[0]}"
 
 
 # --- Feature networks: uint8 images [B, 3, H, W] -> {output: [B, D]} in full float32 ------------------------
+# Each has: name; outputs, {output: its width D}; sha256, of the weights; id, the name and the hash's start.
 
 def resize_tf1(images, size):
     """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], bilinear as in TensorFlow 1: output pixel i reads the
-    input at i * H / size (corners are not centred), without antialiasing."""
-    def taps(n):
-        at = torch.arange(size, device=images.device, dtype=torch.float32) * torch.tensor(n / size)
-        low = at.long()
-        return low, (low + 1).clamp_max(n - 1), at - low
-
-    (top, bottom, dy), (left, right, dx) = taps(images.shape[2]), taps(images.shape[3])
-    x = images.float()
-    x = torch.lerp(x[..., left], x[..., right], dx)                                          # [B, 3, H, size]
-    return torch.lerp(x[:, :, top], x[:, :, bottom], dy[:, None])
+    input at i * H / size (corners are not centred), without antialiasing. That is aligned corners if the last
+    row and column are repeated: H / size = ((H + 1) - 1) / ((size + 1) - 1)."""
+    x = F.pad(images.float(), (0, 1, 0, 1), mode="replicate")
+    return F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)[..., :size, :size]
 
 
 def resize_pillow(images, size, mode):
     """uint8 [B, 3, H, W] -> float32 [B, 3, size, size]. Emulates Pillow's antialiased resize of uint8 images:
     two passes, the width first, each rounded to integers in [0, 255]."""
     x = images.cpu() if images.device.type == "mps" else images     # antialias on MPS needs PyTorch 2.8
-    x = F.interpolate(x.float(), (x.shape[2], size), mode=mode, antialias=True).round().clamp(0, 255)
-    x = F.interpolate(x, (size, size), mode=mode, antialias=True).round().clamp(0, 255)
+    for height in (x.shape[2], size):
+        x = F.interpolate(x.float(), (height, size), mode=mode, antialias=True).round().clamp(0, 255)
     return x.to(images.device)
 
 
@@ -89,8 +80,7 @@ class Inception(nn.Module):
     """The Inception-v3 of FID (TensorFlow graph of 2015-12-05), from timm's blocks. Differences from timm's:
     resize and scaling, 1008 logits, average pools that do not count the padding, a max pool in the last
     block. file: one of the public weights files (WEIGHTS). Raises UserError."""
-    name, distance, outputs = "inception", "fid", ("pool", "spatial", "logits")
-    channels = 2048
+    name, outputs = "inception", dict(pool=2048, spatial=SPATIAL, logits=1008)
 
     def __init__(self, file):
         super().__init__()
@@ -106,6 +96,7 @@ class Inception(nn.Module):
                 setattr(net, name, FIDPoolBranch(block, pool))
         self.net = net
         self.sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        self.id = f"{self.name} {self.sha256[:8]}"
 
     def forward(self, images):
         """-> 'pool' [B, 2048], 'spatial' [B, 2023], 'logits' [B, 1008]."""
@@ -126,7 +117,6 @@ class PooledFeatures(nn.Module):
     """A frozen timm encoder up to its classifier: DINOv2's normalised class token at 224 pixels (as in arXiv
     2306.04675), a convolutional network's pooled last feature map. name: "dinov2" (ViT-L), or as `timm_name`
     takes it; ckpt: a weights file instead of the hub's. Raises UserError."""
-    outputs = ("pool",)
 
     def __init__(self, name, ckpt=""):
         super().__init__()
@@ -136,15 +126,14 @@ class PooledFeatures(nn.Module):
         self.net = net.eval().requires_grad_(False)
         self.size = 14 * grid if grid else config["input_size"][-1]
         self.interpolation = config["interpolation"]                           # "bilinear" or "bicubic"
-        for key in ("mean", "std"):
-            value = 255 * torch.tensor(config[key]).view(3, 1, 1)
-            self.register_buffer(key, value, persistent=False)
-        self.name, self.distance, self.sha256 = name, f"fd_{name}", hash_tensors(self).hexdigest()
-        self.channels = self(torch.zeros(1, 3, 32, 32))["pool"].shape[1]
+        self.normalize = Normalize(config["mean"], config["std"])
+        self.name, self.sha256 = name, hash_tensors(self).hexdigest()
+        self.id = f"{name} {self.sha256[:8]}"
+        self.outputs = dict(pool=self(torch.zeros(1, 3, 32, 32))["pool"].shape[1])
 
     def forward(self, images):
         """-> 'pool' [B, D]."""
-        x = (resize_pillow(images, self.size, self.interpolation) - self.mean) / self.std
+        x = self.normalize(resize_pillow(images, self.size, self.interpolation) / 255)
         x = x.contiguous(memory_format=memory_format(x.device))
         with full_float32(x.device):
             return dict(pool=self.net.forward_head(self.net.forward_features(x), pre_logits=True).float())
@@ -163,34 +152,43 @@ def download_inception(processes):
     processes.any(False)
 
 
-def load_features(args):
-    """The feature network of the flags; by default Inception if its weights are here, else LITE2."""
+def load_networks(names, device, inception_weights="", weights=""):
+    """The feature networks of these names, a list, on the device. names: as in --features; "": Inception if
+    its weights are here, else LITE2. weights: files of the timm models among them, in their order; models
+    without a file get the hub's. Raises UserError."""
     cached = [Path(torch.hub.get_dir()) / "checkpoints" / name for name in WEIGHTS]
-    file = args.inception_weights or next(filter(Path.is_file, cached), None)
-    if file and args.features in (None, "inception"):
-        return Inception(file)
-    require(args.features != "inception",
-            f"--features inception: no weights here; --download fetches them, or {INSTEAD}")
-    return PooledFeatures(args.features or LITE2, args.features_weights or "")
+    inception_weights = inception_weights or next(filter(Path.is_file, cached), "")
+    files, nets = weights.split(",") if weights else [], []
+    for name in (names or ("inception" if inception_weights else LITE2)).split(","):
+        if name == "inception":
+            require(inception_weights,
+                    f"--features inception: no weights here; --download fetches them, or {INSTEAD}")
+            net = Inception(inception_weights)
+        else:
+            net = PooledFeatures(name, files.pop(0) if files and name not in EMBEDDED else "")
+        nets.append(net.to(device, memory_format=memory_format(device)))
+    require(not files, f"--features-weights {','.join(files)}: goes with --features and a timm model's name")
+    return nets
 
 
 # --- Sources of images --------------------------------------------------------------------------------------
-# Each has: path; n, the number of images; shape, their (height, width); is_folder; stats: {} or precomputed
-# {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}; and batches(indices, batch_size, num_workers): yields the
+# Each has: path; n, the number of images; shape, their (height, width); is_folder; stats: precomputed
+# {(id of a network, output): (mean, covariance)}; and batches(indices, batch_size, num_workers): yields the
 # images of a range of indices in order, uint8 [B, 3, H, W].
 
 class ImageSet:
     """A folder of images (at any depth, sorted), or an .npz with arr_0 uint8 [N, H, W, 3], statistics, or
-    both; n is 0 for statistics alone. stats_info: what --save-stats wrote with the statistics (features,
-    sha256, n, shape). resolution: ADM's centre crop for the files of a folder. Raises UserError."""
+    both; n is 0 for statistics alone. Statistics without a network's id, as ADM's, are those of the id "".
+    behind: how many images --save-stats' statistics are of. resolution: ADM's centre crop for the files of a
+    folder. Raises UserError."""
 
     def __init__(self, path, resolution=None):
         self.path, self.resolution, self.stream = Path(path), resolution, None
-        self.is_folder, self.files = not self.path.is_file(), []
-        self.n, self.shape, self.stats, self.stats_info = 0, None, {}, {}
+        self.files = [] if self.path.is_file() else list_images(path)
+        self.n, self.behind, self.shape, self.stats = len(self.files), 0, None, {}
+        self.is_folder = bool(self.files)
         if self.is_folder:
-            self.files = list_images(path)
-            self.n, self.shape = len(self.files), read_image(self.files[0], resolution).shape[1:]
+            self.shape = read_image(self.files[0], resolution).shape[1:]
             return
         try:
             self.open_npz()
@@ -200,16 +198,18 @@ class ImageSet:
 
     def open_npz(self):
         with np.load(self.path) as f:                                    # reads only the arrays asked for
-            for key, names in STATISTICS.items():
-                if all(name in f for name in names):
-                    mu, sigma = (torch.from_numpy(f[name]).double() for name in names)
-                    finite = mu.sum().isfinite() and sigma.sum().isfinite()
-                    require(finite and mu.ndim == 1 and sigma.shape == (len(mu), len(mu)),
-                            f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
-                    self.stats[key] = mu, sigma
-            if "sha256" in f:
-                self.stats_info = {k: f[k].tolist() for k in ("features", "sha256", "n", "shape") if k in f}
-                self.shape = tuple(self.stats_info.get("shape", ())) or None
+            own = f"{f['features']} {str(f['sha256'])[:8]}" if "sha256" in f else ""     # an older version's
+            for id in {key.rpartition(" ")[0] for key in f.files}:
+                for output, names in STATISTICS.items():
+                    names = [f"{id} {name}".strip() for name in names]
+                    if all(name in f for name in names):
+                        mu, sigma = (torch.from_numpy(f[name]).double() for name in names)
+                        finite = mu.sum().isfinite() and sigma.sum().isfinite()
+                        require(finite and mu.ndim == 1 and sigma.shape == (len(mu), len(mu)),
+                                f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
+                        self.stats[id or own, output] = mu, sigma
+            if "n" in f:
+                self.behind, self.shape = int(f["n"]), tuple(f["shape"].tolist())
             if "arr_0" in f:
                 with f.zip.open("arr_0.npy") as array:
                     np.lib.format.read_magic(array)
@@ -218,16 +218,16 @@ class ImageSet:
                 require(dtype == np.uint8 and not fortran and len(shape) == 4 and shape[3] == 3,
                         f"{self.path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3]")
                 self.n, self.shape = shape[0], shape[1:3]
-            elif "pool" not in self.stats:
+            elif not self.stats:
                 raise ValueError("neither arr_0 (images) nor mu and sigma (statistics) in it")
 
     def __getitem__(self, i):
         """Image i, uint8 [3, H, W]."""
         if self.files:
             image = read_image(self.files[i], self.resolution)
-            if image.shape[1:] != self.shape:
-                raise UserError(f"{self.files[i]}: {[*image.shape[1:]]} pixels (height, width), not "
-                                f"{[*self.shape]} as the first image; --resolution N crops all to N")
+            require(image.shape[1:] == self.shape,
+                    f"{self.files[i]}: {[*image.shape[1:]]} pixels (height, width), not {[*self.shape]} as "
+                    "the first image; --resolution N crops all to N")
             return image
         try:
             if self.stream is None:
@@ -243,6 +243,14 @@ class ImageSet:
         batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         workers = min(num_workers, len(batches) if self.files else 1)           # one reads an .npz in order
         return load_batches(self, batches, workers)
+
+
+def given(source, net, need):
+    """The (mean, covariance) of a network's output that came with a source, or None. Statistics without id
+    count as those of a network that is as wide, 2,048 as Inception's alone."""
+    marked, plain = (source.stats.get((id, need)) for id in (net.id, ""))
+    width = len(plain[0]) if plain else 0
+    return plain if width == net.outputs.get(need) and (net.name == "inception" or width != 2048) else marked
 
 
 class Samples:
@@ -263,13 +271,15 @@ class Samples:
 
 
 class Reconstructions:
-    """The VAE's reconstructions of an ImageSet (from the posterior's mean, rounded to uint8). quality: the
-    sums of PSNR and SSIM."""
+    """The VAE's reconstructions of an ImageSet (from the posterior's mean, rounded to uint8). measures:
+    functions of images and reconstructions [B, 3, H, W] in [-1, 1] that give a value per image, or the sum;
+    sums: of these values over all images so far, by name."""
 
-    def __init__(self, path, model, originals):
+    def __init__(self, path, model, originals, **measures):
         self.path, self.model, self.originals = path, model, originals
         self.n, self.shape, self.is_folder = originals.n, originals.shape, originals.is_folder
-        self.stats, self.quality = {}, torch.zeros(2)
+        self.measures = dict(psnr=psnr, ssim=ssim) | measures
+        self.stats, self.sums = {}, dict.fromkeys(self.measures, 0.0)
 
     def batches(self, indices, batch_size, num_workers=0):
         first = indices.start
@@ -277,17 +287,18 @@ class Reconstructions:
             y = reconstruct(self.model.vae, images, batch_size)[1]
             check_finite(y, lambda b: f"{self.path}: the reconstruction of image {first + b}")
             first, y = first + len(y), to_uint8(y)
-            x, rounded = to_float(images), to_float(y)
-            self.quality += torch.stack([psnr(x, rounded).sum(), ssim(x, rounded).float().sum()])
+            for name, measure in self.measures.items():
+                self.sums[name] += measure(to_float(images), to_float(y)).sum().item()
             yield y
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------
 
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64 tensors [D], [D, D] (arXiv 1706.08500, eq. 6).
-    With C1 = A A^T, the matrix C1 C2 has the eigenvalues of A^T C2 A, which is symmetric: no matrix square
-    root is needed, and C1 may be singular (few images)."""
+def frechet_distance(reference, samples):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two pairs of mean and covariance, float64 tensors [D],
+    [D, D] (arXiv 1706.08500, eq. 6). With C1 = A A^T, the matrix C1 C2 has the eigenvalues of A^T C2 A, which
+    is symmetric: no matrix square root is taken, and C1 may be singular (few images)."""
+    (mean1, cov1), (mean2, cov2) = reference, samples
     values, vectors = torch.linalg.eigh(cov1)
     a = vectors * values.clamp_min(0).sqrt()
     root = torch.linalg.eigvalsh(a.T @ cov2 @ a).clamp_min(0).sqrt().sum()
@@ -315,100 +326,163 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
     x, y = x.double(), y.double()
     size, rng, values = min(size, len(x), len(y)), np.random.RandomState(seed), []
     for _ in range(subsets):
-        a = x[rng.choice(len(x), size, replace=False)]
-        b = y[rng.choice(len(y), size, replace=False)]
-        aa, bb, ab = ((f @ g.T / x.shape[1] + 1) ** 3 for f, g in ((a, a), (b, b), (a, b)))
-        within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
-        values.append(within / (size * (size - 1)) - 2 * ab.mean())
+        z = torch.cat([f[rng.choice(len(f), size, replace=False)] for f in (x, y)])
+        k = ((z @ z.T / z.shape[1] + 1) ** 3).fill_diagonal_(0)                          # [2 size, 2 size]
+        within = k[:size, :size].sum() + k[size:, size:].sum()
+        values.append(within / (size * (size - 1)) - 2 * k[:size, size:].mean())
     return torch.stack(values).mean().item()
 
 
-def precision_recall(reference, samples, k=3, block=1000):
-    """Fraction of the samples within the reference's manifold, and the reverse (arXiv 1904.06991). A manifold
-    is the union of balls around features [N, D], whose radius is the distance to the k-th nearest neighbour.
-    In float64: in float32 `cdist` loses the distances of features that lie close together."""
+def mind(x, y, directions=1000, seed=2020):
+    """Monge-Inception distance (arXiv 2605.06797) of features [N, D], [M, D]: the squared Wasserstein
+    distance of their projections, averaged over random directions, times 3 D. Of the larger set a random
+    subset counts; the random numbers are torch-fidelity's. In float64, as `kid`."""
+    rng, n = torch.Generator().manual_seed(seed), min(len(x), len(y))
+    x, y = (f[torch.randperm(len(f), generator=rng)[:n]] if len(f) > n else f
+            for f in (x.double(), y.double()))
+    u = F.normalize(torch.randn(directions, x.shape[1], generator=rng)).to(x)
+    gaps = (x @ u.T).sort(0).values - (y @ u.T).sort(0).values                              # [n, directions]
+    return 3 * x.shape[1] * gaps.square().mean().item()
+
+
+def precision(reference, samples, k=3, block=1000):
+    """Fraction of the samples within the reference's manifold (arXiv 1904.06991), the union of balls around
+    its features [N, D], each with the distance to the k-th nearest neighbour as radius. In float64: in
+    float32 `cdist` loses the distances of features that lie close together."""
     reference, samples = reference.double(), samples.double()
+    nearest = [torch.cdist(rows, reference).topk(k + 1, largest=False) for rows in reference.split(block)]
+    radius = torch.cat([found.values[:, k] for found in nearest])            # the nearest of all is itself
+    within = [(torch.cdist(rows, reference) <= radius).any(1) for rows in samples.split(block)]
+    return torch.cat(within).double().mean().item()
 
-    def fraction_within(x, manifold):
-        nearest = [torch.cdist(rows, manifold).topk(k + 1, largest=False) for rows in manifold.split(block)]
-        radius = torch.cat([found.values[:, k] for found in nearest])        # the nearest of all is itself
-        within = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in x.split(block)]
-        return torch.cat(within).double().mean().item()
 
-    return fraction_within(samples, reference), fraction_within(reference, samples)
+def recall(reference, samples):
+    """Fraction of the reference within the samples' manifold."""
+    return precision(samples, reference)
+
+
+# {metric: (what it is computed from, see `collect`; its function of the reference's and the samples')}
+METRICS = {"fid": ("pool", frechet_distance), "sfid": ("spatial", frechet_distance),
+           "is": ("logits", inception_score), "kid": ("features", kid), "mind": ("features", mind),
+           "precision": ("features", precision), "recall": ("features", recall)}
+
+
+def metric_name(net, metric):
+    """Its name in the results: Inception's metrics have plain names, others end in the network's."""
+    if net.name == "inception":
+        return metric
+    return ("fd" if metric == "fid" else metric) + f"_{net.name}"
 
 
 @torch.no_grad()
-def collect(source, net, needs, device, batch_size, num_workers=0, processes=Processes()):
-    """One pass over a source's images, a contiguous shard per process. needs, a set: 'pool' and 'spatial'
-    give (mean, covariance) of these outputs of `net`, or the source's own statistics if it has them;
-    'features' gives the pooled features [N, D], 'logits' [N, 1008]. Process 0 gets {need: value}, the others
-    {}. Raises UserError for features that are not finite."""
-    needs = needs - source.stats.keys()
-    if not needs:
-        return source.stats
+def collect(source, needs, device, batch_size, num_workers=0, processes=Processes()):
+    """What metrics are computed from, in one pass over a source's images, a contiguous shard per process.
+    needs: pairs (network, need). The needs 'pool' and 'spatial' give (mean, covariance) of these outputs, or
+    the source's own statistics if it has them; 'features' gives the pooled features [N, D], 'logits'
+    [N, 1008]. Process 0 gets {(id of the network, need): value}. Raises UserError for features that are not
+    finite."""
     rank, world, n = processes.rank, processes.world, source.n
-    shard = range(rank * n // world, (rank + 1) * n // world)
-    widths = dict(pool=net.channels, spatial=SPATIAL)
-    moments = {need: torch.zeros(1 + widths[need], widths[need], dtype=torch.float64)
-               for need in needs & widths.keys()}        # row 0: the sum; below: the sum of outer products
-    rows = {need: [] for need in needs - widths.keys()}
-    with tqdm(total=len(shard), unit="img", desc=source.path.name, disable=rank > 0) as bar:
-        for images in source.batches(shard, batch_size, num_workers):
-            for x in images.split(8 if device.type == "cpu" else batch_size):   # the last digits depend on it
-                outputs = {key: value.cpu() for key, value in net(x.to(device)).items()}
-                outputs["features"] = outputs["pool"]
-                require(outputs["pool"].isfinite().all(),
+    values = {(net.id, need): given(source, net, need) for net, need in needs}
+    needs = dict.fromkeys((net, need) for net, need in needs if not values[net.id, need])          # each once
+    if not needs:
+        return values if rank == 0 else {}
+    indices, kept = range(rank * n // world, (rank + 1) * n // world), {}
+    for net, need in needs:
+        kept[net.id, need] = []
+        if need in STATISTICS:                           # row 0: the sum; below: the sum of outer products
+            kept[net.id, need] = torch.zeros(1 + net.outputs[need], net.outputs[need], dtype=torch.float64)
+    batches, total = source.batches(indices, batch_size, num_workers), math.ceil(len(indices) / batch_size)
+    for images in tqdm(batches, source.path.name, total, disable=rank > 0):
+        for x in images.split(8 if device.type == "cpu" else batch_size):           # 8 fit into a CPU's cache
+            outputs = {net: net(x.to(device)) for net in {net for net, _ in needs}}
+            for net, need in needs:
+                pool = outputs[net]["pool"]
+                require(pool.isfinite().all(),
                         f"{source.path}: features not finite; damaged weights of {net.name}?")
-                for need in moments:
-                    f = outputs[need].double()
-                    moments[need][0] += f.sum(0)
-                    moments[need][1:].addmm_(f.T, f)
-                for need in rows:
-                    rows[need].append(outputs[need])
-            bar.update(len(images))
-    shards = [(moments, rows)]
-    if world > 1:
-        shards = [None] * world if rank == 0 else None
-        dist.gather_object((moments, rows), shards, group=processes.host)
-        if rank > 0:
-            return {}
-    values = {need: torch.cat([batch for _, rows in shards for batch in rows[need]]) for need in rows}
-    for need in moments:
-        total = sum(moments[need] for moments, _ in shards)
-        mean, products = total[0] / n, total[1:]
-        values[need] = mean, (products - n * torch.outer(mean, mean)) / (n - 1)
-    return source.stats | values
-
-
-def evaluate(ref, samples, net, metrics, device, save_stats="", processes=Processes(), **settings):
-    """{name: value} of the metrics (names of METRICS) of samples against a reference on process 0, {} on the
-    others. save_stats: a file for the reference's statistics; samples may then be None. settings: of
-    `collect`."""
-    needs = {METRICS[metric] for metric in metrics}
-    saved = STATISTICS.keys() & net.outputs if save_stats else set()
-    r = collect(ref, net, needs - {"logits"} | saved, device, processes=processes, **settings)
-    s = collect(samples, net, needs, device, processes=processes, **settings) if samples else {}
-    if processes.rank > 0:
+                f, own = outputs[net].get(need, pool).cpu(), kept[net.id, need]
+                if need in STATISTICS:
+                    f = f.double()
+                    own[0] += f.sum(0)
+                    own[1:].addmm_(f.T, f)
+                else:
+                    own.append(f)
+    shards = processes.gather(kept)
+    if rank > 0:
         return {}
-    if save_stats:
-        arrays = {name: array for need in saved for name, array in zip(STATISTICS[need], r[need])}
-        save_npz(save_stats, features=net.name, sha256=net.sha256, n=ref.n, shape=ref.shape, **arrays)
-    out = {}
-    if "fid" in metrics:
-        out[net.distance] = frechet_distance(*r["pool"], *s["pool"])
-    if "sfid" in metrics:
-        out["sfid"] = frechet_distance(*r["spatial"], *s["spatial"])
-    if "is" in metrics:
-        out["is"] = inception_score(s["logits"], shuffle=samples.is_folder)
-    if "features" in needs:
-        place = "cpu" if device.type == "mps" else device                             # MPS has no float64
-        features = r["features"].to(place), s["features"].to(place)
-    if "kid" in metrics:
-        out["kid"] = kid(*features)
-    if "precision" in metrics or "recall" in metrics:
-        out["precision"], out["recall"] = precision_recall(*features)
-    return out
+    for key in kept:
+        parts = [shard[key] for shard in shards]
+        if key[1] in STATISTICS:
+            sums = sum(parts)
+            mean, products = sums[0] / n, sums[1:]
+            values[key] = mean, (products - n * torch.outer(mean, mean)) / (n - 1)
+        else:
+            values[key] = torch.cat(sum(parts, []))
+    return values
+
+
+def evaluate(reference, samples, metrics, device, **settings):
+    """{name: value} of the metrics of a source, pairs (network, name in METRICS), on process 0; {} on the
+    others. reference: what `collect` returned of the reference; settings: of `collect`."""
+    found = collect(samples, [(net, METRICS[metric][0]) for net, metric in metrics], device, **settings)
+    place, results = "cpu" if device.type == "mps" else device, {}                    # MPS has no float64
+    for net, metric in metrics if found else []:
+        need, compute = METRICS[metric]
+        a, b = reference.get((net.id, need)), found[net.id, need]
+        if need == "features":
+            a, b = a.to(place), b.to(place)
+        name = metric_name(net, metric)
+        results[name] = compute(b, samples.is_folder) if metric == "is" else compute(a, b)
+    return results
+
+
+class RunEvaluation:
+    """The distance of a run's samples from its data, while it trains: fid.py --ckpt with n samples of the ODE
+    (50 steps), over Inception if its weights are here, else LITE2. source: images or statistics; those
+    computed from images are kept in `folder`, and read there the next time. All processes call it. Raises
+    UserError."""
+
+    def __init__(self, folder, source, resolution, n, device, num_workers, processes):
+        self.folder, self.n = folder, n
+        self.settings = dict(device=device, batch_size=32, num_workers=num_workers, processes=processes)
+        self.nets, self.reference = load_networks("", device), {}
+        kept = folder / f"reference-{self.nets[0].name}.npz"
+        if processes.from_first(kept.is_file()):
+            if processes.rank > 0:
+                return
+            source = kept
+        images = ImageSet(source, resolution)
+        check_source(images, self.nets)
+        self.reference = collect(images, [(self.nets[0], "pool")], **self.settings)
+        if processes.rank == 0 and source != kept:
+            save_stats(kept, images, self.reference)
+
+    def run(self, sampler, cfg_scale, held_out):
+        """On process 0 a row for the log: the distance; "eval_seconds", the time it took; and of held_out,
+        (images uint8 [N, 3, R, R], labels [N]), the `denoising_loss`."""
+        start = time.time()
+        samples = Samples(self.folder / "evaluation", sampler, self.n, dict(cfg_scale=cfg_scale))
+        values = evaluate(self.reference, samples, [(self.nets[0], "fid")], **self.settings)
+        if not values:
+            return {}
+        name = "val_denoising_loss" if sampler.args["val_dir"] else "train_denoising_loss"
+        return values | {name: denoising_loss(sampler, *held_out), "eval_seconds": time.time() - start}
+
+
+@torch.no_grad()
+def denoising_loss(sampler, images, labels):
+    """The denoising loss of a Sampler on images uint8 [N, 3, R, R] with labels [N], in float32. Timesteps,
+    uniform, and noise are the same at each call."""
+    (sit, vae, args, _, device), n, total = sampler, len(images), 0.0
+    generator = torch.Generator().manual_seed(0)
+    noise, eps = torch.randn(2, n, sit.channels, sit.size, sit.size, generator=generator)
+    t = torch.rand(n, generator=generator)
+    for k in torch.arange(n).split(32):
+        x, y, noise_k, eps_k, t_k = (values[k].to(device) for values in (images, labels, noise, eps, t))
+        x = to_float(x).contiguous(memory_format=memory_format(device))
+        z = sit.bn.normalize(vae.encode(x).sample(noise_k))
+        x_t, velocity = interpolate(z, t_k, eps_k, args["path_type"])
+        total += (sit(x_t, t_k, y)[0] - velocity).square().mean((1, 2, 3)).sum().item()
+    return total / n
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -416,182 +490,206 @@ def evaluate(ref, samples, net, metrics, device, save_stats="", processes=Proces
 def parse_args(argv=None):
     """Flags, checked. metrics: a list, empty for all available; from_checkpoint: whether a checkpoint makes
     the images to evaluate."""
-    parser = Parser(description="FID, sFID, Inception Score, KID, precision and recall.")
+    parser = Parser(description="FID, sFID, Inception Score, KID, MIND, precision and recall.")
     add = parser.add_argument
-    add("ref", nargs="?", metavar="REF", type=existing_path, help="a folder, an .npz, --save-stats' file")
+    add("ref", nargs="?", metavar="REF", type=existing_path,
+        help="a folder, an .npz, --save-stats' file (default: the checkpoint's training data)")
     add("samples", nargs="?", metavar="SAMPLES", type=existing_path, help="images to evaluate, as for REF")
-    add("--features", help=f"inception (default if its weights are here), dinov2, {LITE2} or a timm model")
+    add("--features", default="", help="networks, with commas: inception (default if its weights are here), "
+        f"dinov2, {LITE2} or a timm model")
     add("--metrics", help=f"some of {','.join(METRICS)} (default: all available); is: over splits of about "
         "5,000 images, an .npz in its order, a folder shuffled")
+    add("--ratio", metavar="VAL", type=existing_path, help="held-out images, as for REF: divide each Frechet "
+        "distance by theirs (FDr), and average over the networks")
     add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(WEIGHTS))
     add("--download", action="store_true", help="download the Inception weights once (95 MB)")
-    add("--features-weights", metavar="FILE", type=existing_path, help="of a timm model, not the hub's")
+    add("--features-weights", metavar="FILE,...", default="", help="of the timm models, not the hub's")
     add("--resolution", type=positive_int, help="centre-crop the images of folders to this size, as ADM does")
     add("--save-stats", metavar="FILE", type=path_name,
         help="write REF's statistics to an .npz; SAMPLES is optional then")
     add("--json", metavar="FILE", type=path_name, help="write the results to this file")
-    add("--batch-size", type=positive_int, default=64, help="per process")
     add("--num-workers", type=count, default=min(8, os.cpu_count()), help="processes that read images")
-    add("--device", default="auto")
-    add("--ckpt", metavar="FILE", type=existing_path,
-        help="evaluate this checkpoint (without REF: the newest under exps/)")
-    add("--vae-ckpt", type=path_name, help="the VAE, if the checkpoint has none: file, folder or hub id")
-    add("--data-dir", metavar="DIR", type=existing_path,
-        help="the checkpoint's reference images (default: its training data)")
     add("--num-samples", type=positive_int, help="default: as many as reference images, 50,000 at most")
-    add("--reconstruct", action="store_true", help="evaluate the checkpoint's VAE: rFID, PSNR, SSIM")
+    add("--reconstruct", action="store_true", help="evaluate the checkpoint's VAE: rFID, PSNR, SSIM, LPIPS")
     add_sampler_flags(parser)
     args = parser.parse_args(argv)
-    args.sampler = sampler_settings(args)
-    args.metrics = args.metrics.split(",") if args.metrics else []
+    args.metrics = args.metrics.split(",") if args.metrics else ["fid"] if args.reconstruct else []
     unknown = ",".join(set(args.metrics) - set(METRICS))
     require(not unknown, f"--metrics {unknown}: unknown; take some of {','.join(METRICS)}")
-    require(not (args.json and os.path.isdir(args.json)), f"--json {args.json}: a folder; name a file")
-    require(not args.features_weights or args.features not in (None, "inception", *EMBEDDED),
-            "--features-weights goes with --features and a timm model's name")
-    require(args.features in (None, "inception") or not (args.inception_weights or args.download),
+    require(not args.ratio or "fid" in (args.metrics or METRICS), "--ratio divides fid: name it in --metrics")
+    require("inception" in (args.features or "inception").split(",")
+            or not (args.inception_weights or args.download),
             f"--inception-weights and --download go with --features inception, not {args.features}")
     args.from_checkpoint = bool(args.ckpt or not args.ref)
-    require(args.from_checkpoint or args.samples or args.save_stats,
+    require(args.from_checkpoint or args.samples or args.save_stats and not args.ratio,
             "SAMPLES is missing: fid.py REF SAMPLES, or REF --ckpt FILE to generate them")
     require(args.from_checkpoint or not (args.num_samples or args.reconstruct),
             "--num-samples and --reconstruct go with --ckpt FILE, or without REF")
     require(not (args.from_checkpoint and (args.samples or args.resolution)),
             "a checkpoint generates the images to evaluate, at its resolution; drop SAMPLES and --resolution")
-    require(not (args.ref and args.data_dir), "REF and --data-dir mean the same; give one of them")
     require(not (args.reconstruct and args.num_samples),
             "--reconstruct takes every image; drop --num-samples")
-    inputs = args.ref, args.samples, args.ckpt, args.vae_ckpt, args.inception_weights, args.features_weights
+    if args.reconstruct:                               # the VAE has no average, and computes in float32
+        args.ema, args.mixed_precision = False, "no"
+    inputs = (args.ref, args.samples, args.ratio, args.ckpt, args.vae_ckpt, args.inception_weights,
+              *args.features_weights.split(","))
     files = [path for path in inputs if path and not os.path.isdir(path)]
     for out in filter(None, (args.save_stats, args.json)):
+        require(not os.path.isdir(out), f"{out}: a folder; name a file")
         check_output(out, files)
     return args
 
 
-def open_sources(args, device):
-    """(reference, samples) of the flags; samples are None for --save-stats alone."""
-    if not args.from_checkpoint:
-        return ImageSet(args.ref, args.resolution), args.samples and ImageSet(args.samples, args.resolution)
-    ckpt = Path(args.ckpt or newest_checkpoint())
-    model = load_checkpoint(ckpt, device, args.vae_ckpt, args.compile, args.ema)
-    size, data = model.args["resolution"], args.ref or args.data_dir or model.args.get("data_dir")
-    require(data and Path(data).exists(),
-            f"{data or ckpt}: no such folder; give the reference images by --data-dir DIR")
-    ref = ImageSet(data, size)
+def open_sources(args, device, processes):
+    """[reference, samples, held-out images] of the flags; samples are None for --save-stats alone, held-out
+    images without --ratio."""
+    size = args.resolution
+    if args.from_checkpoint:
+        ckpt, model, settings = open_sampler(args, device, processes)
+        size, args.ref = model.args["resolution"], args.ref or model.args.get("data_dir")
+        require(args.ref and Path(args.ref).exists(),
+                f"{args.ref or ckpt}: no such folder; give the reference images: fid.py REF --ckpt {ckpt}")
+    ref, samples, val = [path and ImageSet(path, size) for path in (args.ref, args.samples, args.ratio)]
+    require(not val or val.path.resolve() != ref.path.resolve(),
+            f"--ratio {args.ratio}: the reference itself; give held-out images")
     if args.reconstruct:
         require(ref.n > 0 and ref.shape == (size, size),
-                f"{data}: --reconstruct needs images, of {size}x{size} pixels")
-        return ref, Reconstructions(ckpt, model, ref)
-    require(model.sit, f"{ckpt}: trained with --vae-only, it has no SiT to sample from; see --reconstruct")
-    n = args.num_samples or min(count_images(ref) or 50_000, 50_000)
-    return ref, Samples(ckpt, model, n, args.sampler, args.label_sampling)
+                f"{ref.path}: --reconstruct needs images, of {size}x{size} pixels")
+        samples = Reconstructions(ckpt, model, ref, **load_lpips(model, processes))
+    elif args.from_checkpoint:
+        require(model.sit,
+                f"{ckpt}: trained with --vae-only, it has no SiT to sample from; see --reconstruct")
+        n = args.num_samples or min(count_images(ref) or 50_000, 50_000)
+        samples = Samples(ckpt, model, n, settings, args.label_sampling)
+    return ref, samples, val
+
+
+def load_lpips(model, processes):
+    """{"lpips": a measure for `Reconstructions`}; {} where the model was trained without LPIPS, or on another
+    machine than one that has its weights."""
+    lpips, trained = None, model.args
+    if trained.get("perceptual", "lpips") == "lpips":
+        try:
+            lpips = LPIPS(trained.get("lpips_ckpt"), trained.get("vgg_ckpt")).to(model.device)
+        except UserError as e:
+            processes.say(f"no {e}")
+    if processes.any(not lpips):
+        return {}
+    return dict(lpips=lambda x, y: len(x) * lpips(y.to(model.device), x.to(model.device)))
 
 
 def count_images(source):
     """The number of images, or of those behind a file's statistics (0: unknown)."""
-    return source.n or source.stats_info.get("n", 0)
+    return source.n or source.behind
 
 
-def check_source(source, net):
-    """Raises UserError for fewer than four images and for statistics of another network; beside images such
-    statistics are dropped."""
-    if source.stats:
-        width = len(source.stats["pool"][0])
-        name = source.stats_info.get("features", "inception" if width == 2048 else net.name)
-        sha256 = source.stats_info.get("sha256", net.sha256)
-        if (name, sha256, width) != (net.name, net.sha256, net.channels):
-            require(source.n > 0, f"{source.path}: statistics of {name}'s {width} features ({sha256[:8]}), "
-                    f"not of {net.name}'s {net.channels} ({net.sha256[:8]}); see --features")
-            source.stats = {}
-    require(source.n >= 4 or source.stats,
-            f"{source.path}: {source.n} image(s); a distribution needs at least four")
+def check_source(source, nets):
+    """Raises UserError where a source has neither four images nor statistics of each network."""
+    for net in nets:
+        found = ", ".join(f"{id or 'unknown'} ({len(stats[0])} features)"
+                          for (id, need), stats in source.stats.items() if need == "pool")
+        require(source.n >= 4 or given(source, net, "pool"),
+                f"{source.path}: {source.n} image(s), statistics of {found or 'no network'}; it takes four "
+                f"images or more, or statistics of {net.id} ({net.outputs['pool']} features)")
 
 
-def find_warnings(sources, net):
+def find_warnings(sources, nets):
     """Lines about what could be misread."""
     lines, shapes = [], {tuple(source.shape) for source in sources if source.shape}
     for source in sources:
+        if ("", "pool") in source.stats and ("", "spatial") not in source.stats:            # ADM's have both
+            lines.append(f"{source.path}: statistics of unknown origin, assumed to be {nets[0].name}'s (as "
+                         "ADM); those of tools with another resize, such as pytorch-fid, are not comparable")
         n = count_images(source)
-        if source.stats and not source.stats_info and "spatial" not in source.stats:        # ADM's have it
-            origin = "ADM's (TensorFlow's resize)" if net.name == "inception" else f"{net.name}'s"
-            lines.append(f"{source.path}: statistics of unknown origin, assumed to be {origin}; those of "
-                         "tools with another resize, such as pytorch-fid, are not comparable")
-        if 0 < n <= net.channels:
-            lines.append(f"warning: {source.path}: {n} images are too few for {net.channels} features; "
-                         "compare such a distance only with others of as many images")
+        lines += [f"warning: {source.path}: {n} images are too few for {net.outputs['pool']} features; "
+                  "compare such a distance only with others of as many images"
+                  for net in nets if 0 < n <= net.outputs["pool"]]
     if len(shapes) > 1:
         lines.append(f"warning: reference and samples differ in size (height, width): {sorted(shapes)}")
-    ref, samples = sources[0].path.resolve(), sources[-1].path.resolve()
-    if len(sources) == 2 and (ref.is_relative_to(samples) or samples.is_relative_to(ref)):
+    paths = [source.path.resolve() for source in sources]
+    if len(paths) > 1 and (paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])):
         lines.append("warning: reference and samples are the same, or one is part of the other")
     return lines
 
 
-def choose_metrics(asked, ref, samples, net):
-    """The names in `asked`; if empty, all that the sources and the network allow, without those that compare
-    all pairs of more than 100,000 images. Raises UserError for one that is not available."""
-    def has(source, need):
-        return need in (*net.outputs, "features") if source.n >= 4 else need in source.stats
+def choose_metrics(asked, ref, samples, nets):
+    """Pairs (network, metric): of the names in `asked`; if empty, all that the sources and the networks
+    allow, without those that compare all pairs of more than 100,000 images. Raises UserError for a metric
+    that no network allows."""
+    small = max(ref.n, samples.n) <= 100_000
 
-    available = [metric for metric, need in METRICS.items()
-                 if has(samples, need) and (metric == "is" or has(ref, need))]
-    missing = ",".join(set(asked) - set(available))
+    def has(source, net, need):
+        return need in (*net.outputs, "features") if source.n >= 4 else given(source, net, need)
+
+    pairs = [(net, metric) for net in nets for metric, (need, _) in METRICS.items()
+             if has(samples, net, need) and (metric == "is" or has(ref, net, need))
+             and (metric in asked or not asked and (small or need != "features"))]
+    missing = ",".join(set(asked) - {metric for _, metric in pairs})
     require(not missing, f"--metrics {missing}: not available: sfid and is are defined on Inception's "
             "features; statistics without images give only fid and sfid")
-    if max(ref.n, samples.n) > 100_000:
-        available = [metric for metric in available if METRICS[metric] != "features"]
-    return asked or available
+    return pairs
+
+
+def save_stats(file, ref, values):
+    """Write a reference's statistics, `values` of `collect`."""
+    arrays = {f"{id} {name}": array for (id, need), pair in values.items() if need in STATISTICS
+              for name, array in zip(STATISTICS[need], pair)}
+    save_npz(file, n=ref.n, shape=ref.shape, **arrays)
 
 
 def main():
-    args, start = parse_args(), time.time()
+    args = parse_args()
     device = pick_device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True      # as sample.py samples
     processes = start_processes(device)
-    args.compile = args.compile and can_compile(device, processes)
+    settings = dict(device=device, batch_size=args.batch_size, num_workers=args.num_workers,
+                    processes=processes)
     if args.download:
         download_inception(processes)
-    if args.from_checkpoint and not args.reconstruct:
-        args.sampler["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
-    ref, samples = open_sources(args, device)
-    net, sources = load_features(args), [ref, samples] if samples else [ref]
+    ref, samples, val = open_sources(args, device, processes)
+    nets = load_networks(args.features, device, args.inception_weights, args.features_weights)
+    sources = [source for source in (ref, samples, val) if source]
     for source in sources:
-        check_source(source, net)
-    lines = find_warnings(sources, net)
-    if args.ema and isinstance(samples, Samples):
-        lines.append(warn_of_short_average(samples.model))
-    if args.features is None and net.name == LITE2:
-        lines.append(f"features: {LITE2}; Inception's weights are not here (see --download)")
-    asked = args.metrics or (["fid"] if args.reconstruct else [])
-    metrics = choose_metrics(asked, ref, samples, net) if samples else []
+        check_source(source, nets)
+    metrics = choose_metrics(args.metrics, ref, samples, nets) if samples else []
     require(not args.save_stats or ref.n >= 4,
             f"--save-stats: {ref.path} holds statistics already, and {ref.n} images")
-    here = [net.sha256, *((source.n, source.shape) for source in sources)]
-    first = processes.from_first(here)
-    if processes.any(here != first):                                  # each machine reads its own files
-        raise UserError(f"the machines hold different images or weights: {here}, on process 0 {first}")
-    for line in filter(None, lines):
+    here = [[net.sha256 for net in nets], [(source.n, source.shape) for source in sources]]
+    differ = processes.any(here != processes.from_first(here))        # each machine reads its own files
+    require(not differ, f"the machines hold different images or weights, here {here}")
+    for line in find_warnings(sources, nets):
         processes.say(line)
-    net.to(device, memory_format=memory_format(device))
-    results = evaluate(ref, samples, net, metrics, device, args.save_stats, processes,
-                       batch_size=args.batch_size, num_workers=args.num_workers)
-    if args.reconstruct:
-        if processes.world > 1:
-            dist.all_reduce(samples.quality, group=processes.host)
-        results["psnr"], results["ssim"] = (samples.quality / samples.n).tolist()
+    if not args.features and nets[0].name == LITE2:
+        processes.say(f"features: {LITE2}; Inception's weights are not here (see --download)")
+
+    needs = [(net, METRICS[metric][0]) for net, metric in metrics if metric != "is"]
+    if args.save_stats:
+        needs += [(net, need) for net in nets for need in STATISTICS.keys() & net.outputs.keys()]
+    reference = collect(ref, needs, **settings)
+    if args.save_stats and processes.rank == 0:
+        save_stats(args.save_stats, ref, reference)
+    results = evaluate(reference, samples, metrics, **settings) if samples else {}
+    distances = [(net, "fid") for net in nets]
+    below = evaluate(reference, val, distances, **settings) if val else {}
+    ratios = {f"{name}_ratio": results[name] / value for name, value in below.items()}
+    if ratios:
+        results |= ratios | {f"fdr^{len(nets)}": sum(ratios.values()) / len(nets)}
+    parts = processes.gather(samples.sums) if args.reconstruct else []
+    for name in parts[0] if parts else []:
+        results[name] = sum(part[name] for part in parts) / samples.n
+
     if processes.rank == 0:
-        names = [f"{source.path} ({source.n or 'statistics'})" for source in reversed(sources)]
-        print(f"{net.name} {net.sha256[:8]}: " + " against ".join(names))
+        names = [f"{source.path} ({source.n or 'statistics'})" for source in sources]
+        print(", ".join(net.id for net in nets) + ":", " against ".join(names[1::-1]))
         for name, value in results.items():
-            label = f"r{name}" if args.reconstruct and name == net.distance else name
-            print(f"  {label:<28}{value:.6g}")
+            rfd = args.reconstruct and name in [metric_name(*pair) for pair in distances]
+            print(f"  {'r' * rfd + name:<28}{value:.6g}")
     if processes.rank == 0 and args.json:
-        n_samples = count_images(samples) if samples else 0
-        record = results | dict(n_reference=count_images(ref), n_samples=n_samples,
-                                features=net.name, weights_sha256=net.sha256,
-                                resolution=list(sources[-1].shape or ()),
-                                seconds=round(time.time() - start, 2))
-        write_atomic(args.json, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
+        record = dict(n_reference=count_images(ref), n_samples=count_images(samples) if samples else 0,
+                      features=",".join(net.name for net in nets),
+                      weights_sha256=",".join(net.sha256 for net in nets),
+                      resolution=list((samples or ref).shape or ()))
+        text = json.dumps(results | record, indent=1) + "\n"
+        write_atomic(args.json, lambda tmp: tmp.write_text(text))
     end_processes(processes)
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -192,6 +191,10 @@ def sample_images(sampler, indices, labels=None, *, num_steps=50, mode="ode", he
 
 def add_sampler_flags(parser):
     add = parser.add_argument
+    add("--ckpt", type=existing_path, help="ours or the release's; default: the newest under exps/")
+    add("--vae-ckpt", type=path_name, help="the VAE, if the checkpoint has none: file, folder or hub id")
+    add("--batch-size", type=positive_int, default=64, help="per process")
+    add("--device", default="auto")
     add("--num-steps", type=positive_int, default=50, help="steps of the sampler (paper: 250, sde)")
     add("--mode", choices=["ode", "sde"], default="ode")
     add("--heun", action="store_true", help="second order for --mode ode")
@@ -207,13 +210,22 @@ def add_sampler_flags(parser):
     add("--compile", action="store_true", help="torch.compile; faster from some hundreds of images on")
 
 
-def sampler_settings(args):
-    """The keywords of `sample_images` from parsed flags. Raises UserError where they do not go together."""
+def open_sampler(args, device, processes):
+    """(checkpoint file, its Sampler, the keywords of `sample_images`) of parsed flags. Switches TF32 on, as
+    in the paper's sampling. Raises UserError."""
     require(not (args.heun and args.mode == "sde"), "--heun goes with --mode ode")
     require(args.cfg_scale >= 1 and args.guidance_low <= args.guidance_high,
             "--cfg-scale: 1 (no guidance) or more; --guidance-low: at most --guidance-high")
-    names = "num_steps mode heun cfg_scale guidance_low guidance_high seed mixed_precision"
-    return {name: getattr(args, name) for name in names.split()}
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    ckpt, compile = Path(args.ckpt or newest_checkpoint()), args.compile and can_compile(device, processes)
+    sampler = load_checkpoint(ckpt, device, args.vae_ckpt, compile, args.ema)
+    warning = args.ema and warn_of_short_average(sampler)
+    if warning:
+        processes.say(warning)
+    names = "num_steps mode heun cfg_scale guidance_low guidance_high seed"
+    settings = {name: getattr(args, name) for name in names.split()}
+    settings["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
+    return ckpt, sampler, settings
 
 
 def generate(sampler, labels, batch_size, processes, **settings):
@@ -221,19 +233,14 @@ def generate(sampler, labels, batch_size, processes, **settings):
     order, as (number of the first, uint8 [k, H, W, 3] on the CPU); the others send it theirs, and wait while
     it writes them."""
     rank, world, n = processes.rank, processes.world, len(labels)
-    padded = [*range(n), *[n - 1] * (-n % world)]            # equally many per process; the last one repeated
-    mine = padded[rank::world]
-    for start in tqdm(range(0, len(mine), batch_size), "sampling", leave=False, disable=rank > 0):
-        indices = mine[start:start + batch_size]
-        images = sample_images(sampler, indices, [labels[i] for i in indices], **settings)
-        images = images.permute(0, 2, 3, 1).contiguous().cpu()                                 # [k, H, W, 3]
-        gathered = [images]
-        if world > 1:
-            gathered = [torch.empty_like(images) for _ in range(world)] if rank == 0 else None
-            dist.gather(images, gathered, group=processes.host)
+    batch_size = min(batch_size, math.ceil(n / world))
+    for first in tqdm(range(0, n, batch_size * world), "sampling", leave=False, disable=rank > 0):
+        indices, images = range(n)[first + rank * batch_size:][:batch_size], []
+        if indices:
+            images = [sample_images(sampler, indices, [labels[i] for i in indices], **settings).cpu()]
+        gathered = processes.gather(images)
         if rank == 0:
-            first = start * world
-            yield first, torch.stack(gathered, dim=1).flatten(0, 1)[:n - first]
+            yield first, torch.cat(sum(gathered, [])).permute(0, 2, 3, 1)                     # [k, H, W, 3]
 
 
 def save_images(out, batches, shape, columns):
@@ -270,25 +277,14 @@ def save_sample_grid(sampler, path, cfg_scale, mixed_precision):
 def main():
     parser = Parser(description="Generate images from a checkpoint.")
     add = parser.add_argument
-    add("--ckpt", type=existing_path, help="ours or the release's; default: newest in exps/")
-    add("--vae-ckpt", type=path_name, help="the VAE, where the checkpoint has none: file, folder or hub id")
     add("--num-samples", type=positive_int, help="default: 8 per class, 80 at most")
     add("--out", type=path_name, help="X.png: a grid; X.npz: arr_0 as ADM's evaluator; else a folder of PNGs")
     add("--classes", help="those to sample, by name or number: cat,3 (default: all)")
-    add("--batch-size", type=positive_int, default=64, help="per process")
-    add("--device", default="auto")
     add_sampler_flags(parser)
     args = parser.parse_args()
-    settings, device = sampler_settings(args), pick_device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True     # as the paper samples
+    device = pick_device(args.device)
     processes = start_processes(device)
-    settings["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)
-    compile = args.compile and can_compile(device, processes)
-    ckpt = Path(args.ckpt or newest_checkpoint())
-    sampler = load_checkpoint(ckpt, device, args.vae_ckpt, compile, args.ema)
-    warning = args.ema and warn_of_short_average(sampler)
-    if warning:
-        processes.say(warning)
+    ckpt, sampler, settings = open_sampler(args, device, processes)
     names, size = sampler.args["classes"], sampler.args["resolution"]
     number_of = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
     try:
@@ -299,17 +295,15 @@ def main():
     labels = [class_for_sample(i, args.seed, classes, args.label_sampling, n) for i in range(n)]
     batches = generate(sampler, labels, args.batch_size, processes, **settings)
     if processes.rank > 0:
-        for _ in batches:                                      # samples and sends: process 0 gets the images
-            pass
+        list(batches)                                          # samples and sends: process 0 gets the images
     else:
         out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
         is_file = out.suffix in (".png", ".npz")
         require(not out.is_dir() or not is_file and not any(out.glob("*.png")),
                 f"--out {out}: this folder exists; name another")
         (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
-        columns = 10
-        if len(classes) <= 20:                                            # a column per class, or several
-            columns = len(classes) * max(1, 8 // len(classes))
+        k = len(classes)
+        columns = k * max(1, 8 // k) if k <= 20 else 10                   # one per class, or several
         save_images(out, batches, (n, size, size, 3), columns)
         if out.suffix == ".png":
             print("first row:", ", ".join(names[k] for k in labels[:columns]))

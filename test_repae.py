@@ -335,6 +335,10 @@ NUMBERS = {
     "vavae-xl1": dict(model="SiT-XL/1", vae="f16d32"),
     "e2e-sdvae-xl2": dict(model="SiT-XL/2", vae="f8d4", **SECOND_STAGE),
     "e2e-vavae-xl1": dict(model="SiT-XL/1", vae="f16d32", **SECOND_STAGE),
+    "sd35-xl2": dict(model="SiT-XL/2", vae="f8d16", vae_learning_rate=2e-5),
+    "flux-xl2": dict(model="SiT-XL/2", vae="f8d16", vae_learning_rate=2e-5),
+    "e2e-sd35-xl2": dict(model="SiT-XL/2", vae="f8d16", **SECOND_STAGE),
+    "e2e-flux-xl2": dict(model="SiT-XL/2", vae="f8d16", **SECOND_STAGE),
     "tiny": dict(model="SiT-T/2", vae="f4d8", batch_size=16, max_train_steps=2500, resolution=32, learning_rate=2e-3,
                  vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=1500, ema_decay=0.99,
                  weighting="lognormal", enc_type="efficientnet-lite0", encoder_depth=2, projector_dim=512,
@@ -350,7 +354,8 @@ def test_presets_and_sizes_are_the_papers(tmp_path):
         assert {name: cfg[name] for name in PAPER | numbers} == PAPER | numbers
     assert {name: sit.SIZES[name] for name in "S B L XL".split()} == {
         "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-    for name, row in (("f8d4", (128, (1, 2, 4, 4), 2, 4, ())), ("f16d32", (128, (1, 1, 2, 2, 4), 2, 32, (4,)))):
+    for name, row in (("f8d4", (128, (1, 2, 4, 4), 2, 4, ())), ("f16d32", (128, (1, 1, 2, 2, 4), 2, 32, (4,))),
+                      ("f8d16", (128, (1, 2, 4, 4), 2, 16, ()))):
         keys = "ch ch_mult num_res_blocks latent_channels attn_levels".split()
         assert tuple(vae.VAES[name][key] for key in keys) == row
 

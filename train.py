@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import images, latents
+from fid import RunEvaluation
 from repa import DINOV2_B, LITE0, EncoderDistance, PatchFeatures, alignment_loss, projector, timm_name
 from sample import Sampler, save_sample_grid
 from sit import LatentNorm, SiT, SiTBlock, interpolate, parse_model, sample_timesteps
@@ -53,6 +54,11 @@ class Config:
                              commands.positive_int)
     sampling_steps: int = option(10_000, "save sample and reconstruction grids every N training steps and at "
                                  "the end; 0: never", commands.count)
+    eval_steps: int = option(0, "evaluate samples of the EMA, as fid.py does, every N training steps and at "
+                             "the end; 0: never", commands.count)
+    eval_samples: int = option(5_000, "their number", commands.positive_int)
+    eval_ref: str = option("", "the reference: images or statistics (.npz); default: the training images",
+                           commands.existing_path)
     log_steps: int = option(100, "steps between lines of metrics.jsonl", commands.positive_int)
     resume: bool = option(False, "resume from the newest checkpoint; where there is none, start from scratch")
     report_to: str = option("", "also log to this", choices=["", "tensorboard", "wandb"])
@@ -113,12 +119,14 @@ class Config:
     perceptual_weight: float = option(1.0, "of the perceptual distance", commands.non_negative)
     kl_weight: float = option(1e-6, "of the KL term (nats per image)", commands.non_negative)
     disc_weight: float = option(0.1, "of the GAN term; 0: no discriminator", commands.non_negative)
-    disc_pretrained_ckpt: str = option("", "the discriminator to start from", commands.existing_path)
+    disc_pretrained_ckpt: str = option("", "the discriminator to start from: the release's file or a "
+                                       "training checkpoint", commands.existing_path)
     disc_start: int = option(20_000, "step at which the adversarial loss is enabled (pretrained: 0)",
                              commands.count)
     # optimization
     learning_rate: float = option(1e-4, "AdamW, of SiT and projectors", commands.positive)
-    vae_learning_rate: float = option(1e-4, "AdamW, of the VAE", commands.positive)
+    vae_learning_rate: float = option(1e-4, "AdamW, of the VAE; 0: its weights stay, for training a "
+                                      "discriminator by --vae-only", commands.non_negative)
     disc_learning_rate: float = option(1e-4, "AdamW, of the discriminator", commands.positive)
     lr_warmup_steps: int = option(0, "linear warmup of the three learning rates", commands.count)
     lr_decay_steps: int = option(0, "linear decay to zero over the last N steps", commands.count)
@@ -144,9 +152,14 @@ PRESETS = {
     "sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2"),
     "invae-xl1": dict(vae="f16d32", model="SiT-XL/1"),
     "vavae-xl1": dict(vae="f16d32", model="SiT-XL/1"),                      # as IN-VAE, from VA-VAE's weights
+    # 16 channels. The authors give a learning rate of 2e-5, not whose; that it is the VAE's is our choice
+    "sd35-xl2": dict(vae="f8d16", model="SiT-XL/2", vae_learning_rate=2e-5),
+    "flux-xl2": dict(vae="f8d16", model="SiT-XL/2", vae_learning_rate=2e-5),
     # the second stage: REPA over the frozen VAE that one of the above has tuned, 800 epochs
     "e2e-sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2", **SECOND_STAGE),
     "e2e-vavae-xl1": dict(vae="f16d32", model="SiT-XL/1", **SECOND_STAGE),
+    "e2e-sd35-xl2": dict(vae="f8d16", model="SiT-XL/2", **SECOND_STAGE),
+    "e2e-flux-xl2": dict(vae="f8d16", model="SiT-XL/2", **SECOND_STAGE),
 }
 
 
@@ -335,9 +348,10 @@ def set_learning_rates(m, cfg, step):
         optimizer.param_groups[0]["lr"] = scale * optimizer.defaults["lr"]
 
 
-def train(m, cfg, folder, dataset, shown, step, processes):
+def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
     """The loop from `step` to the last one, or until a signal arrives or the data cannot be read any more.
-    Process 0 writes the run's folder; shown: images to reconstruct, uint8 [N, 3, R, R], or None."""
+    Process 0 writes the run's folder; shown: images to reconstruct and their labels, uint8 [N, 3, R, R] and
+    [N]; evaluation: a RunEvaluation; both may be None."""
     main_process, lost, saved = processes.rank == 0, "", step
     settings = vars(cfg) | dict(classes=dataset.classes,
                                 vae_groups=m.vae.config["groups"])       # no tensor's shape shows the groups
@@ -368,8 +382,9 @@ def train(m, cfg, folder, dataset, shown, step, processes):
         last = step == cfg.max_train_steps
         draw = cfg.sampling_steps > 0 and (step % cfg.sampling_steps == 0 or last)
         save = step % cfg.checkpointing_steps == 0 or last
-        write_row = step % cfg.log_steps == 0 or draw or last
-        if draw or save:
+        evaluate = cfg.eval_steps > 0 and (step % cfg.eval_steps == 0 or last)
+        write_row = step % cfg.log_steps == 0 or draw or evaluate or last
+        if draw or save or evaluate:
             next_check = step                   # there, for hours if need be, the others wait for process 0
 
         if write_row:
@@ -384,8 +399,12 @@ def train(m, cfg, folder, dataset, shown, step, processes):
             saver.save(step, m.parts(), settings)                        # before the images, which may fail
             saved = step
         if write_row:
+            if evaluate:
+                with torch.compiler.set_stance("force_eager"):
+                    sampler = Sampler(m.ema, m.vae, vars(cfg), step, m.device)
+                    row |= evaluation.run(sampler, cfg.cfg_scale, shown)
             if main_process:
-                log(step, row | (save_grids(m, cfg, folder, step, shown) if draw else {}))
+                log(step, row | (save_grids(m, cfg, folder, step, shown[0]) if draw else {}))
             saver.check()
             since, since_step = time.time(), step
     if step < cfg.max_train_steps:
@@ -486,7 +505,12 @@ def build(cfg, device):
     cfg.vae = found
     disc = Discriminator()                # always built: the weights drawn next must not depend on its use
     if cfg.disc_pretrained_ckpt:
-        files.load_into(disc, files.load_tensors(cfg.disc_pretrained_ckpt), cfg.disc_pretrained_ckpt)
+        state = files.load_tensors(cfg.disc_pretrained_ckpt)
+        if checkpoints.is_checkpoint(state):
+            commands.require("discriminator" in state, f"{cfg.disc_pretrained_ckpt}: no discriminator in "
+                             "this checkpoint; it needs a run with --disc-weight above 0")
+            state = state["discriminator"]
+        files.load_into(disc, state, cfg.disc_pretrained_ckpt)
     if not train_vae or cfg.disc_weight == 0:
         disc = None
 
@@ -544,7 +568,7 @@ def load_init_from(cfg, sit, ema):
 def measure_latents(m, dataset, n=512):
     """Set the running statistics to those of the VAE's own latents (samples of its posterior) of up to n
     training images; returns how many were used."""
-    pixels, z, g = dataset.some(n), [], torch.Generator().manual_seed(0)
+    pixels, z, g = dataset.some(n)[0], [], torch.Generator().manual_seed(0)
     for x in grids.to_float(pixels).split(32):
         posterior = m.vae.encode(x.to(m.device, memory_format=devices.memory_format(m.device)))   # float32
         z.append(posterior.sample(torch.randn(posterior.mean.shape, generator=g).to(m.device)))
@@ -652,6 +676,7 @@ def parse_config(argv=None):
     require(cfg.cfg_scale <= 1 or cfg.cfg_prob > 0, "--cfg-scale above 1 needs label dropout, --cfg-prob")
     require(cfg.data_dir or cfg.preset == "tiny", f"--preset {cfg.preset} needs --data-dir DIR, see --help")
     require(not cfg.vae_only or cfg.vae_grad == "repa", "--vae-only trains no SiT: drop it or --vae-grad")
+    require(not cfg.vae_only or cfg.eval_steps == 0, "--eval-steps: --vae-only trains no SiT to sample from")
     require(cfg.vae_grad not in ("repa", "both") or cfg.proj_coeff > 0 or cfg.vae_only,
             "--proj-coeff 0 leaves no alignment for the VAE; take --vae-grad none or diffusion")
     require(not cfg.cache_latents or vae_frozen and not cfg.flip,
@@ -696,11 +721,18 @@ def run(cfg, device, folder, processes):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # Data
-    dataset, shown = images.open_data(cfg, processes), None
+    dataset, shown, evaluation = images.open_data(cfg, processes), None, None
     use_classes(cfg, dataset, say)
     resume_from = checkpoints.find_newest(folder, processes) if cfg.resume else None
-    if first and cfg.sampling_steps > 0:
-        shown = images.ImageFolder(cfg.val_dir or cfg.data_dir, cfg.resolution).some(256)
+    if first and (cfg.sampling_steps > 0 or cfg.eval_steps > 0):
+        held_out = images.ImageFolder(cfg.val_dir or cfg.data_dir, cfg.resolution)
+        pixels, y = held_out.some(256)
+        if cfg.eval_steps > 0:                                       # its labels as the data numbers classes
+            unknown = set(held_out.classes) - set(dataset.classes)
+            commands.require(not unknown, f"--eval-steps: --val-dir {cfg.val_dir} has classes that the data "
+                             f"lacks: {', '.join(sorted(unknown)[:5])}")
+            y = torch.tensor([dataset.classes.index(name) for name in held_out.classes])[y]
+        shown = pixels, y
 
     # Networks
     m, step = build(cfg, device), 0
@@ -716,6 +748,10 @@ def run(cfg, device, folder, processes):
     if cfg.cache_latents:
         use_cached_latents(m, cfg, dataset, processes)
 
+    if cfg.eval_steps > 0:
+        evaluation = RunEvaluation(folder, cfg.eval_ref or cfg.data_dir, cfg.resolution, cfg.eval_samples,
+                                   device, cfg.num_workers, processes)
+
     # The loop
     if first:
         checkpoints.write_settings(folder, vars(cfg) | dict(classes=dataset.classes))
@@ -723,7 +759,7 @@ def run(cfg, device, folder, processes):
     say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} {sizes[0]:.1f} M, "
         f"VAE {cfg.vae} {sizes[1]:.1f} M, {processes.world} x {device.type}, step {step}")
     torch.backends.cudnn.benchmark = True                             # the shapes from here on are the steps'
-    train(m, cfg, folder, dataset, shown, step, processes)
+    train(m, cfg, folder, dataset, shown, evaluation, step, processes)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ LATENT_EPS = 1e-4      # of the latent norm (sit.py): load_vae returns its stand
 VAES = {
     "f8d4": dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), latent_channels=4),
     "f16d32": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), latent_channels=32),
+    # of Stable Diffusion 3.5 and FLUX.1, which have no 1x1 convolutions around the latents
+    "f8d16": dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), latent_channels=16,
+                  quant_conv=False, post_quant_conv=False),
     # for 32 x 32 pixels: f4d8 in the tiny preset, f4d32 in experiments/compare.sh
     "f4d8": dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=8, groups=1),
     "f4d32": dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=32, groups=1),
@@ -496,17 +499,23 @@ def read_architecture(state, what):
 
 def read_diffusers_folder(folder):
     """(weights file, groups, (mean [C], std [C]) of the latents) of a diffusers AutoencoderKL folder, with
-    diffusers' defaults for keys that config.json lacks. Raises UserError."""
+    diffusers' defaults for keys that config.json lacks. FLUX.2's VAE is an AutoencoderKL with a batch norm of
+    patches of its latents; the norm is left out, and there are no statistics (None). Raises UserError."""
     try:
         config = json.loads((folder / "config.json").read_text())
         kind, activation = config.get("_class_name", "AutoencoderKL"), config.get("act_fn", "silu")
         scale, groups = config.get("scaling_factor", 0.18215), config.get("norm_num_groups", 32)
-        if kind != "AutoencoderKL" or activation != "silu" or not isinstance(groups, int) or groups < 1:
+        if kind == "AutoencoderKLQwenImage":
+            raise ValueError("AutoencoderKLQwenImage, a causal 3D VAE")
+        if (kind not in ("AutoencoderKL", "AutoencoderKLFlux2") or activation != "silu"
+                or not isinstance(groups, int) or groups < 1):
             raise ValueError(f"{kind}, {activation}, {groups} groups")
         ones = torch.ones(config.get("latent_channels", 4))
         mean = ones * torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
         std = ones * torch.tensor(config.get("latents_std") or 1.0)   # pipelines take z * std / scale + mean
         stats = mean, std / (1.0 if scale is None else scale)
+        if kind == "AutoencoderKLFlux2":
+            stats = None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(f"{folder}: not a diffusers AutoencoderKL (config.json: {one_line(e)})") from None
     for weights in WEIGHTS:
@@ -516,10 +525,14 @@ def read_diffusers_folder(folder):
 
 
 def fetch(hub_id):
-    """Download config.json and weights of a VAE from the Hugging Face Hub; its folder. Raises UserError."""
+    """Download config.json and weights of a VAE, OWNER/NAME or OWNER/NAME/SUBFOLDER, from the Hugging Face
+    Hub; its folder. Raises UserError."""
+    owner, name, *subfolder = hub_id.split("/")
+    inside = "".join(f"{part}/" for part in subfolder)
     try:
         for weights in WEIGHTS:
-            folder = Path(snapshot_download(hub_id, allow_patterns=["config.json", weights]))
+            patterns = [f"{inside}config.json", f"{inside}{weights}"]
+            folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns), inside)
             if (folder / weights).exists():
                 break
     except HUB_ERRORS as e:
@@ -547,7 +560,7 @@ def load_vae(path):
     Raises UserError."""
     file, groups, stats = Path(path), None, None
     is_weights = file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-    if not file.exists() and not is_weights and re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):     # OWNER/NAME
+    if not file.exists() and not is_weights and re.fullmatch(r"[\w-]+(/[\w.-]+)+", str(path)):  # OWNER/NAME
         file = fetch(str(path))
     beside = file.parent / f"{file.stem}-latents-stats.pt"
     if file.is_dir():

@@ -235,9 +235,10 @@ class ImageFolder(Dataset):
                         f"{error}")
 
     def some(self, n):
-        """n images (all, where there are fewer), uint8 [n, 3, R, R]; always the same."""
-        chosen = np.random.default_rng(0).permutation(len(self))[:n]
-        return torch.stack([self[index, False][0] for index in chosen.tolist()])
+        """(n images, uint8 [n, 3, R, R], labels [n]), all where there are fewer; always the same."""
+        chosen = np.random.default_rng(0).permutation(len(self))[:n].tolist()
+        items = [self[index, False] for index in chosen]
+        return torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
 
 
 def open_data(cfg, processes):

@@ -32,7 +32,7 @@ export POINTS=${POINTS:-$((STEPS / 4)) $((STEPS / 2)) $STEPS}           # steps 
 export SAMPLES=${SAMPLES:-2000}                             # at each of them
 export SAMPLER_STEPS=${SAMPLER_STEPS:-20}                   # Euler steps, without guidance
 export FEATURES=${FEATURES:-efficientnet-lite2}
-# More flags for each train.py: the KL term is the paper's; docs/results.md says how the other was chosen.
+# More flags for each train.py: the KL term is the paper's; docs/history.md says how the other was chosen.
 export FLAGS=${FLAGS:---kl-weight 1e-6 --vae-align-proj-coeff 0.5}
 export RESOLUTION=${RESOLUTION:-32}
 export DATA=${DATA:-data/openmoji-$RESOLUTION}              # DATA/train and DATA/val; rendered if missing

@@ -16,7 +16,7 @@ from support.metrics import read_rows
 
 # No losses: only if asked for. Older runs logged the last three, or counted bad steps by the two before.
 NO_LOSSES = ("skipped", "zero_gradients", "skipped_in_a_row", "zero_gradients_in_a_row", "images_per_second",
-             "mfu")
+             "eval_seconds", "mfu")
 
 
 def read_metrics(run):

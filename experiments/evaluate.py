@@ -28,7 +28,7 @@ from support.files import save_npz, write_atomic
 def measure(source, net, device, need="pool"):
     """Mean and covariance of a source's features, or with need="features" the features [N, D]."""
     batch_size = 256 if device.type == "cuda" else 32              # changes the results by rounding only
-    return collect(source, net, {need}, device, batch_size)[need]
+    return collect(source, [(net, need)], device, batch_size)[net.name, need]
 
 
 def measure_once(file, images, net, device):
@@ -36,7 +36,7 @@ def measure_once(file, images, net, device):
     if not file.is_file():
         mean, cov = measure(images, net, device)
         save_npz(file, mu=mean, sigma=cov)
-    return ImageSet(file).stats["pool"]
+    return next(iter(ImageSet(file).stats.values()))
 
 
 def evaluate_run(run, points, args, net, device):
@@ -58,12 +58,12 @@ def evaluate_run(run, points, args, net, device):
         images = ImageSet(model.args["data_dir"], model.args["resolution"])
         real = measure_once(run.parent / f"images-{args.features}.npz", images, net, device)
         sampled = measure(Samples(path, model, args.samples, sampler), net, device)
-        record["fd"][str(step)] = frechet_distance(*real, *sampled)
+        record["fd"][str(step)] = frechet_distance(real, sampled)
         if step == last:
             source = Reconstructions(path, model, images)
             made = measure(source, net, device)
-            record |= dict(fd_to_reconstructions=frechet_distance(*made, *sampled),
-                           rfd=frechet_distance(*real, *made), psnr=(source.quality[0] / source.n).item(),
+            record |= dict(fd_to_reconstructions=frechet_distance(made, sampled),
+                           rfd=frechet_distance(real, made), psnr=source.sums["psnr"] / source.n,
                            reconstructions_of=last)
         write_atomic(file, lambda tmp: tmp.write_text(json.dumps(record, indent=1)))
     print(f"{run}: " + ", ".join(f"{step}: {value:.1f}" for step, value in record["fd"].items()))
@@ -72,7 +72,7 @@ def evaluate_run(run, points, args, net, device):
 def fd_of_features(a, b):
     """The FD of two sets of features [N, D], [M, D]."""
     a, b = a.double(), b.double()
-    return frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    return frechet_distance((a.mean(0), a.T.cov()), (b.mean(0), b.T.cov()))
 
 
 def print_floor(folder, samples, net, device, repeats=5):

@@ -2,6 +2,7 @@
 import os
 import platform
 import subprocess
+import timeit
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,15 +58,19 @@ def disable_wrong_attention(*tokens):
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def computes_bf16(device):
-    """Whether bf16 is faster than float32 here. PyTorch's autocast does not ask: it emulates bf16, slowly."""
+def bf16_is_faster(device):
+    """Whether bf16 is faster than float32 here; on a CPU this is measured by a matrix product. PyTorch's
+    autocast does not ask: it emulates bf16, slowly. The instructions do not decide either: some CPUs have
+    them and take twice as long as in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # On x86 oneDNN accepts AVX-512 without bf16, and then takes three times as long as in float32.
-        instructions = torch.cpu._is_avx512_bf16_supported() if is_x86() else True
-        return bool(instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False                                                      # MPS: less memory, but no faster
+    if device.type == "mps":                                          # less memory, but no faster
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(lambda: a @ a, number=1, repeat=10))
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def choose_precision(asked, device, processes):
@@ -73,7 +78,7 @@ def choose_precision(asked, device, processes):
     "auto" chose, or a warning where bf16 is slow."""
     if asked == "no":
         return "no"
-    slow = processes.any(not computes_bf16(device))
+    slow = processes.any(not bf16_is_faster(device))
     if asked == "auto":
         asked = "no" if slow else "bf16"
         processes.say("precision: float32 (bf16 is not faster here)" if slow else "precision: bf16")
@@ -181,6 +186,14 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, group=self.host)
         return values[0]
+
+    def gather(self, value):
+        """The values (anything that pickles) of all processes by rank on process 0, [] on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, values, group=self.host)
+        return values or []
 
 
 def start_processes(device):

@@ -21,6 +21,7 @@ import vae
 from conftest import CPU, close, nchw, needs, one_line, smooth_images
 from data.images import list_images, read_image
 from support.commands import UserError
+from support.devices import Processes
 from support.grids import to_float, to_uint8
 
 FLAGS = ("--device", "cpu", "--num-workers", "0")
@@ -113,7 +114,7 @@ def test_pooled_features_are_dinov2s_class_token_at_224(tmp_path, monkeypatch):
     ours, images = fid.PooledFeatures("dinov2-vit-s", str(tmp_path / "dino.pth")), nchw(smooth_images(2, 224))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     close(ours(images)["pool"], net.forward_features((images / 255 - mean) / std)[:, 0], 1e-4)
-    assert (ours.size, ours.channels, ours.name, ours.distance) == (224, 384, "dinov2-vit-s", "fd_dinov2-vit-s")
+    assert (ours.size, ours.outputs, fid.metric_name(ours, "fid")) == (224, dict(pool=384), "fd_dinov2-vit-s")
 
 
 def switches():
@@ -144,7 +145,7 @@ def test_samples_are_those_of_sample_py_bit_for_bit(short_run, tmp_path, command
     flags = ["--ckpt", str(short_run / "exps/a/checkpoints/0000004.pt"), "--no-ema", "--num-samples", "10",
              "--num-steps", "2", "--seed", "3", "--label-sampling", "random", "--device", "cpu"]
     command("sample", *flags, "--batch-size", "7", "--out", "x.npz")
-    _, samples = fid.open_sources(fid.parse_args(flags), CPU)
+    _, samples, _ = fid.open_sources(fid.parse_args(flags), CPU, Processes())
     assert torch.equal(torch.cat([*samples.batches(range(10), 7)]), nchw(np.load(tmp_path / "x.npz")["arr_0"]))
     seen = {}
     hook = nn.modules.module.register_module_forward_hook(
@@ -200,10 +201,10 @@ def test_inception_score_shuffles_folders(tmp_path):
     def net(x):
         return dict(pool=x[:, :2], logits=x)
 
-    net.name, net.channels = "inception", 2
+    net.name, net.id, net.outputs = "inception", "inception", dict(pool=2, logits=10)
     source = SimpleNamespace(path=Path("x"), n=10_000, stats={}, batches=lambda *args: logits.split(1000))
     for source.is_folder, score in ((False, 5), (True, 10)):
-        found = fid.evaluate(source, source, net, ["is"], CPU, batch_size=1000)
+        found = fid.evaluate({}, source, [(net, "is")], CPU, batch_size=1000)
         assert found["is"] == pytest.approx(score, rel=1e-2)
     np.savez(tmp_path / "x.npz", arr_0=noise(4))
     folder = fid.ImageSet(save_folder(tmp_path / "folder", noise(4)))
@@ -218,7 +219,8 @@ def test_frechet_distance_against_scipy(rank):
     c1, c2 = (np.cov(rng.standard_normal((64, rank + 1)) * 3) for _ in "ab")
     eps = 1e-9 * np.eye(64)
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.trace(sqrtm((c1 + eps) @ (c2 + eps))).real
-    assert fid.frechet_distance(*map(torch.from_numpy, (m1, c1, m2, c2))) == pytest.approx(expected, rel=1e-5)
+    m1, c1, m2, c2 = map(torch.from_numpy, (m1, c1, m2, c2))
+    assert fid.frechet_distance((m1, c1), (m2, c2)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_precision_and_recall_by_all_distances():
@@ -227,8 +229,9 @@ def test_precision_and_recall_by_all_distances():
     precision = (ba <= np.sort(aa)[:, 3]).any(1).mean()              # the nearest of all is itself: column 3 is k = 3
     recall = (ba.T <= np.sort(bb)[:, 3]).any(1).mean()
     assert 0.05 < precision < 0.95 and 0.05 < recall < 0.95
-    ours = fid.precision_recall(torch.from_numpy(a).float(), torch.from_numpy(b).float(), block=64)
-    assert ours == pytest.approx((precision, recall), abs=1e-9)
+    x, y = (torch.from_numpy(features).float() for features in (a, b))
+    assert fid.precision(x, y, block=64) == pytest.approx(precision, abs=1e-9)
+    assert fid.recall(x, y) == pytest.approx(recall, abs=1e-9)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -251,15 +254,17 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
     x, y = (f["pool"] for f in features)
     stats = np.load(tmp_path / "stats.npz")
     for mu, sigma, key, name in (("mu", "sigma", "pool", "fid"), ("mu_s", "sigma_s", "spatial", "sfid")):
+        mu, sigma = f"{inception.id} {mu}", f"{inception.id} {sigma}"
         p, q = (f[key].double() for f in features)
         close(stats[mu], p.mean(0), 1e-4)
         close(stats[sigma], torch.cov(p.T), 1e-3)
-        distance = fid.frechet_distance(p.mean(0), torch.cov(p.T), q.mean(0), torch.cov(q.T))
+        distance = fid.frechet_distance((p.mean(0), torch.cov(p.T)), (q.mean(0), torch.cov(q.T)))
         assert found[name] == pytest.approx(distance, rel=1e-3)
     assert found["is"] == pytest.approx(fid.inception_score(features[1]["logits"]), rel=1e-3)
     assert found["kid"] == pytest.approx(fid.kid(x, y), rel=1e-3)
-    assert (found["precision"], found["recall"]) == fid.precision_recall(x, y)
-    one_line(command("fid", "stats.npz", "b.npz", *small, code=2), "statistics of inception's 2048 features")
+    assert (found["precision"], found["recall"]) == (fid.precision(x, y), fid.recall(x, y))
+    printed = command("fid", "stats.npz", "b.npz", *small, code=2)
+    one_line(printed, f"of {inception.id} (2048 features)", "(96 features)")
 
 
 def test_reconstructions_of_a_run(image_dir, short_run, command):
@@ -273,7 +278,7 @@ def test_reconstructions_of_a_run(image_dir, short_run, command):
     net = fid.PooledFeatures(repa.LITE2)
     with torch.no_grad():
         features = [net(x)["pool"].double() for x in (images, y)]
-    distance = fid.frechet_distance(*[stat for f in features for stat in (f.mean(0), torch.cov(f.T))])
+    distance = fid.frechet_distance(*[(f.mean(0), torch.cov(f.T)) for f in features])
     assert " rfd_efficientnet-lite2 " in printed and (found["n_reference"], found["n_samples"]) == (24, 24)
     assert found["fd_efficientnet-lite2"] == pytest.approx(distance, rel=1e-3)
     x, y = to_float(images), to_float(y)
@@ -292,9 +297,9 @@ def test_bad_input_is_one_clear_line(tmp_path, command, monkeypatch, small):
     Image.new("RGB", (40, 32)).save(save_folder(tmp_path / "mixed", smooth_images(3, 32)) / "x.png")
     fails("x.png: [32, 40] pixels|not [32, 32]", "good", "mixed", *small)
     for words, arrays in (("arr_0 is float64", dict(arr_0=noise(3) / 255)),
-                          ("64 features|not of test_resnet's 96", dict(mu=np.zeros(64), sigma=np.eye(64))),
+                          ("unknown (64 features)|(96 features)", dict(mu=np.zeros(64), sigma=np.eye(64))),
                           ("not finite", dict(mu=np.full(96, np.nan), sigma=np.eye(96))),
-                          ("3 image(s)|at least four", dict(arr_0=noise(3)))):
+                          ("3 image(s)|four images or more", dict(arr_0=noise(3)))):
         np.savez(tmp_path / "bad.npz", **arrays)
         fails(f"bad.npz: |{words}", "good", "bad.npz", *small)
     fails("--metrics is: |sfid and is are defined on", "good", "good", *small, "--metrics", "is")
@@ -354,18 +359,20 @@ def test_statistics_of_unknown_origin(tmp_path):
     def check(net, **arrays):
         np.savez(tmp_path / "x.npz", **arrays)
         source = fid.ImageSet(tmp_path / "x.npz")
-        fid.check_source(source, net)
-        return source, "".join(fid.find_warnings([source], net))
+        fid.check_source(source, [net])
+        return source, "".join(fid.find_warnings([source], [net]))
 
-    inception, other = (SimpleNamespace(name=name, sha256="a", channels=2048) for name in ("inception", "resnet50"))
+    inception = SimpleNamespace(name="inception", id="inception a", outputs=dict(pool=2048, spatial=2023))
+    other = SimpleNamespace(name="resnet50", id="resnet50 a", outputs=dict(pool=2048))
     wide = dict(mu=np.ones(2048), sigma=np.eye(2048), names=np.array([{"pickled": 1}], dtype=object))
     adm = wide | dict(mu_s=np.zeros(2023), sigma_s=np.eye(2023))
-    assert check(inception, **adm)[1] == "" and "assumed to be ADM's" in check(inception, **wide)[1]
+    assert check(inception, **adm)[1] == "" and "inception's (as ADM)" in check(inception, **wide)[1]
     both, _ = check(inception, arr_0=noise(4), **adm)
-    assert torch.equal(fid.collect(both, inception, {"pool"}, CPU, 4)["pool"][0], torch.ones(2048).double())
-    with pytest.raises(UserError, match="inception's 2048 features.*not of resnet50's"):
+    found = fid.collect(both, [(inception, "pool")], CPU, 4)[inception.id, "pool"]
+    assert torch.equal(found[0], torch.ones(2048).double())
+    with pytest.raises(UserError, match=r"of unknown \(2048 features\).*of resnet50 a \(2048"):
         check(other, **adm)
-    assert check(other, arr_0=noise(4), **adm)[0].stats == {}
+    assert fid.given(check(other, arr_0=noise(4), **adm)[0], other, "pool") is None
 
 
 def test_saved_statistics_name_their_network(tmp_path, command, small):
@@ -376,11 +383,11 @@ def test_saved_statistics_name_their_network(tmp_path, command, small):
     printed = command("fid", "stats.npz", "samples.npz", "--metrics", "fid", *small)
     assert "unknown origin" not in printed and "stats.npz: 6 images are too few" in printed
     assert "differ in size (height, width): [(16, 16), (24, 24)]" in printed
-    np.savez(tmp_path / "older.npz", **stats | dict(sha256="0" * 64))
+    np.savez(tmp_path / "other.npz", **{name.replace("test_resnet ", "test_resnet 0"): a for name, a in stats.items()})
     np.savez(tmp_path / "two.npz", arr_0=noise(2), **stats)                # two images: only the statistics count
     out = command("fid", "two.npz", "ref", *small)
     assert "fd_test_resnet " in out and "kid" not in out and "recall" not in out
-    for words, flags in (("older.npz: statistics of test_resnet's 96 features (00000000), not", ["older.npz", "ref"]),
+    for words, flags in (("other.npz: 0 image(s), statistics of test_resnet 0|of test_resnet ", ["other.npz", "ref"]),
                          ("--metrics kid", ["two.npz", "ref", "--metrics", "kid"]),
                          ("--save-stats: |and 2 images", ["two.npz", "--save-stats", "x.npz"])):
         one_line(command("fid", *flags, *small, code=2), *words.split("|"))

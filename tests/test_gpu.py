@@ -119,7 +119,7 @@ def test_two_nccl_processes_have_the_losses_of_one(image_dir, tmp_path):
 def test_precision_and_out_of_memory(capsys):
     """bf16 is computed from capability 8.0 on; out of memory is one line with the size that was tried."""
     device = devices.pick_device("cuda")
-    assert devices.computes_bf16(device) == (torch.cuda.get_device_capability(device) >= (8, 0))
+    assert devices.bf16_is_faster(device) == (torch.cuda.get_device_capability(device) >= (8, 0))
     assert devices.memory_format(device) == torch.channels_last
     with pytest.raises(SystemExit):
         commands.run_command(lambda: torch.empty(1 << 45, device=device), "TAKE LESS")

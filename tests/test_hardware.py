@@ -1,13 +1,15 @@
 """Machines that differ: precision, Macs, compilers, out of memory; gradients are sent once."""
-import platform
 import shutil
+import sys
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import repa
 import train
-from conftest import CPU, SHORT, one_line, tiny_config
+from conftest import CPU, SHORT, one_line, run, tiny_config
 from support import devices
 from support.checkpoints import checkpoints
 
@@ -16,38 +18,40 @@ MPS = torch.device("mps")
 
 # --- Precision --------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def cpu(monkeypatch):
-    """pretend(machine, has the x86 instructions, what oneDNN supports) -> nothing."""
-    def pretend(machine, instructions, onednn):
-        monkeypatch.setattr(platform, "machine", lambda: machine)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-    return pretend
-
-
-@pytest.mark.parametrize("machine, instructions, onednn, fast", [
-    ("x86_64", True, True, True),                                       # avx512_bf16
-    ("AMD64", False, True, False),                                      # AVX-512 alone: oneDNN emulates bf16
-    ("aarch64", False, True, True)])
-def test_auto_precision_is_bf16_where_it_is_faster(machine, instructions, onednn, fast, cpu, capsys):
-    cpu(machine, instructions, onednn)
-    for asked, chosen, printed in (
-            ("auto", "bf16" if fast else "no", "precision: bf16" if fast else "precision: float32"),
-            ("bf16", "bf16", "" if fast else "warning: bf16 is not faster here"), ("no", "no", "")):
-        assert devices.choose_precision(asked, CPU, devices.Processes()) == chosen
-        out = capsys.readouterr().out
-        assert out.startswith(printed) and out.count("\n") == bool(printed)
+def test_auto_precision_is_bf16_where_it_is_faster():
+    """Compared with the time of a linear layer; where bf16 is emulated it is never chosen."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, x = torch.nn.Linear(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        with torch.no_grad():
+            layer(x)
+            starts = [(time.perf_counter(), layer(x), time.perf_counter()) for _ in range(5)]
+        seconds[dtype] = min(end - start for start, _, end in starts)
+    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
+    if not 0.8 < ratio < 1.25:
+        chosen = "bf16" if ratio < 1 else "no"
+        assert devices.choose_precision("auto", CPU, devices.Processes()) == chosen
     assert devices.choose_precision("auto", MPS, devices.Processes()) == "no"
 
 
-def test_commands_use_the_chosen_precision(cpu, image_dir, command):
-    flags = ["--data-dir", image_dir, *SHORT, "--mixed-precision", "auto", "--vae-only", "--max-train-steps"]
-    cpu("x86_64", False, True)
-    assert "precision: float32" in command("train", *flags, "1")
-    cpu("x86_64", True, True)
-    out = command("train", *flags, "2", "--resume")
-    assert "precision: bf16" in out and "resuming with a changed mixed_precision: no -> bf16" in out
+@pytest.mark.skipif(not devices.is_x86(), reason="x86's instructions")
+def test_precision_where_bf16_is_emulated(tmp_path):
+    code = ("import torch; from support import devices\n"
+            "for asked in ('auto', 'bf16', 'no'):\n"
+            "    print(devices.choose_precision(asked, torch.device('cpu'), devices.Processes()))")
+    out = run(sys.executable, "-c", code, cwd=tmp_path, env=dict(ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2"))
+    assert out.splitlines() == ["precision: float32 (bf16 is not faster here)", "no",
+                                "warning: bf16 is not faster here than --mixed-precision no", "bf16", "no"]
+
+
+def test_commands_use_the_chosen_precision(image_dir, command):
+    flags = ["--data-dir", image_dir, *SHORT, "--max-train-steps"]
+    command("train", *flags, "1")
+    out = command("train", *flags, "2", "--resume", "--mixed-precision", "bf16")
+    assert "resuming with a changed mixed_precision: no -> bf16" in out
+    sampling = ["--num-samples", "4", "--num-steps", "1", "--device", "cpu", "--mixed-precision", "auto"]
+    assert "precision: " in command("sample", *sampling)
+    assert "precision: " in command("fid", *sampling, "--features", repa.LITE2, "--num-workers", "0")
 
 
 # --- Wrong kernels, Macs, compilers -----------------------------------------------------------------------------------

@@ -149,11 +149,12 @@ def test_items_are_images_with_labels_and_flips(image_dir):
     assert torch.equal(image, read_image(image_dir / "two words/001.png", 32)) and (label, error) == (1, "")
     assert torch.equal(data[13, True][0], image.flip(2)) and data.classes == ["one", "two words"]
     assert [data[i, False][1] for i in (0, 11, 12, 23)] == [0, 0, 1, 1]
-    some, everything = data.some(16), data.some(256)
+    (some, of_some), (everything, labels) = data.some(16), data.some(256)
     assert torch.equal(some, everything[:16]) and len(everything) == 24
-    first_class = torch.stack([data[i, False][0] for i in range(12)])
-    of_it = sum(any(torch.equal(image, other) for other in first_class) for image in some)
-    assert 4 <= of_it <= 11                                                  # the others are of the second
+    assert 4 <= of_some.sum() <= 11                                          # of all classes
+    for k in (0, 1):
+        images_of_k = torch.stack([data[i, False][0] for i in range(12 * k, 12 * k + 12)])
+        assert torch.equal(everything[labels == k].sum(), images_of_k.sum())
 
 
 def test_order_does_not_depend_on_the_number_of_processes():

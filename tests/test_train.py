@@ -24,7 +24,7 @@ def test_latent_statistics_are_those_of_posterior_samples(image_dir):
     """The law of total variance: samples vary as the posteriors' means do, plus the mean of their variances."""
     m, dataset = train.build(tiny_config(), CPU), ImageFolder(image_dir, 32)
     m.vae.quant_conv.bias[8:] = -1                          # a posterior about as wide as its means are apart
-    posterior = m.vae.encode(to_float(dataset.some(24)))
+    posterior = m.vae.encode(to_float(dataset.some(24)[0]))
     var = posterior.mean.var((0, 2, 3)) + posterior.logvar.exp().mean((0, 2, 3))
     assert train.measure_latents(m, dataset, n=7) == 7 and train.measure_latents(m, dataset) == 24
     for bn in (m.sit.bn, m.ema.bn):
