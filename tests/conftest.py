@@ -1,4 +1,4 @@
-"""What the tests share: running commands, small images, a short run, the tiny preset's networks."""
+"""What the tests share: running commands, small images, a short run, a checkpoint, the tiny preset's networks."""
 import hashlib
 import os
 import signal
@@ -18,6 +18,7 @@ from support.commands import STOP_SIGNALS, run_command
 from support.metrics import read_rows
 import fid
 import sample
+import sit
 import train
 import vae
 
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 slow, needs = pytest.mark.slow, pytest.mark.peers                                # @slow; @needs("package")
 SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--max-train-steps", "4", "--log-steps",
-         "1", "--sampling-steps", "100", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0",
+         "1", "--sampling-steps", "0", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0",
          "--num-workers", "0", "--mixed-precision", "no", "--device", "cpu"]
 
 
@@ -88,6 +89,16 @@ def command(capsys, tmp_path):
     return call
 
 
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(main, *argv): the main() of a script with these arguments; returns what it printed."""
+    def call(main, *argv):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+        main()
+        return capsys.readouterr().out
+    return call
+
+
 def one_line(output, *words):
     """A command's output has one error line that holds these words, and no traceback."""
     lines = [line for line in output.splitlines() if line.startswith("error")]
@@ -145,6 +156,24 @@ def noise_images(folder, n, size=40, seed=0):
     for i in range(n):
         Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8)).save(folder / f"{i:03d}.png")
     return folder
+
+
+def save_checkpoint(file, num_classes=3, cfg_prob=0.1, prefix="", **args):
+    """A training checkpoint of random weights, every gate open: 32 pixels, 8x8 latents."""
+    torch.manual_seed(0)
+    net, autoencoder = sit.SiT("SiT-T/2", 8, 8, num_classes, cfg_prob, encoder_depth=1), vae.AutoencoderKL("f4d8")
+    net.bn.set_statistics(*statistics(8))
+    for name, p in net.named_parameters():
+        if "adaLN" in name or "final_layer.linear" in name:
+            torch.nn.init.normal_(p, 0, 0.05)
+        elif "embedding_table" in name:
+            torch.nn.init.normal_(p, 0, 1)                            # so that a label shows in the image
+    state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    args = dict(num_classes=num_classes, cfg_prob=cfg_prob, path_type="linear", data_dir="some/images",
+                ema_decay=0.5) | args
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(model=state, ema=state, vae=autoencoder.state_dict(), args=args, steps=7), file)
+    return file
 
 
 def tiny_config(*flags):

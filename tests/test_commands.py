@@ -11,7 +11,7 @@ from PIL import Image
 
 import train
 import vae
-from conftest import ROOT, SHORT, losses, noise_images, one_line, run, slow
+from conftest import ROOT, SHORT, noise_images, one_line, run, slow
 from support.commands import UserError
 
 BAD_COMMANDS = [
@@ -20,14 +20,9 @@ BAD_COMMANDS = [
     ("train", "--model SiT-T/3", "does not divide"),
     ("train", "--vae f9d9", "take one of f8d4"),
     ("train", "--enc-type resnet999", "not a timm model"),
-    ("train", "--enc-type mocov3-vit-b", "no MoCo-v3 weights"),
     ("train", "--resolution 30", "not divisible by the VAE's stride 4"),
-    ("train", "--seed -1", "must be a whole number from 0 to 2^64-1"),
     ("train", "--encoder-depth 9", "there are 6 blocks"),
-    ("train", "--batch-size 0", "must be a whole number above 0"),
     ("train", "--batch-size 6 --gradient-accumulation-steps 4", "not divisible by 4"),
-    ("train", "--ema-decay 1", "must be a number in [0, 1)"),
-    ("train", "--bn-momentum 0", "must be a number in (0, 1]"),
     ("train", "--disc-weight 0.1 --resolution 20", "the discriminator needs 24 pixels"),
     ("train", "--vae f16d32 --vae-ckpt good.pt --data-dir few", "good.pt is an f4d8; leave --vae out"),
     ("train", "--cfg-prob 0", "needs label dropout"),
@@ -37,11 +32,8 @@ BAD_COMMANDS = [
     ("train", "--vae-ckpt nowhere.pt --data-dir few", "no such file"),
     ("train", "--init-from nowhere.pt", "must be a file or folder that exists"),
     ("train", "--init-from good.pt --data-dir few", "not a training checkpoint"),
-    ("train", "--vae-ckpt notes.pt --data-dir few", "not a readable weights file"),
-    ("train", "--vae-ckpt other.pt --data-dir few", "no VAEs in it"),
     ("train", "--preset sdvae-xl2", "needs --data-dir"),
     ("train", "--preset sdvae-xl2 --data-dir few", "--vae-ckpt FILE, or --vae-from-scratch"),
-    ("train", "--mixed-precision fp16", "invalid choice"),
     ("train", "--no-such-flag", "unrecognized"),
     ("train", "--vae-grad none", "give a trained one by --vae-ckpt"),
     ("train", "--proj-coeff 0", "no alignment for the VAE"),
@@ -51,15 +43,11 @@ BAD_COMMANDS = [
     ("train", "--device abacus", "no such device"),
     ("sample", "", "no checkpoint under exps"),
     ("sample", "--ckpt notes.pt", "not a readable weights file"),
-    ("sample", "--ckpt other.pt", "not a training checkpoint"),
     ("fid", "few", "SAMPLES is missing"),
-    ("fid", "few nowhere", "must be a file or folder that exists"),
     ("fid", "few empty", "no images in it"),
     ("fid", "few junk.npz", "not a readable .npz"),
     ("fid", "few few --metrics fdi", "unknown"),
-    ("fid", "few few --features vit_of_no_one", "not a timm model"),
-    ("vae", "export good.pt out", "no latent statistics"),
-    ("vae", "polish good.pt", "invalid choice")]
+    ("vae", "export good.pt out", "no latent statistics")]
 
 
 @pytest.fixture(scope="session")
@@ -87,24 +75,17 @@ def test_bad_commands_end_in_one_line(script, flags, message, bad_folder, comman
     assert contents() == before
 
 
-def test_the_batch_is_divided_over_processes(monkeypatch):
+def test_batch_is_divided_over_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="not divisible by 3, the processes"):
         train.parse_config(["--batch-size", "32"])
 
 
-def test_folders_packages_and_platforms(image_dir, tmp_path, command, monkeypatch):
-    flags = ["--data-dir", image_dir, *SHORT, "--vae-only", "--max-train-steps", "1"]
-    (tmp_path / "a file").touch()
-    for folder in ("/proc/x", "a file"):
-        one_line(command("train", *flags, "--output-dir", folder, code=2), folder)
-    for package in ("wandb", "tensorboard"):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, package, None)                 # as if it were not installed
-            one_line(command("train", *flags, "--report-to", package, code=2), f"pip install {package}")
-    monkeypatch.setenv("WORLD_SIZE", "1")                             # by a platform, without a group
-    command("train", *flags)
-    assert len(losses(tmp_path / "exps/tiny")) == 1
+def test_folders_and_packages_that_are_not_there(image_dir, tmp_path, command, monkeypatch):
+    flags = ["--data-dir", image_dir, *SHORT]
+    one_line(command("train", *flags, "--output-dir", "/proc/x", code=2), "/proc/x")
+    monkeypatch.setitem(sys.modules, "wandb", None)                       # as if it were not installed
+    one_line(command("train", *flags, "--report-to", "wandb", code=2), "pip install wandb")
 
 
 # --- The README's -----------------------------------------------------------------------------------------------------

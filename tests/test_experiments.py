@@ -13,23 +13,13 @@ from PIL import Image
 import sit
 import train
 import vae
-from conftest import ROOT, needs, noise_images, one_line, run, smooth_images
+from conftest import ROOT, needs, one_line, run, save_checkpoint, smooth_images
 from data.images import list_images, read_image
 from experiments import analyze, compare, curves, figures
 from support.commands import UserError
 from support.grids import to_float, to_uint8
 
 LITE0 = "efficientnet-lite0"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(main, *argv): a script's main() with these arguments; returns what it printed."""
-    def call(main, *argv):
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
-        main()
-        return capsys.readouterr().out
-    return call
 
 
 @needs("matplotlib")
@@ -81,20 +71,8 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(images, tmp_path_factory):
-    """A checkpoint of random weights, none of them zero, so that labels, timesteps and blocks all matter."""
-    torch.manual_seed(0)
-    net = sit.SiT("SiT-T/2", 8, 8, num_classes=3, encoder_depth=2)
-    for p in net.parameters():
-        if p.requires_grad and p.std() == 0:
-            torch.nn.init.normal_(p, std=0.1)
-    net.bn.set_statistics(torch.linspace(-0.2, 0.2, 8), torch.linspace(0.5, 1.5, 8))
-    args = dict(resolution=32, num_classes=3, cfg_prob=0.1, path_type="linear", enc_type=LITE0, encoder_depth=2,
-                proj_coeff=0.5, data_dir="nowhere", val_dir=str(images), classes=["extra", "two words", "one"])
-    file = tmp_path_factory.mktemp("exps") / "repa/checkpoints/0000004.pt"
-    file.parent.mkdir(parents=True)
-    state = net.state_dict()
-    torch.save(dict(model=state, ema=state, vae=vae.AutoencoderKL("f4d8").state_dict(), args=args, steps=4), file)
-    return file
+    return save_checkpoint(tmp_path_factory.mktemp("exps") / "repa/checkpoints/0000004.pt", enc_type=LITE0,
+                           encoder_depth=2, val_dir=str(images), classes=["extra", "two words", "one"])
 
 
 def copy_with_args(checkpoint, file, **args):
@@ -106,9 +84,9 @@ def copy_with_args(checkpoint, file, **args):
 @torch.no_grad()
 def test_evaluate_measures_cknna_and_denoising_loss(checkpoint, images, call):
     """Compared with the same quantities computed here, all images in one batch, blocks run one by one."""
-    out, run_folder = call(analyze.main, "evaluate", checkpoint, "--device", "cpu"), checkpoint.parents[1]
-    record = json.loads((run_folder / "evaluation-0000004.json").read_text())
-    assert record["images"] == 24 and record["encoder"] == LITE0 and "24 images" in out
+    call(analyze.main, "evaluate", checkpoint, "--device", "cpu")
+    record = json.loads((checkpoint.parents[1] / "evaluation-0000004.json").read_text())
+    assert record["images"] == 24 and record["encoder"] == LITE0
 
     net = sit.SiT("SiT-T/2", 8, 8, num_classes=3, encoder_depth=6).eval()
     net.load_state_dict(torch.load(checkpoint, weights_only=True)["ema"])
@@ -131,24 +109,18 @@ def test_evaluate_measures_cknna_and_denoising_loss(checkpoint, images, call):
     for block, value in zip(net.blocks, record["cknna"], strict=True):
         h = block(h, c)
         assert value == pytest.approx(analyze.cknna(h.mean(1), features), abs=2e-3)
-    printed = [float(word) for word in out.split("CKNNA by block")[1].splitlines()[0].split()[1::2]]
-    assert printed == pytest.approx(record["cknna"], abs=5e-4)
 
 
 def test_evaluate_matches_classes_by_name(checkpoint, images, tmp_path, call):
-    few_images = noise_images(tmp_path / "few/one", 10, size=32).parent
     assert [label for _, label in analyze.labelled_images(images, ["two words", "x", "one"])] == [2] * 12 + [0] * 12
     older = copy_with_args(checkpoint, tmp_path / "a.pt", classes=None, data_dir=str(images))
     call(analyze.main, "evaluate", older)                                  # lists the training folder
     assert (tmp_path / "evaluation-a.json").is_file()
-    for args, flags, words in (
-            (dict(classes=["one", "three"]), [], "class two words is none of those"),
-            (dict(classes=None, data_dir=None, val_dir=None), [], "--data-dir is not given"),
-            (dict(vae_only=True), [], "no SiT to evaluate"),
-            ({}, ["--val-dir", few_images], "10 images; CKNNA needs more than 10")):
-        file = copy_with_args(checkpoint, tmp_path / "b.pt", **args)
+    for args, words in ((dict(classes=["one", "three"]), "class two words is none of those"),
+                        (dict(classes=None, data_dir=None, val_dir=None), "--data-dir is not given"),
+                        (dict(vae_only=True), "no SiT to evaluate")):
         with pytest.raises(UserError, match=words):
-            call(analyze.main, "evaluate", file, *flags)
+            call(analyze.main, "evaluate", copy_with_args(checkpoint, tmp_path / "b.pt", **args))
     assert not (tmp_path / "evaluation-b.json").exists()
 
 
@@ -166,32 +138,23 @@ def test_latents_prints_the_spectrum(checkpoint, images, tmp_path, call):
     assert (f"variance {flat.var(0).mean():.4g}, {1 / np.square(fractions).sum():.2f} effective dimensions of 8; "
             f"sampling adds {added.mean():.2%}\n24 images") in text
     assert Image.open(tmp_path / "latents.png").width > 1000
-    assert analyze.vae_title(checkpoint, []) == "repa 0000004" and analyze.vae_title("a/b.pt", []) == "b"
-    assert analyze.vae_title("a/b.pt", ["b"]) == "a/b.pt"
 
 
 @torch.no_grad()
-def test_reconstruct_prints_psnr_ssim_and_lpips(checkpoint, images, tmp_path, call):
-    lpips = vae.LPIPS(random=True)
-    torch.save({f"features.{name}": t for name, t in lpips.vgg.state_dict().items()}, tmp_path / "vgg.pth")
-    torch.save({f"lin{k}.model.1.weight": t for k, t in enumerate(lpips.heads)}, tmp_path / "heads.pth")
-    flags = ["reconstruct", checkpoint, images, "--resolution", 32, "--out", tmp_path / "r.png", "--device", "cpu",
-             "--lpips-ckpt", tmp_path / "heads.pth", "--vgg-ckpt"]
-    out = call(analyze.main, *flags, tmp_path / "vgg.pth")
+def test_reconstruct_prints_psnr_and_draws_pairs(checkpoint, images, tmp_path, call):
+    out = call(analyze.main, "reconstruct", checkpoint, images, "--resolution", 32, "--out", tmp_path / "r.png",
+               "--vgg-ckpt", "nowhere")
     autoencoder, _ = vae.load_vae(checkpoint)
     x = torch.stack([read_image(file) for file in list_images(images)])
     y = to_uint8(autoencoder.decode(autoencoder.encode(to_float(x)).mean))
     mse = ((x.double() - y.double()) / 255).square().mean((1, 2, 3))
     values = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if line.startswith("  ")}
     assert values == {"PSNR": pytest.approx((-10 * mse.log10()).mean().item(), abs=0.01),
-                      "SSIM": pytest.approx(vae.ssim(to_float(x), to_float(y)).mean().item(), abs=1e-3),
-                      "LPIPS": pytest.approx(lpips(to_float(y), to_float(x)).item(), rel=0.01, abs=1e-4)}
-    assert "24 images; originals beside" in out and "no LPIPS: " in call(analyze.main, *flags, "nowhere")
-    grid = np.asarray(Image.open(tmp_path / "r.png"))[::2, ::2]                # 4 pairs per row, doubled; gap 2
-    assert grid.shape == (6 * 34 - 2, 8 * 34 - 2, 3) and np.array_equal(grid[34:66, :32], x[4].permute(1, 2, 0))
-    assert np.allclose(grid[34:66, 34:66], y[4].permute(1, 2, 0), atol=1)
-    with pytest.raises(UserError, match="not divisible by the VAE's stride"):
-        call(analyze.main, "reconstruct", checkpoint, images, "--resolution", 33)
+                      "SSIM": pytest.approx(vae.ssim(to_float(x), to_float(y)).mean().item(), abs=1e-3)}
+    assert "no LPIPS: " in out
+    pairs = np.asarray(Image.open(tmp_path / "r.png"))[::2, ::2]               # 4 pairs per row, doubled; gap 2
+    assert np.array_equal(pairs[34:66, :32], x[4].permute(1, 2, 0))
+    assert np.allclose(pairs[34:66, 34:66], y[4].permute(1, 2, 0), atol=1)
 
 
 # --- charts ------------------------------------------------------------------------------------------------------
@@ -204,43 +167,28 @@ def write_metrics(run, *rows):
 
 @needs("matplotlib")
 def test_curves_and_table_of_runs(tmp_path, call):
-    others = dict(kl_loss=5.0, skipped=0, zero_gradients=0)
-    first = write_metrics(tmp_path / "a", *(dict(step=k, l1_loss=1 / k) | others for k in range(1, 40)))
-    second = write_metrics(tmp_path / "b", dict(step=5, l1_loss=0.5, loss=math.nan), dict(step=8, loss=None),
-                           dict(step=9, loss=-1.5))
-    assert curves.read_metrics(second / "metrics.jsonl") == {"l1_loss": {5: 0.5}, "loss": {9: -1.5}}
-    assert curves.wants_log_scale([1, 30]) and not any(map(curves.wants_log_scale, ([1, 19], [-1, 30], [0, 30])))
+    first = write_metrics(tmp_path / "a", *(dict(step=k, l1_loss=1 / k, skipped=0) for k in range(1, 40)))
+    second = write_metrics(tmp_path / "b", dict(step=5, l1_loss=0.5, loss=math.nan), dict(step=9, loss=-1.5))
+    assert curves.read_metrics(second) == {"l1_loss": {5: 0.5}, "loss": {9: -1.5}}
     out = tmp_path / "curves.svg"
-    assert "2 runs, 3 metrics" in call(curves.main, first, second, "--out", out) and "<svg" in out.read_text()
-    assert "1 runs, 2 metrics" in call(curves.main, first, "--metrics", "skipped", "l1_loss", "--out", out)
+    assert "2 runs, 2 metrics" in call(curves.main, first, second, "--out", out) and "<svg" in out.read_text()
     write_metrics(second, *(dict(step=50 * k, loss=k) | ({"val_psnr": 20 + k / 10} if k % 6 == 0 else {})
                             for k in range(1, 25)))
-    assert call(curves.main, second, "--table", "--out", out).splitlines()[:9] == [
-        "b:", "", "| step | loss | val_psnr |", "|---|---|---|", "| 250 | 5 |  |", "| 500 | 10 |  |",
+    assert call(curves.main, second, "--table", "--out", out).splitlines()[2:9] == [
+        "| step | loss | val_psnr |", "|---|---|---|", "| 250 | 5 |  |", "| 500 | 10 |  |",
         "| 700 | 14 |  |", "| 950 | 19 |  |", "| 1,200 | 24 | 22.4 |"]
-    for flags, words in ((["--out", "x.bmp"], "must be a file name that ends in .png"),
-                         (["--metrics", "nothing"], "nothing: in none of these runs; choose from loss, val_psnr")):
-        with pytest.raises(UserError, match=words):
-            call(curves.main, second, *flags)
     (second / "metrics.jsonl").write_text('{"step": 2, "lo')
     with pytest.raises(UserError, match="no metrics"):
         curves.read_metrics(second)
 
 
-def test_a_regime_has_the_same_colour_in_all_charts():
-    by_curves = figures.run_colours(["exps/tour/repa", "naive", "exps/compare/repae-1", "nonorm", "own-1"])
-    by_latents = figures.run_colours(["own", "base 0000800", "naive 0000300", "repae 0000300", "nonorm 0000300"])
-    assert list(by_curves.values())[:4] == list(by_latents.values())[1:] and len(set(by_curves.values())) == 5
-    assert len(set(figures.run_colours(compare.REGIMES).values())) == len(compare.REGIMES)
-
-
 def write_run(run, distances, last, cknna, psnr):
     """Results as evaluate.py and analyze.py write them: `distances` at steps 100, 200, ..., `last` to
-    reconstructions; with the old file name for an odd PSNR."""
+    reconstructions; REPA-E's under the old name of the file."""
     run.mkdir(parents=True)
     fd = {str(100 * k): value for k, value in enumerate(distances, 1)}
     record = dict(features="net", samples=2000, fd=fd, fd_to_reconstructions=last, rfd=50.04, psnr=psnr)
-    (run / ("judged.json" if psnr % 2 else "fd.json")).write_text(json.dumps(record))
+    (run / ("judged.json" if run.name == "repae-1" else "fd.json")).write_text(json.dumps(record))
     (run / f"evaluation-{100 * len(distances):07d}.json").write_text(json.dumps(dict(cknna=[0.5, cknna, 0.6])))
     (run / "args.json").write_text(json.dumps(dict(encoder_depth=2)))
 
@@ -249,36 +197,28 @@ def write_run(run, distances, last, cknna, psnr):
 def test_comparison_table(tmp_path, call):
     write_run(tmp_path / "repa-1", [600, 500, 410], 390, 0.2, 27)
     write_run(tmp_path / "repa-2", [610, 500, 390], 400, 0.3, 28)
-    write_run(tmp_path / "repae-1", [500, 420, 340], 300, 0.4, 26)
-    write_run(tmp_path / "repae-2", [500, 380, 300], 310, 0.4, 26)
-    write_run(tmp_path / "second-1", [600, 450, 350], 300, 0.4, 26)
+    write_run(tmp_path / "repae-1", [500, 420, 320], 300, 0.4, 26)
     write_run(tmp_path / "sit-2", [700, 600, 500], 480, 0.1, 27)
     write_run(tmp_path / "naive-1", [900, 800], 700, 0.1, 20)                                # unfinished
     lines = call(compare.main, tmp_path, "--seeds", 1, 2).splitlines()
     assert lines[0] == ("| | seeds | FD, 100 steps | FD, 200 steps | FD, 300 steps | FD to reconstructions | CKNNA | "
                         "rFD | rPSNR, dB |")
-    assert set(lines[1]) == set("|-") and lines[1].count("|") == lines[0].count("|")
-    for line, title, cells in zip(lines[2:6], (
-            "SiT (`sit`) | 1", "REPA (`repa`) | 2", "REPA-E (`repae`) | 2",
-            "REPA, VAE of REPA-E frozen (`second`) | 1"), (
-            "700.0 | 600.0 | 500.0 | 480.0 | 0.100 | 50.0 | 27.00",
-            "605.0 (600.0-610.0) | 500.0 | 400.0 (390.0-410.0) | 395.0 (390.0-400.0) | 0.250 (0.200-0.300) | 50.0 | "
-            "27.50 (27.00-28.00)",
-            "500.0 | 400.0 (380.0-420.0) | 320.0 (300.0-340.0) | 305.0 (300.0-310.0) | 0.400 | 50.0 | 26.00",
-            "600.0 | 450.0 | 350.0 | 300.0 | 0.400 | 50.0 | 26.00"), strict=True):
-        assert line == f"| {title} | {cells} |"
-    text = "\n".join(lines[6:])
+    rows = ("| SiT (`sit`) | 1 | 700.0 | 600.0 | 500.0 | 480.0 | 0.100 | 50.0 | 27.00 |",
+            "| REPA (`repa`) | 2 | 605.0 (600.0-610.0) | 500.0 | 400.0 (390.0-410.0) | 395.0 (390.0-400.0) | "
+            "0.250 (0.200-0.300) | 50.0 | 27.50 (27.00-28.00) |",
+            "| REPA-E (`repae`) | 1 | 500.0 | 420.0 | 320.0 | 300.0 | 0.400 | 50.0 | 26.00 |")
+    assert tuple(lines[2:5]) == rows
+    text = "\n".join(lines[5:])
     assert "FD: Frechet distance of 2,000 samples over net." in text and "left out: naive-1." in text
-    assert ("REPA ends at 400 after 300 steps. REPA-E reaches it after 200. "
-            "REPA, VAE of REPA-E frozen reaches it after 250.") in text
-    assert ("SiT ends at 500 after 300 steps. REPA-E reaches it after at most 100. "
-            "REPA, VAE of REPA-E frozen reaches it after 167.") in text
+    assert "REPA ends at 400 after 300 steps. REPA-E reaches it after 220." in text
+    assert "SiT ends at 500 after 300 steps. REPA-E reaches it after at most 100." in text
     assert Image.open(tmp_path / "comparison.png").width > 600
     assert compare.steps_to_reach(199, [100, 200], [400, 200]) is None
 
-    record = json.loads((tmp_path / "repae-1/fd.json").read_text())
-    for text, words in ((json.dumps(record | dict(samples=1000)), "numbers of samples"), ("{", "fd.json: damaged")):
-        (tmp_path / "repae-1/fd.json").write_text(text)
+    file = tmp_path / "repae-1/judged.json"
+    fewer = file.read_text().replace("2000", "1000")
+    for text, words in ((fewer, "numbers of samples"), ("{", "judged.json: damaged")):
+        file.write_text(text)
         with pytest.raises(UserError, match=words):
             compare.read_runs(tmp_path, [1, 2])
 
@@ -352,27 +292,19 @@ def test_compare_sh_trains_each_run_once(tmp_path):
     runs = [f"{regime}-{seed}" for regime in compare.REGIMES for seed in (1, 2)]
     runs += [f"{ablation}-1" for ablation in compare.ABLATIONS if ablation != "mine"]
     assert set(trained) == {"base", "vae", *runs}
-    assert "repae-1 done" in printed and "repae-2 failed" in printed
-    assert "second-2 failed" in printed                                                  # it needs repae-2's VAE
+    assert "repae-2 failed" in printed and "second-2 failed" in printed                  # it needs repae-2's VAE
     tuned, last = out / "vae/checkpoints/0000040.pt", "checkpoints/0000040.pt"
     frozen, base = "--vae-grad none --cache-latents", f"--vae-ckpt {out}/base/checkpoints/0000010.pt"
-    for run_name, end in (("sit-1", f"--vae-ckpt {tuned} --vae-grad none --proj-coeff 0 --cache-latents"),
-                          ("repa-2", f"--vae-ckpt {tuned} {frozen}"), ("repae-1", base), ("vae", f"--vae-only {base}"),
+    for run_name, end in (("repa-2", f"--vae-ckpt {tuned} {frozen}"), ("repae-1", base), ("vae", f"--vae-only {base}"),
                           ("second-1", f"--vae-ckpt {out}/repae-1/{last} {frozen}"),
                           ("control-2", f"--vae-ckpt {out}/noalign-2/{last} {frozen}"),
                           ("scratch-1", "--vae-from-scratch"), ("both-1", f"{base} --vae-grad both")):
-        assert trained[run_name].endswith("--enc-type dinov2-vit-s --enc-ckpt dinov2.pt --kl-weight 1e-6 "
-                                          f"--vae-align-proj-coeff 0.5 {end}")
-        assert "--max-train-steps 40 --checkpointing-steps 20 --keep-every 20" in trained[run_name]
+        assert trained[run_name].endswith(f" --kl-weight 1e-6 --vae-align-proj-coeff 0.5 {end}")
         assert f"--seed {run_name[-1].replace('e', '0')} " in trained[run_name]
-    assert (f"experiments/evaluate.py {out}/sit-1 --points 20 40 --samples 2000 --num-steps 20 --features "
-            "efficientnet-lite2") in evaluated
+    assert f"experiments/evaluate.py {out}/sit-1 --points 20 40 --samples 2000 --num-steps 20 " in "\n".join(evaluated)
     assert len(evaluated) == 2 * (len(runs) - 2) + 1                                     # and the floor
 
     _, trained, evaluated = start()
     assert list(trained) == ["repae-2", "second-2"] and len(evaluated) == 4
-    assert start()[1:] == ({}, [])
-    _, trained, _ = start(OUT=str(tmp_path / "other"), SEEDS="1", REGIMES="control second noalign repae", ABLATIONS="")
-    assert set(list(trained)[2:4]) == {"noalign-1", "repae-1"} and set(list(trained)[4:]) == {"second-1", "control-1"}
     printed, *_ = start(code=2, FLAGS="--kl-weight 0")
     assert "has other settings" in printed and "OUT=DIR" in printed

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 
 from conftest import ROOT, SHORT, noise_images, one_line, run, tiny_config
 from data import images, latents
-from data.images import ImageFolder, center_crop, list_classes, list_images, load_batches, read_image, step_batches
+from data.images import ImageFolder, center_crop, list_classes, list_images, read_image, step_batches
 from support.checkpoints import checkpoints
 from support.commands import UserError
 from support.devices import Processes
@@ -39,28 +38,20 @@ half[:, 4:] = 40000
 palette = Image.new("P", (8, 8), 1)
 palette.putpalette([0, 0, 0, 10, 20, 30])
 rgba = Image.new("RGBA", (8, 8), (200, 100, 0, 51))
-red = Image.new("RGB", (8, 8), "red")
-FRAMES = dict(save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+frames = dict(save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
 FORMATS = [                                           # name, image, what saves it, expected mean of R, G, B
     ("1.png", Image.new("1", (8, 8), 1), {}, [255] * 3),
-    ("L.png", Image.new("L", (8, 8), 100), {}, [100] * 3),
-    ("LA.png", Image.new("LA", (8, 8), (100, 51)), {}, [255 - 155 * 0.2] * 3),
-    ("P-transparent.png", palette, dict(transparency=1), [255] * 3),
     ("P.gif", palette, {}, [10, 20, 30]),
+    ("P-transparent.png", palette, dict(transparency=1), [255] * 3),
     ("RGB-transparent.png", Image.new("RGB", (8, 8), (1, 2, 3)), dict(transparency=(1, 2, 3)), [255] * 3),
     ("RGBA.png", rgba, {}, [255 - 55 * 0.2, 255 - 155 * 0.2, 255 - 255 * 0.2]),
-    ("RGBA.webp", rgba, dict(lossless=True), [255 - 55 * 0.2, 255 - 155 * 0.2, 255 - 255 * 0.2]),
     ("16.png", grey16(32896), {}, [128] * 3),
     ("16-transparent.png", Image.fromarray(half), dict(transparency=0), [(255 + 40000 / 257) / 2] * 3),
-    ("16-big-endian.tiff", grey16(32896, ">u2"), {}, [128] * 3),
     ("16-white-is-0.tiff", grey16(12850), dict(tiffinfo={262: 0}), [205] * 3),
-    ("I.tiff", grey16(32896, "<i4"), {}, [128] * 3),
-    ("F.tiff", grey_float(0.5), {}, [127.5] * 3),
     ("F-overshoot.tiff", grey_float(1.05), {}, [255] * 3),
     ("F-255.tiff", grey_float(100), {}, [100] * 3),
     ("CMYK.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), dict(quality=100), [255, 0, 0]),
-    ("frames.gif", red, FRAMES, [255, 0, 0]),
-    ("frames.tiff", red, FRAMES, [255, 0, 0]),
+    ("frames.gif", Image.new("RGB", (8, 8), "red"), frames, [255, 0, 0]),
 ]
 
 
@@ -73,7 +64,7 @@ def test_pixels_of_every_format(name, image, how, means, tmp_path):
         assert read.float().mean((1, 2)).tolist() == pytest.approx(means, abs=1.5)
 
 
-@pytest.mark.parametrize("image", [grey16(70000, "<i4"), grey16(-1, "<i4"), grey_float(4000), grey_float(np.nan)])
+@pytest.mark.parametrize("image", [grey16(70000, "<i4"), grey_float(np.nan)])
 def test_grey_values_of_unknown_range_are_refused(image, tmp_path):
     image.save(tmp_path / "odd.tiff")
     with pytest.raises(UserError, match="odd.tiff: cannot be read .grey values from"):
@@ -81,15 +72,12 @@ def test_grey_values_of_unknown_range_are_refused(image, tmp_path):
 
 
 def test_jpegs_are_read_exactly_unless_fast(tmp_path):
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).resize((256, 256), Image.BICUBIC)
-    image.save(tmp_path / "a.jpg", quality=95)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    image.resize((256, 256), Image.BICUBIC).save(tmp_path / "a.jpg", quality=95)
     exact, fast = (read_image(tmp_path / "a.jpg", 64, fast).permute(1, 2, 0).numpy() for fast in (False, True))
     decoded = Image.open(tmp_path / "a.jpg").convert("RGB")
     assert np.array_equal(exact, decoded.resize((128, 128), Image.BOX).resize((64, 64), Image.BOX))
     assert 0.05 < abs(fast.astype(int) - exact).mean() < 10
-    Image.fromarray(rng.integers(0, 256, (100, 130, 3), np.uint8)).save(tmp_path / "small.jpg")
-    assert torch.equal(*(read_image(tmp_path / "small.jpg", 64, fast) for fast in (False, True)))
 
 
 def test_exif_does_not_rotate(tmp_path):
@@ -99,87 +87,57 @@ def test_exif_does_not_rotate(tmp_path):
     assert read_image(tmp_path / "a.jpg").shape == (3, 20, 10)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_center_crop(turned):
+def test_center_crop():
     """16x8 to 2: box-halved to 8x4 and to 4x2 (both sides still >= 2 * 2), then the middle 2 columns; 24x30 to
     16: nothing to halve, bicubic to 16x20, rows 2 to 18."""
     rng = np.random.default_rng(0)
-
-    def crop(pixels, size):
-        image = Image.fromarray(pixels)
-        got = center_crop(image.transpose(Image.TRANSPOSE) if turned else image, size)
-        return np.array(got.transpose(Image.TRANSPOSE) if turned else got).astype(int)
-
     pixels = rng.integers(0, 255, (8, 16, 3), np.uint8)
     halved = np.floor(pixels.reshape(4, 2, 8, 2, 3).mean((1, 3)) + 0.5)
     quarter = np.floor(halved.reshape(2, 2, 4, 2, 3).mean((1, 3)) + 0.5)
-    assert np.abs(crop(pixels, 2) - quarter[:, 1:3]).max() <= 2
-    pixels = rng.integers(0, 255, (30, 24, 3), np.uint8)
-    expected = np.array(Image.fromarray(pixels).resize((16, 20), Image.BICUBIC))[2:18]
-    assert turned or np.array_equal(crop(pixels, 16), expected)              # (turned, it rounds otherwise)
+    assert np.abs(np.array(center_crop(Image.fromarray(pixels), 2)) - quarter[:, 1:3]).max() <= 2
+    image = Image.fromarray(rng.integers(0, 255, (30, 24, 3), np.uint8))
+    expected = np.array(image.resize((16, 20), Image.BICUBIC))[2:18]
+    assert np.array_equal(center_crop(image, 16), expected)
 
 
 # --- Folders ------------------------------------------------------------------------------------------------
 
-def test_suffixes(tmp_path):
-    kept = "png PNG jpg jpeg jpe jfif webp bmp gif tif tiff ppm pgm pbm pnm tga jp2 avif".split()
-    others = "pdf mpg h5 eps txt npy json".split()
-    for i, suffix in enumerate(kept + others):
-        (tmp_path / f"{i:02d}.{suffix}").touch()
-    (tmp_path / "README").touch()
-    (tmp_path / ".hidden.png").touch()
-    counts = Counter()
-    found = list_images(tmp_path, others=counts)
-    assert [path.name.split(".")[1] for path in found] == kept
-    assert counts == Counter({f".{suffix}": 1 for suffix in others} | {"no suffix": 1})
-
-
-def test_folders_without_images(tmp_path):
-    with pytest.raises(UserError, match="no images in it, it is empty"):
-        list_images(tmp_path)
-    for name in ("a.npz", "b.npz", "c.txt"):
+def test_suffixes_of_images(tmp_path):
+    for name in ("0.png", "1.JPG", "2.webp", "3.npz", "4.npz", "5.txt", "README", ".hidden.png"):
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match="no images in it, 2 of .npz, 1 of .txt"):
-        list_images(tmp_path)
-    with pytest.raises(UserError, match="nowhere: no such folder, or not readable .No such file"):
-        list_images(tmp_path / "nowhere")
+    assert [path.name for path in list_images(tmp_path)] == ["0.png", "1.JPG", "2.webp"]
+    for name in ("0.png", "1.JPG", "2.webp"):
+        (tmp_path / name).unlink()
+    for folder, words in ((tmp_path, "no images in it, 2 of .npz, 1 of .txt"), (tmp_path / "x", "no such folder")):
+        with pytest.raises(UserError, match=words):
+            list_images(folder)
 
 
-def test_links(tmp_path):
-    """Links are followed, each folder is read once; links to nothing, to themselves and up the tree are no harm."""
-    (tmp_path / "data/a").mkdir(parents=True)
-    (tmp_path / "store").mkdir()
-    for file in ("data/a/0.png", "store/1.png"):
-        (tmp_path / file).touch()
+def test_files_are_sorted_and_links_followed(tmp_path):
+    """By the parts of their paths; each folder is read once; links to nothing, to themselves and up the tree are no
+    harm."""
+    names = ["a/b/0.png", "a/b.png", "a b/0.png", "a-b/0.png", "a.png", "B.png"]
+    for name in (*(f"data/{name}" for name in names), "store/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     links = {"linked": "../store", "zagain": "../store", "up": "..", "itself": "itself", "gone": "nowhere",
-             "a/gone.png": "nowhere.png", "a/itself.png": "itself.png", "a/file.png": "0.png", "a/loop": "."}
+             "a/gone.png": "nowhere.png", "a/file.png": "b.png", "a/loop": "."}
     for name, target in links.items():
         os.symlink(target, tmp_path / "data" / name)
     os.mkfifo(tmp_path / "data/a/pipe.png")                                  # opening it would wait for ever
-    found = [str(path.relative_to(tmp_path / "data")) for path in list_images(tmp_path / "data")]
-    assert found == ["a/0.png", "a/file.png", "linked/1.png"]
-
-
-def test_folders_are_sorted_by_the_parts_of_their_paths(tmp_path):
-    names = ["a/b/0.png", "a/b.png", "a b/0.png", "a-b/0.png", "a.png", "B.png"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = [path.relative_to(tmp_path).parts for path in list_images(tmp_path)]
-    assert found == sorted(tuple(name.split("/")) for name in names)
+    found = [path.relative_to(tmp_path / "data").parts for path in list_images(tmp_path / "data")]
+    assert found == sorted(tuple(name.split("/")) for name in (*names, "a/file.png", "linked/1.png"))
 
 
 def test_suspicious_folders_are_warned_of(image_dir, tmp_path, capsys):
     for part in ("train", "val"):
         shutil.copytree(image_dir, tmp_path / part)
-    list_classes(tmp_path / "train")
-    assert capsys.readouterr().out == ""
     shutil.copy(image_dir / "one/000.png", tmp_path)
     assert list(list_classes(tmp_path)) == ["train", "val"]
     out = capsys.readouterr().out
     assert f"is {tmp_path}/train meant?" in out and f"{tmp_path}: 1 images outside of the class folders" in out
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no images in this class folder; remove it"):
+    with pytest.raises(UserError, match="empty: no images in this class folder"):
         list_classes(tmp_path)
 
 
@@ -191,12 +149,12 @@ def test_items_are_images_with_labels_and_flips(image_dir):
     assert torch.equal(image, read_image(image_dir / "two words/001.png", 32)) and (label, error) == (1, "")
     assert torch.equal(data[13, True][0], image.flip(2)) and data.classes == ["one", "two words"]
     assert [data[i, False][1] for i in (0, 11, 12, 23)] == [0, 0, 1, 1]
-    everything = torch.stack([data[i, False][0] for i in range(24)])
-    (some, _), (all_of_them, labels) = data.some(16), data.some(256)
-    assert torch.equal(some, all_of_them[:16]) and all_of_them.sum() == everything.sum() and len(all_of_them) == 24
-    assert all(torch.equal(all_of_them[labels == k].sum(), everything[12 * k:12 * k + 12].sum()) for k in (0, 1))
-    from_one = [any(torch.equal(image, other) for other in everything[:12]) for image in some]
-    assert 4 <= sum(from_one) <= 11                                          # of all classes
+    (some, of_some), (everything, labels) = data.some(16), data.some(256)
+    assert torch.equal(some, everything[:16]) and len(everything) == 24
+    assert 4 <= of_some.sum() <= 11                                          # of all classes
+    for k in (0, 1):
+        images_of_k = torch.stack([data[i, False][0] for i in range(12 * k, 12 * k + 12)])
+        assert torch.equal(everything[labels == k].sum(), images_of_k.sum())
 
 
 def test_order_does_not_depend_on_the_number_of_processes():
@@ -210,9 +168,9 @@ def test_order_does_not_depend_on_the_number_of_processes():
     assert batches[5:] == order(5)                                           # a resumed run sees the same batches
     seen = [i for batch in batches for i, _ in batch]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))       # each epoch has each image once
-    assert seen[:10] != seen[10:20] and seen[:10] != sorted(seen[:10])
-    assert sum(flip for batch in batches for _, flip in batch) / 2000 == pytest.approx(0.5, abs=0.04)
-    assert batches[0] == [(5, True), (0, False), (3, True), (2, False)]       # as ever: old runs resume exactly
+    assert seen[:10] != seen[10:20]
+    assert sum(flip for batch in batches for _, flip in batch) == pytest.approx(1000, abs=80)
+    assert batches[0] == [(5, True), (0, False), (3, True), (2, False)]      # as ever: old runs resume exactly
     cfg.flip, cfg.seed = False, 2
     assert [i for batch in order() for i, _ in batch][:10] != seen[:10]
     assert not any(flip for batch in order() for _, flip in batch)
@@ -230,7 +188,7 @@ def test_unreadable_images_are_replaced(tmp_path):
     assert "/bomb.png: cannot be read" in items["bomb.png"][2]
 
 
-def test_a_program_that_fails_ends_its_loader_processes(tmp_path):
+def test_program_that_fails_ends_its_loader_processes(tmp_path):
     """They ignore the signal by which Python would end them at its exit: it would wait for ever."""
     noise_images(tmp_path, 4)
     code = ("from data.images import ImageFolder, load_batches\n"
@@ -239,28 +197,23 @@ def test_a_program_that_fails_ends_its_loader_processes(tmp_path):
     assert "ValueError: stop" in run(sys.executable, "-c", code, cwd=tmp_path, code=1, timeout=60)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_lost_disk_ends_the_loader_in_one_line(workers, tmp_path, monkeypatch, request):
+def test_lost_disk_is_one_line(tmp_path, monkeypatch):
     """20 files all over the data set are tried: 30 damaged neighbours are not a lost disk."""
-    request.addfinalizer(images.end_loaders)
     noise_images(tmp_path / "data", 100, size=8)
     for i in range(30):
         (tmp_path / f"data/{i:03d}.png").write_bytes(b"rubbish")
     data, opened = ImageFolder(tmp_path / "data", 8), []
-    image, _, errors = next(load_batches(data, [[(0, False)]], workers))
-    assert "000.png: cannot be read" in errors[0] and image.float().std() > 0
+    image, _, error = data[0, False]
+    assert "000.png: cannot be read" in error and image.float().std() > 0
     shutil.rmtree(tmp_path / "data")
     monkeypatch.setattr(images, "read_image", lambda *args, **flags: opened.append(1) or read_image(*args, **flags))
-    with pytest.raises(UserError) as e:
-        next(load_batches(data, [[(7, False)]], workers))
-    line = str(e.value)
-    assert line.startswith(f"{tmp_path}/data: none of 20 images tried is readable, the first one {tmp_path}/")
-    assert "007.png: cannot be read" in line and len(line.splitlines()) == 1
-    assert len(opened) == (20 if workers == 0 else 0)                 # counted in this process alone
+    with pytest.raises(UserError, match="none of 20 images tried is readable, the first one .*007.png: cannot be"):
+        data[7, False]
+    assert len(opened) == 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the length of a socket's path")
-def test_temporary_folders_too_long_for_sockets(image_dir, tmp_path):
+def test_temporary_folder_too_long_for_sockets(image_dir, tmp_path):
     """108 bytes with the NUL, of which multiprocessing adds /pymp-12345678/listener-12345678: 75 are left."""
     code = ("import sys; from data.images import ImageFolder, load_batches; from support.commands import run_command\n"
             "run_command(lambda: print(len(list(load_batches(ImageFolder(sys.argv[1], 32), [[(0, False)]], 1)))))")
@@ -268,7 +221,6 @@ def test_temporary_folders_too_long_for_sockets(image_dir, tmp_path):
     folder.mkdir()
     out = run(sys.executable, "-c", code, image_dir, cwd=ROOT, env={"TMPDIR": str(folder)}, code=2)
     one_line(out, f"error: TMPDIR {tmp_path}", "--num-workers 0")
-    assert len(out.splitlines()) == 1 and not any(folder.iterdir())
 
 
 def test_more_than_1_percent_of_unreadable_images_end_the_run(capsys):
@@ -300,13 +252,12 @@ def test_classes_are_counted_and_remembered(image_dir, tmp_path, command):
     one_line(out, "trained with one as class 0", "that is aardvark")
 
 
-def test_a_folder_without_classes_is_one_class(image_dir, tmp_path, command):
+def test_folder_without_classes_is_one_class(image_dir, tmp_path, command):
     """Trained without labels, so nothing to guide by, though the tiny preset guides its sample grids."""
     flags = ["--data-dir", image_dir / "one", *SHORT, "--cfg-scale", "2.5"]
     assert "12 images in 1 classes" in command("train", *flags, "--max-train-steps", "1")
     args = saved_args(tmp_path)
     assert (args["num_classes"], args["classes"], args["cfg_prob"], args["cfg_scale"]) == (1, ["all"], 0.0, 1.0)
-    command("train", *flags, "--resume", "--max-train-steps", "2")
     command("sample", "--num-samples", "2", "--num-steps", "2", "--device", "cpu")
 
 
@@ -327,10 +278,9 @@ def test_dataset_json(tmp_path):
     assert of == {file: str(label) for file, label in zip(files, labels)}
     write_table(tmp_path, None)
     assert {name: len(paths) for name, paths in list_classes(tmp_path).items()} == {"0": 8}
-    for text, word in (('{"labels": [["00000/000.png", 1]]}', "00000/001.png"), ('{"images": 3}', "labels"),
-                       ('{"labels": [["00000/000.png", "cat"]]}', "cat"), ('{"labels": [1, 2]}', "labels"),
-                       ("{", "labels"), ("[1, 2]", "labels"), ('{"labels": [["00000/000.png", 1.5]]}', "1.5"),
-                       ('{"labels": [["00000/000.png", Infinity]]}', "inf"), ("[" * 100000, "recursion")):
+    for text, word in (('{"labels": [["00000/000.png", 1]]}', "00000/001.png"), ("[1, 2]", "labels"),
+                       ('{"labels": [["00000/000.png", "cat"]]}', "cat"), ("[" * 100000, "recursion"),
+                       ('{"labels": [["00000/000.png", 1.5]]}', "1.5")):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(UserError, match=f"dataset.json: .*{word}"):
             list_classes(tmp_path)
@@ -339,18 +289,15 @@ def test_dataset_json(tmp_path):
 def test_names_that_differ_in_unicode_form_are_one_class(tmp_path):
     nfc = "\u00e9cole"
     nfd = unicodedata.normalize("NFD", nfc)
-    for folder, names in (("linux", [nfc]), ("mac", [nfd]), ("both", [nfc, nfd])):
-        for name in (*names, "fish"):
-            noise_images(tmp_path / folder / name, 2, size=8)
-        counts = {name: len(files) for name, files in list_classes(tmp_path / folder).items()}
-        assert list(counts.items()) == [("fish", 2), (nfc, 2 * len(names))]
-    write_table(tmp_path / "both", [[f"{name}/{i:03d}.png", k] for i in range(2)
-                                    for name, k in ((nfc, 3), (nfd, 4), ("fish", 5))])
-    found = list_classes(tmp_path / "both")           # a file's own name first, then another form of it
+    for name in (nfc, nfd, "fish"):
+        noise_images(tmp_path / name, 2, size=8)
+    assert {name: len(files) for name, files in list_classes(tmp_path).items()} == {"fish": 2, nfc: 4}
+    write_table(tmp_path, [[f"{name}/{i:03d}.png", k]
+                           for i in range(2) for name, k in ((nfc, 3), (nfd, 4), ("fish", 5))])
+    found = list_classes(tmp_path)                    # a file's own name first, then another form of it
     assert {k: files[0].parent.name for k, files in found.items()} == {"3": nfc, "4": nfd, "5": "fish"}
-    write_table(tmp_path / "linux", [[f"{name}/{i:03d}.png", k] for i in range(2)
-                                     for name, k in ((nfd, 4), ("fish", 5))])
-    assert {k: files[0].parent.name for k, files in list_classes(tmp_path / "linux").items()} == {"4": nfc, "5": "fish"}
+    shutil.rmtree(tmp_path / nfc)
+    assert list(list_classes(tmp_path)) == ["4", "5"]
 
 
 # --- Cached latents -----------------------------------------------------------------------------------------
@@ -369,43 +316,39 @@ def test_cached_latents(image_dir, tmp_path, monkeypatch, capsys):
         data = ImageFolder(folder, 32)
         return Path(latents.cache_latents(data, tmp_path / "exps", hashlib.sha256(vae), encode, 0, Processes()))
 
+    def read(files):
+        return torch.cat([torch.load(file, weights_only=True) for file in files])
+
     where, data = cached(), ImageFolder(folder, 32)
-    assert where.parent == tmp_path / "exps" and f"latents: read from {where}\n" in capsys.readouterr().out
     files = sorted(where.iterdir())
-    parts = [torch.load(file, weights_only=True) for file in files]
-    rows = torch.cat(parts)
-    assert [len(part) for part in parts] == [10] * 20 + [2] and rows.dtype == torch.float16
+    rows = read(files)
+    assert where.parent == tmp_path / "exps" and len(files) == 21 and rows.dtype == torch.float16
     assert rows[0].isnan().all() and torch.equal(rows[23], encode(data[23, False][0][None])[0].half())
 
-    before, times = files[1].read_bytes(), files[0].stat().st_mtime_ns
-    damages = (b"", before[:len(before) // 2], before[:500] + bytes(200) + before[700:])
-    for file, damage in zip(files[1:4], damages):                       # such as a crash of the machine leaves
-        file.write_bytes(damage)
-    files[4].unlink()
-    assert cached() == where and files[0].stat().st_mtime_ns == times   # what is right stays
-    assert torch.equal(torch.cat([torch.load(file, weights_only=True) for file in files])[1:], rows[1:])
-    assert f"{where}: 3 damaged files, written again: 000001.pt, 000002.pt, 000003.pt\n" in capsys.readouterr().out
+    before, written = files[1].read_bytes(), files[0].stat().st_mtime_ns
+    files[1].write_bytes(before[:500] + bytes(200) + before[700:])           # such as a crash of the machine leaves
+    files[2].write_bytes(before[:len(before) // 2])
+    files[3].unlink()
+    assert cached() == where and files[0].stat().st_mtime_ns == written      # what is right stays
+    assert torch.equal(read(files)[1:], rows[1:])
+    assert "2 damaged files, written again: 000001.pt, 000002.pt\n" in capsys.readouterr().out
 
     data.cached, data.with_images = where, False
     image, _, error, moments = data[0, False]          # 202 // 20 further, as without cache
     assert image.numel() == 0 and torch.equal(moments, rows[10])
     assert "000.png: unreadable when the latents were cached" in error and f"delete {where}/000000.pt" in error
-    for damage in (b"", before[:len(before) // 2], bytes(len(before)), None):                # while a run reads
-        if damage is None:
-            torch.save(rows[10:12], files[1])
-        else:
-            files[1].write_bytes(damage)
+    for damage in (b"", bytes(len(before))):                                 # while a run reads
+        files[1].write_bytes(damage)
         with pytest.raises(UserError, match="000001.pt: these latents cannot be read .*; delete the file"):
             data[15, False]
     data.with_images = True
     assert torch.equal(data[5, False][0], ImageFolder(folder, 32)[5, False][0])
 
     victim = folder / "one/001.png"                     # another image of the same name, size and time of change
-    old, size = victim.stat(), victim.stat().st_size
-    victim.write_bytes(b"\x89PNG" + bytes(size - 4))
+    old = victim.stat()
+    victim.write_bytes(b"\x89PNG" + bytes(old.st_size - 4))
     os.utime(victim, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert len({where, cached(), cached(b"another VAE")}) == 3
-
     (folder / "one/002.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match="3 of 202 images unreadable"):
         cached()

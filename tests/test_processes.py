@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import repa
-import train
 import vae
 from conftest import ROOT, SHORT, flatten, losses, metrics_of, one_line, run, run_here, slow, torchrun
 from data import images
@@ -115,19 +114,6 @@ def test_two_machines_have_the_losses_of_one_process(trained):
     assert [p.name for p in (trained / "node1").iterdir()] == ["data"]           # the first machine writes
 
 
-def wrapped(folder, rank):
-    torch.distributed.init_process_group("gloo")
-    m = train.build(train.parse_config([]), torch.device("cpu"))
-    train.wrap(m, train.parse_config([]), 2)
-    sizes = m.ddp_sit._get_ddp_logging_data()["bucket_cap_bytes"]
-    (folder / f"{rank}.txt").write_text(f"{sizes}")
-
-
-def test_gradients_are_sent_in_buckets_of_100_mb(tmp_path):
-    assert exit_codes(start(wrapped, 2, tmp_path)) == [0, 0]
-    assert (tmp_path / "0.txt").read_text() == str(100 * 2 ** 20)
-
-
 def test_gradients_of_the_discriminator_are_averaged_over_processes(trained):
     """Its batch norm sees each process's images alone: as one process sees micro-batches."""
     flags = ["--exp-name", "gan", *TRAIN, "--disc-weight", "0.1", "--disc-start", "0", "--max-train-steps", "1"]
@@ -152,17 +138,17 @@ def test_resuming_needs_the_checkpoint_on_every_machine(trained):
 def test_sampling_and_evaluating_do_not_depend_on_the_processes(trained):
     """11 images in batches of 4: the last round has 3 for two processes. (No batch is of one image: matrix products of
     one row are rounded otherwise, a level in a few pixels.)"""
-    sampling = ["--num-samples", 11, "--num-steps", 3, "--mode", "sde", "--device", "cpu", "--batch-size", 4,
-                "--mixed-precision", "no", "--ckpt", trained / "one/exps/a/checkpoints/0000006.pt"]
-    evaluating = ["data", "--features", repa.LITE2, "--num-workers", 0]
-    for command in (["sample", *sampling, "--out", "x.npz"], ["fid", *sampling, *evaluating, "--json", "x.json"]):
+    ckpt = ["--device", "cpu", "--batch-size", 4, "--ckpt", trained / "one/exps/a/checkpoints/0000006.pt"]
+    for command in (["sample", *ckpt, "--num-samples", 11, "--num-steps", 3, "--mode", "sde", "--out", "x.npz"],
+                    ["fid", "data", *ckpt, "--reconstruct", "--metrics", "fid,kid,recall", "--features", repa.LITE2,
+                     "--num-workers", 0, "--json", "x.json"]):
         one_process(trained, *command)
         two_machines(trained, *command)
         assert not (trained / "node1" / command[-1]).exists()
     one, two = (np.load(trained / name / "x.npz")["arr_0"] for name in ("one", "node0"))
     assert one.shape == (11, 32, 32, 3) and np.array_equal(one, two) and len(np.unique(one, axis=0)) == 11
     one, two = (json.loads((trained / name / "x.json").read_text()) for name in ("one", "node0"))
-    assert len(one) > 5 and one == {name: pytest.approx(value) for name, value in two.items()}
+    assert len(one) > 8 and one == {name: pytest.approx(value) for name, value in two.items()}
 
 
 def small_chunks(rank):
@@ -186,16 +172,6 @@ def test_latents_are_cached_on_each_machine(trained, monkeypatch):
 
 
 @slow
-def test_openmoji_is_rendered_on_each_machine(tmp_path):
-    """Two processes per machine: the second waits for the first."""
-    for k in range(2):
-        (tmp_path / f"node{k}").mkdir()
-    two_machines(tmp_path, "train", *SHORT, "--max-train-steps", "1", processes=2)
-    found = [sorted(p.name for p in (tmp_path / f"node{k}/data/openmoji-32").rglob("*.png")) for k in range(2)]
-    assert found[0] == found[1] and len(found[0]) > 4000
-
-
-@slow
 @pytest.mark.parametrize("flag", ["--gradient-checkpointing", "--compile"])
 def test_torchrun_gives_the_losses_of_one_process(image_dir, short_run, flag, tmp_path):
     run(*torchrun(2), ROOT / "train.py", "--data-dir", image_dir, "--disc-weight", "0", flag, *SHORT, cwd=tmp_path)
@@ -215,7 +191,7 @@ def nan_in_step_2(rank):
     vae.Encoder.forward = disturbed
 
 
-def test_a_nan_on_one_process_skips_the_step_on_both(trained):
+def test_nan_on_one_process_skips_the_step_on_both(trained):
     two_machines(trained, "train", "--exp-name", "nan", *TRAIN, "--max-train-steps", "3", "--disc-weight", "0.1",
                  "--keep-every", "1", "--checkpointing-steps", "1", prepare=nan_in_step_2)
     rows = metrics_of(trained / "node0/exps/nan")
@@ -233,13 +209,13 @@ def test_a_nan_on_one_process_skips_the_step_on_both(trained):
 def late_or_dead(folder, ready, rank):
     """The first of three processes is late once, the last is killed."""
     sys.stderr = open(folder / f"{rank}.log", "w", buffering=1)
-    devices.TIMEOUT = devices.timedelta(seconds=5)
+    devices.TIMEOUT = devices.timedelta(seconds=3)
     ready.wait()
     processes = devices.start_processes(torch.device("cpu"))
 
     def main():
         assert not processes.any(False)
-        time.sleep(6 if rank == 0 else 0)                               # longer than TIMEOUT
+        time.sleep(4 if rank == 0 else 0)                               # longer than TIMEOUT
         assert processes.any(rank == 0)
         if rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -249,7 +225,7 @@ def late_or_dead(folder, ready, rank):
     run_command(main)
 
 
-def test_a_late_process_is_waited_for_and_a_dead_one_ends_the_others(tmp_path):
+def test_late_process_is_waited_for_and_dead_one_ends_the_others(tmp_path):
     ready = multiprocessing.get_context("forkserver").Barrier(3)
     codes = exit_codes(start(late_or_dead, 3, tmp_path, ready))
     printed = [(tmp_path / f"{rank}.log").read_text() for rank in range(3)]

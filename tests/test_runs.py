@@ -29,15 +29,14 @@ def newest(run):
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------
 
-def test_all_modes_train_on_a_vae_from_vae_only(image_dir, tmp_path, command):
+def test_frozen_regimes_train_on_a_vae_from_vae_only(image_dir, tmp_path, command):
     exps, common = tmp_path / "exps", ["--data-dir", image_dir, "--disc-weight", "0", *SHORT, "--max-train-steps", "2"]
     command("train", "--exp-name", "v", "--vae-only", *common)
     ckpt, first = exps / "v/checkpoints/0000002.pt", newest(exps / "v")
     assert set(first) == {"model", "ema", "vae", "opt_vae", "args", "steps"} and len(first["model"]) < 5
-    one_line(command("sample", "--ckpt", ckpt, "--device", "cpu", code=2), "no SiT")
-    for name, flags in dict(plain=[], cached=["--cache-latents"],
-                            unaligned=["--cache-latents", "--proj-coeff", "0"]).items():   # it reads no images
-        command("train", "--exp-name", name, "--vae-grad", "none", "--vae-ckpt", ckpt, *flags, *common)
+    for name, flags in dict(plain=["--sampling-steps", "2"], cached=["--cache-latents"], unaligned=[
+            "--cache-latents", "--proj-coeff", "0", "--sampling-steps", "2"]).items():     # it reads no images
+        command("train", "--exp-name", name, "--vae-grad", "none", "--vae-ckpt", ckpt, *common, *flags)
         last = newest(exps / name)
         assert all(torch.equal(t, last["vae"][key]) for key, t in first["vae"].items())
         for key in ("bn.running_mean", "bn.running_var"):              # fixed at those of the first run
@@ -48,7 +47,7 @@ def test_all_modes_train_on_a_vae_from_vae_only(image_dir, tmp_path, command):
     assert psnrs[0] == pytest.approx(psnrs[1], abs=1e-3)
 
 
-def test_log_and_grids(image_dir, tmp_path, command):
+def test_log_and_grids_of_a_run(image_dir, tmp_path, command):
     """PSNR of training images with every grid, whatever --log-steps is; the last step is always logged."""
     flags, exp = ["--data-dir", image_dir, *SHORT, "--log-steps", "3"], tmp_path / "exps/tiny"
     command("train", *flags, "--sampling-steps", "2")
@@ -62,12 +61,7 @@ def test_log_and_grids(image_dir, tmp_path, command):
         rec = net.decode(net.encode(x).mean)
     assert rows[4]["train_psnr"] == pytest.approx(vae.psnr(x, rec).mean().item(), abs=1e-3)
     assert json.loads((exp / "args.json").read_text())["classes"] == ["one", "two words"]
-    assert sorted(p.name for p in (exp / "images").iterdir()) == [
-        f"{kind}-000000{step}.png" for kind in ("reconstructions", "samples") for step in (2, 4)]
-    command("train", *flags, "--exp-name", "plain", "--vae-only", "--sampling-steps", "0")
-    rows = metrics_of(exp.with_name("plain"))
-    assert [row["step"] for row in rows] == [3, 4] and "train_psnr" not in rows[-1]
-    assert not (exp.with_name("plain") / "images").exists() and len(checkpoints(exp.with_name("plain"))) == 1
+    assert len(list((exp / "images").iterdir())) == 4
 
 
 def test_gradients_that_stay_bad_end_the_run(image_dir, tmp_path, command):
@@ -96,8 +90,7 @@ def wait_for_step(folder, step, alive):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_lost_disk_costs_no_step(tmp_path, workers, command):
+def test_lost_disk_costs_no_step(tmp_path, command):
     data, exp = noise_images(tmp_path / "data/a", 12).parent, tmp_path / "exps/tiny"
 
     def lose():
@@ -106,8 +99,8 @@ def test_a_lost_disk_costs_no_step(tmp_path, workers, command):
 
     thread = threading.Thread(target=lose)
     thread.start()
-    out = command("train", "--data-dir", data, *SHORT, "--vae-only", "--max-train-steps", "2000", "--num-workers",
-                  workers, code=2)
+    out = command("train", "--data-dir", data, *SHORT, "--vae-only", "--max-train-steps", "2000", "--num-workers", "1",
+                  code=2)
     thread.join()
     one_line(out, "none of 12 images tried is readable")
     assert newest(exp)["steps"] == metrics_of(exp)[-1]["step"] and len(checkpoints(exp)) == 1
@@ -140,7 +133,7 @@ def start(*flags, cwd, processes=1):
 
 
 @pytest.mark.parametrize("processes, name", [(1, "SIGUSR1"), pytest.param(2, "SIGHUP", marks=slow)])
-def test_a_signal_saves_a_checkpoint_to_resume_from(image_dir, tmp_path, processes, name, command):
+def test_signal_saves_a_checkpoint_to_resume_from(image_dir, tmp_path, processes, name, command):
     """The signal also reaches the loader processes. torchrun sends SIGTERM after a SIGHUP."""
     flags, exp = ["--data-dir", image_dir, *SHORT, "--vae-only", "--max-train-steps"], tmp_path / "exps/tiny"
     process = start(*flags, 2000, "--num-workers", 1, cwd=tmp_path, processes=processes)
@@ -154,15 +147,6 @@ def test_a_signal_saves_a_checkpoint_to_resume_from(image_dir, tmp_path, process
     step = newest(exp)["steps"]
     command("train", *flags, step + 1, "--resume")
     assert [row["step"] for row in losses(exp)] == list(range(1, step + 2))
-
-
-def test_a_crash_ends_the_loader_processes(image_dir, tmp_path):
-    """They ignore SIGTERM, and multiprocessing waits for its processes at exit."""
-    (tmp_path / "crash.py").write_text("import train\ndef crash(*args):\n    raise RuntimeError('crash')\n"
-                                       "train.run_step = crash\ntrain.main()\n")
-    out = run(sys.executable, "crash.py", "--data-dir", image_dir, *SHORT, "--num-workers", "2", cwd=tmp_path, code=1,
-              timeout=60)
-    assert "RuntimeError: crash" in out
 
 
 @slow
@@ -223,7 +207,7 @@ def test_old_vae_only_checkpoints_are_resumed(short_run, tmp_path):
     assert torch.equal(m.sit.bn.running_mean, ckpt["model"]["bn.running_mean"])
 
 
-def test_a_run_is_not_overwritten(short_run, image_dir, command):
+def test_run_is_not_overwritten(short_run, image_dir, command):
     before = {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
     out = command("train", "--data-dir", image_dir, "--exp-name", "a", "--device", "cpu", cwd=short_run, code=2)
     one_line(out, "holds checkpoints: --resume resumes", "--exp-name NAME", "remove the folder")

@@ -1,8 +1,6 @@
 """sample.py: samplers compared with closed forms and manual steps; checkpoints, labels, files."""
 import argparse
 import errno
-import io
-import itertools
 import math
 import os
 
@@ -15,10 +13,8 @@ import repa
 import sample
 import sit
 import vae
-from conftest import CPU, one_line, statistics
-from support.checkpoints import read_checkpoint
+from conftest import CPU, one_line, save_checkpoint, statistics
 from support.commands import UserError
-from support.devices import Processes
 from support.files import load_tensors
 
 MEAN, STD = 1.5, 0.5                                                    # data ~ N(MEAN, STD^2)
@@ -66,10 +62,10 @@ def test_sde_reaches_the_data_distribution(path_type):
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02) and x.std().item() == pytest.approx(STD, abs=0.02)
 
 
-@pytest.mark.parametrize("path_type", ["linear", "cosine"])
-def test_images_of_manual_steps(tiny, path_type):
+@torch.no_grad()
+def test_images_equal_those_of_manual_steps(tiny):
     """Heun with guidance, from each image's own noise, in float64, decoded with the average's statistics."""
-    m, cfg, _ = tiny("--path-type", path_type)
+    m, cfg, _ = tiny()
     m.ema.bn.set_statistics(*statistics(8))
     sampler = sample.Sampler(m.ema, m.vae, vars(cfg), 0, CPU)
     mean, std = (value.view(1, 8, 1, 1) for value in statistics(8))
@@ -83,60 +79,26 @@ def test_images_of_manual_steps(tiny, path_type):
             v = v_null + 2.5 * (v - v_null)
         return v
 
-    def check(z, got):
-        with torch.no_grad():
-            images = ((m.vae.decode(z.float() * std + mean) + 1) * 127.5).round().clamp(0, 255)
-        assert got.dtype == torch.uint8 and (got - images).abs().max() <= 1 and (got == images).float().mean() > 0.95
-        assert images.std() > 5
+    noise = [np.random.default_rng((5, i)).standard_normal((8, 8, 8), np.float32) for i in (3, 11)]
+    z, times = torch.from_numpy(np.stack(noise)).double(), [1, 0.75, 0.5, 0.25, 0]
+    for t, t_next in zip(times, times[1:]):
+        guided = 0.25 <= t <= 0.75                           # by the step's start, so 0.25 -> 0 as well
+        v = velocity(z, t, guided)
+        v_next = v if t_next == 0 else velocity(z + (t_next - t) * v, t_next, guided)
+        z = z + (t_next - t) * (v + v_next) / 2
+    images = ((m.vae.decode(z.float() * std + mean) + 1) * 127.5).round().clamp(0, 255)
+    settings = dict(num_steps=4, cfg_scale=2.5, guidance_low=0.25, guidance_high=0.75, seed=5)
+    got = sample.sample_images(sampler, [3, 11], [3, 1], heun=True, **settings)
+    assert got.dtype == torch.uint8 and (got - images).abs().max() <= 1 and (got == images).float().mean() > 0.95
+    assert images.std() > 5
 
-    rngs = [np.random.default_rng((5, i)) for i in (3, 11)]
-    start = torch.from_numpy(np.stack([rng.standard_normal((8, 8, 8), np.float32) for rng in rngs])).double()
-    z, times = start, [1, 0.75, 0.5, 0.25, 0]
-    with torch.no_grad():
-        for t, t_next in zip(times, times[1:]):
-            guided = 0.25 <= t <= 0.75                       # by the step's start, so 0.25 -> 0 as well
-            v = velocity(z, t, guided)
-            v_next = v if t_next == 0 else velocity(z + (t_next - t) * v, t_next, guided)
-            z = z + (t_next - t) * (v + v_next) / 2
-    settings = dict(num_steps=4, heun=True, cfg_scale=2.5, guidance_low=0.25, guidance_high=0.75, seed=5)
-    check(z, sample.sample_images(sampler, [3, 11], [3, 1], **settings))
-    z = start                                                # the SDE: after the state, each step's noise
-    with torch.no_grad():
-        for t, t_next in ((1.0, 0.52), (0.52, 0.04), (0.04, 0.0)):
-            v, (a, b, da, db) = velocity(z, t, t == 0.52), coefficients(t, path_type)
-            score = (a * v - da * z) / (b * (da * b - db * a))          # eps = (a v - da x) / (a db - da b)
-            z = z - (v - t * score) * (t - t_next)
-            if t_next > 0:
-                noise = torch.from_numpy(np.stack([rng.standard_normal((8, 8, 8)) for rng in rngs]))
-                z = z + math.sqrt(2 * t * (t - t_next)) * noise
-    settings |= dict(num_steps=3, heun=False)
-    check(z, sample.sample_images(sampler, [3, 11], **settings | dict(mode="sde")))           # labels 3, 1 in turn
-    for mode in ("ode", "sde"):                              # an image depends on seed and index alone
-        settings["mode"] = mode
-        together = sample.sample_images(sampler, [0, 1, 7, 12], **settings)
-        apart = torch.cat([sample.sample_images(sampler, [i], **settings) for i in (0, 1, 7, 12)])
-        assert (together.int() - apart.int()).abs().max() <= 1
-        assert all((a.int() - b.int()).abs().max() > 1 for a, b in itertools.combinations(together, 2))
+    settings["mode"] = "sde"                                 # an image depends on seed and index alone
+    together = sample.sample_images(sampler, [0, 7], **settings).int()
+    apart = torch.cat([sample.sample_images(sampler, [i], **settings) for i in (0, 7)]).int()
+    assert (together - apart).abs().max() <= 1 < (together[0] - together[1]).abs().max()
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
-
-def save_checkpoint(file, num_classes=3, cfg_prob=0.1, prefix="", **args):
-    """A training checkpoint of random weights, every gate open: 32 pixels, 8x8 latents."""
-    torch.manual_seed(0)
-    net, autoencoder = sit.SiT("SiT-T/2", 8, 8, num_classes, cfg_prob, encoder_depth=1), vae.AutoencoderKL("f4d8")
-    for name, p in net.named_parameters():
-        if "adaLN" in name or "final_layer.linear" in name:
-            torch.nn.init.normal_(p, 0, 0.05)
-        elif "embedding_table" in name:
-            torch.nn.init.normal_(p, 0, 1)                            # so that a label shows in the image
-    state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
-    args = dict(num_classes=num_classes, cfg_prob=cfg_prob, path_type="linear", data_dir="some/images",
-                ema_decay=0.5) | args
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(model=state, ema=state, vae=autoencoder.state_dict(), args=args, steps=7), file)
-    return file
-
 
 def release(short_run, file, **changes):
     """One of our checkpoints in the form of the authors' release, written to `file`."""
@@ -175,7 +137,7 @@ def test_released_checkpoints_are_sampled(short_run, tmp_path):
             sample.load_checkpoint(tmp_path / file, vae_ckpt=vae_ckpt)
 
 
-def test_qk_norm_and_sizes_come_from_the_tensors(tmp_path, short_run):
+def test_sizes_and_qk_norm_come_from_the_tensors(tmp_path, short_run):
     net = sit.SiT("SiT-S/2", 8, 8, 7, qk_norm=True, projectors=[repa.projector("mlp", 384, 16)])
     state = net.state_dict()
     release(short_run, tmp_path / "s2.pt", args=argparse.Namespace(), model=state, ema=state)
@@ -184,24 +146,17 @@ def test_qk_norm_and_sizes_come_from_the_tensors(tmp_path, short_run):
     assert torch.equal(sampler.sit.blocks[0].attn.q_norm.weight, net.blocks[0].attn.q_norm.weight)
 
 
-def test_checkpoints_saved_from_under_ddp_and_compile(tmp_path):
-    bare = sample.load_checkpoint(save_checkpoint(tmp_path / "bare.pt"))
-    ckpt = save_checkpoint(tmp_path / "wrapped.pt", prefix="module._orig_mod.")
-    wrapped = sample.load_checkpoint(ckpt)
-    assert torch.equal(*(sample.sample_images(sampler, [0, 1], num_steps=2) for sampler in (bare, wrapped)))
-    assert set(read_checkpoint(ckpt)["model"]) == set(bare.sit.state_dict())
-
-
 def test_averaged_weights_or_those_of_the_last_step(tmp_path):
-    ckpt = load_tensors(save_checkpoint(tmp_path / "x.pt"))
+    """Of a checkpoint saved from under DDP and torch.compile."""
+    ckpt = load_tensors(save_checkpoint(tmp_path / "x.pt", prefix="module._orig_mod."))
     last = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in ckpt["ema"].items()}
     torch.save(ckpt | dict(model=last), tmp_path / "y.pt")
-    weights = [sample.load_checkpoint(tmp_path / "y.pt", ema=ema).sit.x_embedder.proj.bias for ema in (True, False)]
-    assert torch.equal(weights[0], ckpt["ema"]["x_embedder.proj.bias"])
-    assert torch.equal(weights[1], last["x_embedder.proj.bias"])
+    for ema, saved in ((True, ckpt["ema"]), (False, last)):
+        net = sample.load_checkpoint(tmp_path / "y.pt", ema=ema).sit
+        assert torch.equal(net.x_embedder.proj.bias, saved["module._orig_mod.x_embedder.proj.bias"])
 
 
-def test_checkpoints_of_a_vae_alone_are_not_sampled(tmp_path):
+def test_checkpoint_of_a_vae_alone_is_not_sampled(tmp_path):
     ckpt = load_tensors(save_checkpoint(tmp_path / "x.pt", vae_only=True))
     torch.save(ckpt | dict(model={}, ema={}), tmp_path / "y.pt")
     sampler = sample.load_checkpoint(tmp_path / "y.pt")
@@ -211,7 +166,7 @@ def test_checkpoints_of_a_vae_alone_are_not_sampled(tmp_path):
 
 
 @pytest.mark.parametrize("steps, decay, trained", [(6931, None, "50.0%"), (6932, None, ""), (30, 0.99, "26.0%")])
-def test_an_average_of_few_steps_is_warned_of(steps, decay, trained):
+def test_average_of_few_steps_is_warned_of(steps, decay, trained):
     args = {} if decay is None else dict(ema_decay=decay)
     warning = sample.warn_of_short_average(sample.Sampler(None, None, args, steps, CPU))
     assert bool(warning) == bool(trained) and f"only {trained}" * bool(trained) in warning
@@ -221,12 +176,9 @@ def test_an_average_of_few_steps_is_warned_of(steps, decay, trained):
 
 def test_labels_are_equal_or_random():
     label = sample.class_for_sample
-    assert [label(i, 0, range(3)) for i in range(5)] == [0, 1, 2, 0, 1]
-    assert [label(i, 0, range(3), n=7) for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    assert [label(i, 0, [4, 2, 9], n=5) for i in range(5)] == [4, 2, 9, 4, 2]
     assert [label(i, 0, range(1000), n=10) for i in range(10)] == list(range(0, 1000, 100))    # few are spread
-    assert [label(i, 0, [4, 2, 9], n=2) for i in range(2)] == [4, 2]
     labels = [label(i, 5, range(3), "random") for i in range(600)]
-    assert labels == [label(i, 5, range(3), "random", n=2) for i in range(600)]
     assert all(150 < labels.count(k) < 250 for k in range(3)) and labels[:300] != labels[300:]
     assert labels[:8] == [2, 2, 1, 0, 1, 1, 2, 1]                           # as ever: the same for a seed
 
@@ -239,27 +191,22 @@ def arr_0(file):
 
 def test_classes_are_taken_by_name_before_number(tmp_path, command):
     names = sorted(str(k) for k in range(12))                           # 0 1 10 11 2 3 ...: as folders sort
-    for names, words, labels in ((names, "2,9", [4, 11]), (["cat", "dog", "zebra"], "zebra,0", [2, 0]),
-                                 (["chat", "cafe\u0301"], "caf\u00e9,cafe\u0301", [1, 1]),       # é in two Unicode forms
+    for names, words, labels in ((names, "2,9", [4, 11]), (["zebra", "cafe\u0301"], "caf\u00e9,0", [1, 0]),
                                  (None, "2,1", [2, 1])):                # None: an older one, of numbers alone
         ckpt = save_checkpoint(tmp_path / "x.pt", num_classes=len(names or "123"), classes=names)
         command("sample", "--ckpt", ckpt, "--num-samples", 2, "--classes", words, "--out", "y.npz", *FEW)
         expected = sample.sample_images(sample.load_checkpoint(ckpt), [0, 1], labels, num_steps=2)
         assert np.array_equal(arr_0(tmp_path / "y.npz"), expected.permute(0, 2, 3, 1).numpy())
-    for wrong in ("3", "cow", "-1", "1;2"):
-        one_line(command("sample", "--ckpt", ckpt, f"--classes={wrong}", *FEW, code=2), wrong, "or of 0, 1, 2")
+    one_line(command("sample", "--ckpt", ckpt, "--classes", "1,cow", *FEW, code=2), "cow", "or of 0, 1, 2")
 
 
-def test_the_three_kinds_of_output_hold_the_same_images(tmp_path, command, monkeypatch):
+def test_three_kinds_of_output_hold_the_same_images(tmp_path, command, monkeypatch):
     ckpt = save_checkpoint(tmp_path / "x.pt")
     monkeypatch.setenv("HOME", str(tmp_path))
     for out in ("~/a/b/x.npz", tmp_path / "x.png", tmp_path / "folder"):
         printed = command("sample", "--ckpt", ckpt, "--num-samples", 6, "--batch-size", 4, "--out", out, *FEW)
         assert f"6 samples of {ckpt}, step 7, trained on some/images" in printed
     images = arr_0(tmp_path / "a/b/x.npz")
-    plain = io.BytesIO()
-    np.savez(plain, arr_0=images)
-    assert plain.getvalue() == (tmp_path / "a/b/x.npz").read_bytes()          # what np.savez would have written
     sampler = sample.load_checkpoint(ckpt)
     expected = torch.cat([sample.sample_images(sampler, part, num_steps=2) for part in ([0, 1, 2, 3], [4, 5])])
     assert np.array_equal(images, expected.permute(0, 2, 3, 1).numpy())
@@ -268,30 +215,20 @@ def test_the_three_kinds_of_output_hold_the_same_images(tmp_path, command, monke
     for i in range(6):
         assert np.array_equal(grid[:64:2, 68 * i:68 * i + 64:2], images[i])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder", "x.png", "x.pt"]
-    assert [p.name for p in (tmp_path / "a/b").iterdir()] == ["x.npz"]
-    (tmp_path / "e.npz").mkdir()
-    for out in ("folder", "e.npz"):                                    # images in it; a folder, not a file
-        one_line(command("sample", "--ckpt", ckpt, "--out", out, *FEW, code=2), "this folder exists")
+    one_line(command("sample", "--ckpt", ckpt, "--out", "folder", *FEW, code=2), "this folder exists")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_full_disk_shows_before_any_sampling(tmp_path, command, monkeypatch, code):
-    """Unless the file system lacks fallocate."""
+def test_full_disk_shows_before_any_sampling(tmp_path, command, monkeypatch):
     ckpt, asked = save_checkpoint(tmp_path / "x.pt"), []
 
     def fallocate(descriptor, offset, size):
         asked.append(size)
-        raise OSError(code, os.strerror(code))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate, raising=False)
-    if code == errno.ENOSPC:
-        monkeypatch.setattr(sample, "sample_images", None)
-        flags = ["--ckpt", ckpt, "--num-samples", 50, "--out", "x.npz", *FEW]
-        one_line(command("sample", *flags, code=2), "No space left on device")
-        assert asked[0] >= 50 * 32 * 32 * 3 and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-    else:
-        command("sample", "--ckpt", ckpt, "--num-samples", 1, "--out", "x.npz", *FEW)
-        assert (tmp_path / "x.npz").exists()
+    monkeypatch.setattr(sample, "sample_images", None)
+    one_line(command("sample", "--ckpt", ckpt, "--num-samples", 3, "--out", "x.npz", *FEW, code=2), "No space left")
+    assert asked[0] >= 3 * 32 * 32 * 3 and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
 def test_samples_that_are_not_finite_are_refused(tmp_path, command):
@@ -299,13 +236,13 @@ def test_samples_that_are_not_finite_are_refused(tmp_path, command):
     ckpt["ema"] = {name: tensor * 1e38 if name == "final_layer.linear.weight" else tensor
                    for name, tensor in ckpt["ema"].items()}
     torch.save(ckpt, tmp_path / "y.pt")
-    for out in ("x.npz", "x.png"):
-        printed = command("sample", "--ckpt", "y.pt", "--num-samples", 3, "--out", out, *FEW, code=2)
-        one_line(printed, "sample 0 is not finite (3 of a batch of 3)")
-        assert not (tmp_path / out).exists()
+    printed = command("sample", "--ckpt", "y.pt", "--num-samples", 3, "--out", "x.npz", *FEW, code=2)
+    one_line(printed, "sample 0 is not finite (3 of a batch of 3)")
+    assert not (tmp_path / "x.npz").exists()
 
 
-def test_a_bug_while_sampling_leaves_no_file_and_keeps_its_traceback(tmp_path, command, monkeypatch):
+def test_failure_while_sampling_leaves_no_file(tmp_path, command, monkeypatch):
+    """And keeps its traceback. The network runs with TF32."""
     ckpt, sample_images, tf32 = save_checkpoint(tmp_path / "x.pt"), sample.sample_images, []
 
     def second_batch_fails(sampler, indices, labels, **settings):
@@ -315,52 +252,25 @@ def test_a_bug_while_sampling_leaves_no_file_and_keeps_its_traceback(tmp_path, c
         return sample_images(sampler, indices, labels, **settings)
 
     monkeypatch.setattr(sample, "sample_images", second_batch_fails)
-    for out in ("x.npz", "x.png"):
-        with pytest.raises(RuntimeError, match="a bug"):
-            command("sample", "--ckpt", ckpt, "--num-samples", 6, "--batch-size", 4, "--out", out, *FEW)
+    with pytest.raises(RuntimeError, match="a bug"):
+        command("sample", "--ckpt", ckpt, "--num-samples", 6, "--batch-size", 4, "--out", "x.npz", *FEW)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"] and all(tf32)
 
 
-def test_the_columns_of_a_grid_are_classes(tmp_path, command, monkeypatch):
+def test_columns_of_a_grid_are_classes(tmp_path, command, monkeypatch):
     ckpt = save_checkpoint(tmp_path / "run/checkpoints/0000007.pt", num_classes=3, classes=["cat", "dog", "ox"])
     printed = command("sample", "--ckpt", ckpt, "--batch-size", 5, *FEW)
     assert "first row: cat, dog, ox, cat, dog, ox\n" in printed and "24 samples of" in printed
     assert Image.open(tmp_path / "run/samples-0000007.png").size == ((6 * 34 - 2) * 2, (4 * 34 - 2) * 2)
     ckpt = save_checkpoint(tmp_path / "many.pt", num_classes=40)
-    printed = command("sample", "--ckpt", ckpt, "--num-samples", 4, "--out", "few.png", *FEW)
-    assert "first row: 0, 10, 20, 30\n" in printed
     sampler = sample.load_checkpoint(ckpt)                               # train.py's grid, of decoded noise
     monkeypatch.setattr(sample, "integrate", lambda velocity, x, *args: x)
     sample.save_sample_grid(sampler, tmp_path / "grids/grid.png", 1.0, "no")
     grid = np.array(Image.open(tmp_path / "grids/grid.png"))
     assert grid.shape == ((8 * 34 - 2) * 2, (10 * 34 - 2) * 2, 3)                  # 8 rows, 10 columns
-    images = sample.sample_images(sampler, range(70, 80), range(10), num_steps=25).permute(0, 2, 3, 1)
-    assert np.abs(grid[7 * 68::2, 9 * 68::2].astype(int) - images[9].numpy()).max() <= 1
 
 
-@pytest.mark.parametrize("n", [1, 11])
-def test_three_processes_share_the_work(n, monkeypatch):
-    """One after the other, process 0 last."""
-    sent = {1: [], 2: []}
-
-    class InTurn(Processes):
-        def gather(self, value):
-            if self.rank == 0:
-                return [value, sent[1].pop(0), sent[2].pop(0)]
-            sent[self.rank].append(value)
-
-    def sample_images(sampler, indices, labels):
-        assert 0 < len(indices) <= 2 and labels == [10 * i for i in indices]
-        return torch.tensor(indices, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-
-    monkeypatch.setattr(sample, "sample_images", sample_images)
-    *others, batches = [list(sample.generate(None, range(0, 10 * n, 10), 2, InTurn(rank, 3)))
-                        for rank in (2, 1, 0)]
-    assert others == [[], []] and [first for first, _ in batches] == list(range(0, n, 6))
-    assert torch.cat([images for _, images in batches])[:, 0, 0, 0].tolist() == list(range(n))
-
-
-def test_guidance_is_refused_where_there_is_nothing_to_guide_to(tmp_path):
+def test_guidance_needs_classes_and_a_null_class(tmp_path):
     for num_classes, cfg_prob in ((1, 0.1), (3, 0.0)):
         sampler = sample.load_checkpoint(save_checkpoint(tmp_path / "x.pt", num_classes, cfg_prob))
         with pytest.raises(UserError, match="--cfg-scale above 1"):
@@ -368,9 +278,6 @@ def test_guidance_is_refused_where_there_is_nothing_to_guide_to(tmp_path):
         sample.sample_images(sampler, [0], num_steps=1)
 
 
-@pytest.mark.parametrize("flags", ["--num-steps 0", "--num-samples 0", "--batch-size -1", "--seed -1",
-                                   "--seed 18446744073709551616",
-                                   "--cfg-scale 0.5", "--cfg-scale nan", "--guidance-high 1.5", "--ckpt nowhere.pt",
-                                   "--guidance-low 0.9 --guidance-high 0.1", "--heun --mode sde"])
-def test_wrong_flags_are_one_line(command, flags):
+@pytest.mark.parametrize("flags", ["--cfg-scale 0.5", "--guidance-low 0.9 --guidance-high 0.1", "--heun --mode sde"])
+def test_sampler_flags_that_do_not_go_together(command, flags):
     one_line(command("sample", "--device", "cpu", *flags.split(), code=2), flags.split()[0])

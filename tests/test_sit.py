@@ -19,20 +19,12 @@ def test_state_dicts_are_the_released_ones():
         xl1 = sit.SiT("SiT-XL/1", 16, 32, 1000, projectors=[repa.projector("mlp", 1152, 768)])
         assert sum(p.numel() for p in xl2.parameters()) == 683_242_512
         assert sum(p.numel() for p in xl1.parameters()) == 683_279_392
-        norm = sit.SiT("SiT-B/2", 32, 4, 1000, qk_norm=True).state_dict()
-        assert norm["blocks.3.attn.q_norm.weight"].shape == (64,)
         assert sit.SiT("SiT-B/2", 32, 4, 1000, cfg_prob=0).y_embedder.embedding_table.weight.shape == (1000, 768)
-        for size in "SBLX":
-            sit.SiT(f"SiT-{size}{'L' if size == 'X' else ''}/2", 32, 4, 1000)(
-                torch.empty(2, 4, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long))
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     net = sit.SiT("SiT-T/2", 8, 8, 1000, encoder_depth=2, projectors=[repa.projector("mlp", 256, 112, 64)])
-    assert net.null_class == 1000 and net.y_embedder.embedding_table.weight.shape == (1001, 256)
-    bare = sit.SiT("SiT-T/2", 8, 8, 10, cfg_prob=0, encoder_depth=2)
-    assert bare.y_embedder.embedding_table.weight.shape == (10, 256)
     assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0  # zero head
     zeros = [block.adaLN_modulation[1] for block in (*net.blocks, net.final_layer)] + [net.final_layer.linear]
     normals = [net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight]

@@ -1,7 +1,6 @@
 """support/: errors in one line, files and checkpoints that survive, metrics, grids."""
 import argparse
 import errno
-import io
 import json
 import math
 import multiprocessing
@@ -17,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import CPU, one_line, run
+from conftest import CPU, one_line
 from support import checkpoints, commands, files
 from support.commands import UserError
 from support.devices import Processes, start_processes
 from support.files import load_tensors, write_atomic
-from support.grids import image_grid, pca_rgb, save_png, to_float, to_uint8
+from support.grids import pca_rgb, save_png, to_float, to_uint8
 from support.metrics import BadSteps, read_rows, start_metrics
 
 
@@ -43,19 +42,11 @@ def fail(error):
 
 def test_names_that_are_not_utf8_are_printed(tmp_path, monkeypatch):
     name = os.fsdecode(b"caf\xe9.png")
-
-    def main():
-        print(name)
-        raise UserError(name)
-
-    for stream in ("stdout", "stderr"):
-        file = open(tmp_path / stream, "w", encoding="utf-8", errors="strict")
-        monkeypatch.setattr(sys, stream, file)
-        monkeypatch.setattr(sys, f"__{stream}__", file)
+    file = open(tmp_path / "stderr", "w", encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setattr(sys, "__stderr__", file)
     with pytest.raises(SystemExit):
-        commands.run_command(main)
-    sys.stdout.flush()
-    assert (tmp_path / "stdout").read_text() == "caf\\udce9.png\n"
+        commands.run_command(lambda: fail(UserError(name)))
     assert (tmp_path / "stderr").read_text() == "error: caf\\udce9.png\n"
 
 
@@ -68,15 +59,11 @@ BUS_ERROR.__cause__ = RuntimeError(WORKER + "Bus error. It is possible that ... 
 
 @pytest.mark.parametrize("error, words", [
     (UserError("a word"), "a word"),
-    (FileNotFoundError(errno.ENOENT, "No such file", "/nowhere/x"), "No such file: '/nowhere/x'"),
     (OSError(errno.ENOSPC, "full"), "full"),
     (torch.OutOfMemoryError(CUDA), "CUDA out of memory: tried to allocate 2.50 GiB of 23.64 GiB total; try LESS"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-     "out of memory: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`; try LESS"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "try LESS"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GiB)"), "17.9 GiB); try LESS"),
-    (MemoryError("Unable to allocate 9 GiB"), "out of memory: Unable to allocate 9 GiB; try LESS"),
     (BUS_ERROR, "shared memory: try --num-workers 0, or give it more (docker run --shm-size=8g)"),
-    (RuntimeError("unable to allocate shared memory(shm) for file </torch_77_1>: No space left"), "--shm-size=8g)"),
     (RuntimeError(WORKER + "Killed. "), "out of memory: try a smaller --num-workers, or LESS")])
 def test_errors_in_one_line(error, words, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -85,13 +72,13 @@ def test_errors_in_one_line(error, words, capsys):
     assert stopped.value.code == 2 and err.startswith("error: ") and err.endswith(f"{words}\n") and err.count("\n") == 1
 
 
-def test_the_cpu_runs_out_of_memory_in_one_line(capsys):
+def test_cpu_out_of_memory_in_one_line(capsys):
     with pytest.raises(SystemExit):
         commands.run_command(lambda: torch.empty(1 << 50))
     one_line(capsys.readouterr().err, "out of memory: tried to allocate 4194304.00 GiB; try a smaller --batch-size")
 
 
-@pytest.mark.parametrize("error", [OSError("a bug"), RuntimeError("a bug"), RuntimeError(
+@pytest.mark.parametrize("error", [OSError("a bug"), RuntimeError(
     "No valid triton configs. OutOfResources: out of resource: shared memory, Required: 1, Hardware limit: 0")])
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error), match=str(error)):
@@ -99,38 +86,32 @@ def test_bugs_keep_their_traceback(error):
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    ("positive_int", {"20": 20}, "0 1.5 x"), ("count", {"0": 0}, "-1 0.5 nan"),
-    ("seed_number", {"0": 0, str(2 ** 64 - 1): 2 ** 64 - 1}, f"-1 {2 ** 64}"),
-    ("path_name", {"~/x": os.path.expanduser("~") + "/x", "exps/~": "exps/~"}, ""),
-    ("positive", {"1e-4": 1e-4}, "0 inf nan x"), ("non_negative", {"0": 0.0, "2.5": 2.5}, "-1e-9 inf nan"),
-    ("fraction", {"0": 0.0, "1": 1.0}, "-0.1 1.1 nan"), ("below_one", {"0": 0.0, "0.9999": 0.9999}, "1 -0.1 nan"),
-    ("positive_fraction", {"1": 1.0}, "0 1.1 nan"),
-    ("existing_path", {"~": os.path.expanduser("~"), __file__: __file__}, "/nowhere"),
-    ("existing_folder", {"~": os.path.expanduser("~")}, f"/nowhere {__file__}"),
-    ("plain_name", {"a b.c": "a b.c"}, "a/b a\\b .. .hidden")])
+    ("positive_int", "20", "0 1.5 x"), ("count", "0", "-1 nan"), ("seed_number", "5", f"-1 {2 ** 64}"),
+    ("positive", "1e-4", "0 inf nan"), ("non_negative", "0", "-1e-9 inf nan"), ("fraction", "1", "-0.1 1.1"),
+    ("below_one", "0", "1 -0.1"), ("positive_fraction", "1", "0 1.1"), ("existing_path", "~", "/nowhere"),
+    ("existing_folder", "~", __file__), ("plain_name", "a b.c", "a/b a\\b C:a .. .hidden")])
 def test_argument_types(kind, good, bad):
     parser = commands.Parser()
     parser.add_argument("--x", type=getattr(commands, kind))
-    for text, value in good.items():
-        x = parser.parse_args([f"--x={text}"]).x
-        assert x == value and type(x) is type(value)
+    x = parser.parse_args([f"--x={good}"]).x
+    assert x == (float(good) if good[0].isdigit() else os.path.expanduser(good))
     for text in bad.split():
         with pytest.raises(UserError, match="^argument --x: must be [^\n]*see --help.$"):
             parser.parse_args([f"--x={text}"])
 
 
 @pytest.mark.parametrize("nohup, received", [(False, 4), (True, 2)])
-def test_late_second_signal_ends_the_process(nohup, received):
+def test_second_signal_ends_the_process(nohup, received):
     """Signals shortly after the first, as shell and torchrun forward them, are one request."""
     def child():
-        commands.SAME_REQUEST = 0.5
+        commands.SAME_REQUEST = 0.3
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         times = commands.catch_signals()
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
             time.sleep(0.01)
         assert len(times) == received
-        time.sleep(0.6)
+        time.sleep(0.4)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert exit_code(child) == 128 + signal.SIGINT
@@ -184,29 +165,9 @@ def test_consecutive_bad_steps_are_a_problem(rows, problem):
     assert problem in found and bool(problem) == bool(found)
 
 
-def test_tensorboard_has_each_step_of_a_resumed_run_once(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for start, value in ((0, 1.0), (2, 2.0)):                           # killed after step 4, resumed from step 2
-        log = start_metrics(tmp_path, start, "tensorboard", "run", {})
-        for step in range(start + 1, 5):
-            log(step, dict(loss=value))
-        time.sleep(1)                                                   # its files are named by the second
-    found = events.EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in found] == [(1, 1), (2, 1), (3, 2), (4, 2)]
-
-
-def test_wandb_without_a_key_is_one_line(tmp_path):
-    pytest.importorskip("wandb")
-    code = "from support import commands, metrics\ncommands.run_command(lambda: metrics.check_logger('wandb'))"
-    env = dict(HOME=str(tmp_path), NETRC=str(tmp_path / "netrc"), WANDB_API_KEY="", WANDB_MODE="")
-    one_line(run(sys.executable, "-c", code, cwd=tmp_path, env=env, code=2), "WANDB_API_KEY", "WANDB_MODE=offline")
-    assert "error" not in run(sys.executable, "-c", code, cwd=tmp_path, env=env | dict(RANK="1"))
-
-
 # --- Files ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", ["/proc/nowhere/out.png", "/dev/null/out.png", "{tmp}/file/out.png",
-                                  "{tmp}/" + "n" * 300, "{tmp}/folder", "{tmp}"])
+@pytest.mark.parametrize("path", ["/proc/nowhere/out.png", "{tmp}/file/out.png", "{tmp}/folder"])
 def test_files_that_cannot_be_written(path, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
@@ -218,24 +179,23 @@ def test_files_that_cannot_be_written(path, tmp_path):
 def test_pipes_are_written_into(tmp_path):
     """Also an image, whose writer seeks."""
     os.mkfifo(tmp_path / "pipe")
-    for write in (lambda: files.save_npz(tmp_path / "pipe", a=np.arange(3)),
-                  lambda: save_png(Image.new("RGB", (2, 2)), tmp_path / "pipe")):
-        reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
-        write()
-        assert reader.communicate(timeout=20)[0][1:4] in (b"K\x03\x04", b"PNG")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    save_png(Image.new("RGB", (2, 2)), tmp_path / "pipe")
+    assert reader.communicate(timeout=20)[0][1:4] == b"PNG"
     assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
 
 
-def test_the_file_that_stdout_goes_to_is_written_into(tmp_path):
-    code = ("from support.files import write_atomic\nprint('before')\n"
-            "write_atomic('/dev/stdout', lambda tmp: tmp.write_text('json\\n'))\nprint('after')")
-    run("sh", "-c", f'"{sys.executable}" -c "{code}" > out.txt', cwd=tmp_path, env=dict(PYTHONUNBUFFERED=""))
-    assert (tmp_path / "out.txt").read_text() == "before\njson\nafter\n"
-    piped = run("sh", "-c", f'"{sys.executable}" -c "{code}" | cat', cwd=tmp_path, env=dict(PYTHONUNBUFFERED=""))
-    assert piped == "before\njson\nafter\n"
+def test_file_that_stdout_goes_to_is_written_into(tmp_path):
+    def child():
+        os.dup2(os.open(tmp_path / "out.txt", os.O_WRONLY | os.O_CREAT), 1)
+        os.write(1, b"before\n")
+        write_atomic("/dev/stdout", lambda tmp: tmp.write_text("json\n"))
+        os.write(1, b"after\n")
+
+    assert exit_code(child) == 0 and (tmp_path / "out.txt").read_text() == "before\njson\nafter\n"
 
 
-def test_the_target_of_a_link_is_written(tmp_path):
+def test_target_of_a_link_is_written(tmp_path):
     target, link = tmp_path / "there/target", tmp_path / "link"
     link.symlink_to("there/target")
     for text in ("new", "replaced"):
@@ -267,12 +227,12 @@ def test_pickled_code_is_refused(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_prefixes_are_stripped_anywhere_in_a_name():
+def test_wrappers_prefixes_are_stripped():
     state = {"module.a.weight": 1, "b._orig_mod.c": 2, "_orig_mod.module.d": 3, "submodule.e": 4, "modules.f": 5}
     assert files.strip_wrappers(state) == {"a.weight": 1, "b.c": 2, "d": 3, "submodule.e": 4, "modules.f": 5}
 
 
-def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, capsys):
+def test_folder_in_use_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "checkpoints").mkdir()
     unfinished = tmp_path / "checkpoints/.0000002.pt.12.tmp"
     names = ("checkpoints/.cache.tmp", ".samples.npz.12.tmp")           # sample.py may be writing this one
@@ -362,26 +322,14 @@ def test_pixels_round_trip_and_round():
     assert to_uint8(torch.tensor([-3.0, 3.0, (200.6 / 127.5) - 1])).tolist() == [0, 255, 201]
 
 
-def test_image_grid():
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (5, 3, 8, 8), np.uint8))
-    expected = np.full((18, 28, 3), 255)
-    for i, image in enumerate(images):
-        top, left = i // 3 * 10, i % 3 * 10
-        expected[top:top + 8, left:left + 8] = image.permute(1, 2, 0)
-    assert np.array_equal(np.asarray(image_grid(images, 3, 2)), expected.repeat(2, 0).repeat(2, 1))
-    assert image_grid(images[:1], 4, 1).size == (38, 8)
-
-
-@pytest.mark.parametrize("channels", [1, 5])
-def test_pca_rgb_is_the_principal_components(channels):
-    """Of one channel: red is the latent itself, green and blue are grey."""
-    z = np.random.default_rng(0).normal(size=(3, channels, 4, 4)) * np.arange(1, channels + 1).reshape(1, -1, 1, 1)
-    flat = z.transpose(0, 2, 3, 1).reshape(-1, channels)
-    flat = flat - flat.mean(0)
-    axes = np.linalg.svd(flat, full_matrices=False)[2][:3]
-    values = flat @ (axes * np.sign([axis[np.abs(axis).argmax()] for axis in axes])[:, None]).T
-    expected = np.full((48, 3), 127.5)
-    expected[:, :len(axes)] = np.clip(127.5 * (1 + values / (2.5 * values.std(0))), 0, 255)
-    rgb = pca_rgb(torch.tensor(z), 2).permute(0, 2, 3, 1)
-    assert np.abs(rgb[:, ::2, ::2].reshape(-1, 3).numpy() - expected).max() < 0.6
-    assert torch.equal(rgb, rgb[:, ::2, ::2].repeat_interleave(2, 1).repeat_interleave(2, 2))
+def test_pca_rgb_is_the_principal_components():
+    """Up to their sign; 2.5 standard deviations fill the range."""
+    z = np.random.default_rng(0).normal(size=(3, 5, 4, 4)) * np.arange(1, 6).reshape(1, -1, 1, 1)
+    flat = z.transpose(0, 2, 3, 1).reshape(-1, 5)
+    values = (flat - flat.mean(0)) @ np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][:3].T
+    expected = np.clip(values / (2.5 * values.std(0)), -1, 1)
+    rgb = to_float(pca_rgb(torch.tensor(z), 2))
+    found = rgb[:, :, ::2, ::2].permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    assert np.abs(found * np.sign((found * expected).sum(0)) - expected).max() < 0.01
+    assert torch.equal(rgb, rgb[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert (pca_rgb(torch.tensor(z[:, :1]))[:, 1:] == 128).all()                     # one channel: two are missing
