@@ -45,10 +45,10 @@ def measure_layer(layer, shape, cfg, m):
 def parts(args, cfg, m):
     """Rows of the decoder's layers, with --compile compiled: a convolution of each level; in each of FORMS a
     residual block, the upsampling of each level, and the attention."""
-    up, mid = m.vae.decoder.up, m.vae.decoder.mid
+    up = m.vae.decoder.up
     layers = [(level.block[-1].conv2, i) for i, level in enumerate(up)]
     layers += [(up[0].block[-1], 0), *((up[i].upsample, i) for i in range(1, len(up))),
-               (mid.attn_1, len(up) - 1)]
+               (m.vae.decoder.mid.attn_1, len(up) - 1)]
     for layer, i in layers:
         shape = args.images, up[i].block[-1].conv2.in_channels, cfg.resolution >> i, cfg.resolution >> i
         if cfg.compile:
