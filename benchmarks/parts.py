@@ -46,6 +46,8 @@ def parts(args, cfg, m):
     """Rows of the decoder's layers, with --compile compiled: a convolution of each level; in each of FORMS a
     residual block, the upsampling of each level, and the attention."""
     up = m.vae.decoder.up
+    for p in m.vae.parameters():
+        p.data.normal_()                                    # some start as zeros, which a GPU multiplies faster
     layers = [(level.block[-1].conv2, i) for i, level in enumerate(up)]
     layers += [(up[0].block[-1], 0), *((up[i].upsample, i) for i in range(1, len(up))),
                (m.vae.decoder.mid.attn_1, len(up) - 1)]

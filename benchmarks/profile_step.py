@@ -93,9 +93,8 @@ def main():
     seconds_per_step(step, range(3))
     seconds = seconds_per_step(step, range(3, 3 + args.steps))
     peak = peak_flops(device, cfg.mixed_precision)
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30
     processes.say(f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, "
-                  f"GPU memory {memory:.2f} GiB\n"
+                  f"GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB\n"
                   f"{flops / 1e12:.4f} TFLOP per step and process: {flops / seconds / 1e12:.3f} TFLOP/s, "
                   f"{flops / seconds / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
     os.environ["KINETO_LOG_LEVEL"] = "99"                             # silences the profiler's own log

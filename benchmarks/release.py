@@ -60,7 +60,7 @@ def release_step(folder, cfg, m):
         accelerator.backward(value)
         accelerator.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     @accelerator.autocast()
     def step(k):
