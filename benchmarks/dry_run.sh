@@ -26,12 +26,8 @@ FLAGS=${FLAGS:-}                                            # more flags for eac
 
 is_done() { grep -qsF "\"name\": \"$1\"" results.jsonl; }               # NAME
 
-# run_once NAME COMMAND...; run_once --stop-at FILE NAME COMMAND...: measured by dry_run.py
-run_once() {
-    local name=$1
-    [ $1 != --stop-at ] || name=$3
-    is_done "$name" || python "$ROOT/benchmarks/dry_run.py" run "$@"
-}
+# run_once NAME COMMAND...: measured by dry_run.py; stopped when the file STOP_AT, if it is set, has a row
+run_once() { is_done "$1" || python "$ROOT/benchmarks/dry_run.py" run "${STOP_AT:-}" "$@"; }
 
 # check WORDS: one of dry_run.py's checks
 check() { is_done "$*" || python "$ROOT/benchmarks/dry_run.py" "$@"; }
@@ -71,11 +67,11 @@ run_preset() {
         rm -rf exps/unstopped/checkpoints
         grep -q "skipped an unreadable image" logs/unstopped.log || fail "training did not read the damaged image"
         is_done stopped || rm -rf $run
-        run_once --stop-at $run/metrics.jsonl stopped $train
+        STOP_AT=$run/metrics.jsonl run_once stopped $train
     fi
     run_once $preset $train                                                     # of sdvae-xl2: resume
     check losses $run $STEPS $([ $preset != sdvae-xl2 ] || echo exps/unstopped)
-    check trained_vae $ckpt $vae_ckpt
+    check vae trained $ckpt $vae_ckpt
     find $run/checkpoints -name '*.pt' ! -path $ckpt -delete 2> /dev/null || true           # of the stop
 
     run_once $preset-sample $sample
@@ -84,20 +80,21 @@ run_preset() {
     run_once $preset-fid $fid
     check scores $run/fid.json $SAMPLES
     run_once $preset-export python vae.py export $ckpt e2e-vae-$preset --resolution $RESOLUTION
-    check same_vae e2e-vae-$preset $ckpt
+    check vae same e2e-vae-$preset $ckpt
 
     run_once e2e-$preset $second
     check losses exps/e2e-$preset $STEPS
-    check same_vae exps/e2e-$preset/checkpoints/$(printf %07d $STEPS).pt $ckpt
+    check vae same exps/e2e-$preset/checkpoints/$(printf %07d $STEPS).pt $ckpt
     rm -rf $run/checkpoints exps/e2e-$preset/checkpoints
 }
 
 main() {                                                    # parsed as a whole, so this file may change meanwhile
-    [ -f /proc/self/stat ] || fail "no /proc, where the processes to stop are found: run this on Linux"
+    command -v pkill > /dev/null || fail "pkill is missing; it is part of procps"
     [[ $SIZE = XL || $SIZE = S ]] || fail "SIZE=$SIZE: choose XL or S"
     keep_settings "$OUT/settings" SIZE PROCESSES BATCH STEPS SAMPLES NUM_STEPS RESOLUTION FLAGS
     ROOT=$PWD
     cd "$OUT"
+    mkdir -p logs
     echo "dry run with $(cat settings)"
 
     ln -sf "$ROOT"/{train,sample,fid,vae}.py .

@@ -45,7 +45,7 @@ class Tally(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage not in self.alive:
             size = storage.nbytes()
-            self.alive[storage] = weakref.ref(storage, lambda _: self.free(size))
+            self.alive[storage] = weakref.finalize(storage, self.free, size)
             self.now += size
             self.peak = max(self.peak, self.now)
 
@@ -126,7 +126,7 @@ def read_flags(flags, gpus):
             f"{micro_batches}, --gpus times --gradient-accumulation-steps")
     if cfg.mixed_precision == "auto":
         cfg.mixed_precision = "bf16"
-    files = dict(vae_ckpt="", init_from="", enc_ckpt="", vgg_ckpt="", lpips_ckpt="", disc_pretrained_ckpt="")
+    files = dict.fromkeys("vae_ckpt init_from enc_ckpt vgg_ckpt lpips_ckpt disc_pretrained_ckpt".split(), "")
     vae = cfg.vae or train.PRESETS[cfg.preset]["vae"]        # not that of a file, which is not read
     return replace(cfg, **files, vae=vae, allow_random_weights=True, num_classes=cfg.num_classes or 1000,
                    compile=False, disc_start=0)                # with the adversarial loss from the first step
