@@ -131,9 +131,9 @@ class PooledFeatures(nn.Module):
 
     def forward(self, images):
         """-> 'pool' [B, D]."""
-        x = self.normalize(resize_pillow(images, self.size, self.interpolation) / 255)
-        x = x.contiguous(memory_format=memory_format(x.device))
-        with full_float32(x.device):
+        with full_float32(images.device):
+            x = self.normalize(resize_pillow(images, self.size, self.interpolation) / 255)
+            x = x.contiguous(memory_format=memory_format(x.device))
             return dict(pool=self.net.forward_head(self.net.forward_features(x), pre_logits=True).float())
 
 
