@@ -215,7 +215,8 @@ class ImageSet:
     def open_npz(self):
         with np.load(self.path) as f:                                    # reads only the arrays asked for
             own = f"{f['features']} {str(f['sha256'])[:8]}" if "sha256" in f else ""     # an older version's
-            for id in {key.rpartition(" ")[0] for key in f.files}:
+            ids = {key.rpartition(" ")[0] for key in f.files}
+            for id in ids - {""} or {""}:
                 for output, names in STATISTICS.items():
                     names = [f"{id} {name}".strip() for name in names]
                     if all(name in f for name in names):
@@ -647,9 +648,14 @@ def choose_metrics(asked, ref, samples, nets):
 
 
 def save_stats(file, ref, values):
-    """Write a reference's statistics, `values` of `collect`."""
-    arrays = {f"{id} {name}": array for (id, need), pair in values.items() if need in STATISTICS
-              for name, array in zip(STATISTICS[need], pair, strict=True)}
+    """Write a reference's statistics, `values` of `collect`; Inception's also under ADM's names, without the
+    network's id."""
+    arrays = {}
+    for (id, need), pair in values.items():
+        if need in STATISTICS:
+            named = dict(zip(STATISTICS[need], pair, strict=True))
+            arrays |= {f"{id} {name}": array for name, array in named.items()}
+            arrays |= named if id.startswith("inception ") else {}
     save_npz(file, n=ref.n, shape=ref.shape, **arrays)
 
 

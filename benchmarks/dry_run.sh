@@ -3,9 +3,10 @@
 #
 # It writes dummy data and weights (benchmarks/dummy_data.py) and runs each command of the README, with more flags at
 # its end that make it short and name files in place of the hub. For two presets: training, sampling to an .npz,
-# fid.py against ADM's batch, export, the second stage; for sdvae-xl2 also 512 pixels, and training that a signal
-# stops and --resume resumes, compared with training that was not stopped. It prints seconds, memory and the sizes of
-# the files written, and ends with an error where a check fails.
+# fid.py against ADM's batch and for the rFID, export, the second stage; for sdvae-xl2 also 512 pixels, and training
+# that a signal stops and --resume resumes, compared with training that was not stopped; for sd35-xl2 a discriminator
+# for a VAE without one, tuning, export. It prints seconds, memory and the sizes of the files written, and ends with an
+# error where a check fails.
 #
 # SIZE=XL takes the real models and one process: about 17 GB of memory and 30 GB of disk. SIZE=S takes SiT-S and two
 # processes. Safe to rerun: what is done is skipped. Everything goes to OUT.
@@ -21,7 +22,7 @@ STEPS=${STEPS:-4}                                           # instead of 400,000
 SAMPLES=${SAMPLES:-8}                                       # instead of 50,000
 NUM_STEPS=${NUM_STEPS:-4}                                   # of the sampler, instead of 250
 RESOLUTION=${RESOLUTION:-256}                               # and once twice that
-PRESETS=${PRESETS:-sdvae-xl2 vavae-xl1}                     # or one of them
+PRESETS=${PRESETS:-sdvae-xl2 vavae-xl1 sd35-xl2}            # or some of them
 FLAGS=${FLAGS:-}                                            # more flags for each train.py
 
 is_done() { grep -qsF "\"name\": \"$1\"" results.jsonl; }               # NAME
@@ -38,7 +39,8 @@ readme() {
     line=$(sed -e ':a' -e '/\\$/{N;s/ *\\\n */ /;ba' -e '}' "$ROOT/README.md" | grep '^torchrun' | grep -e "$1" |
         sed -n '1{s/ *#.*//;p}') || fail "README.md: no torchrun command with $1"
     line=${line/nproc_per_node=8/nproc_per_node=$PROCESSES}
-    line=${line/0400000/$(printf %07d $STEPS)}
+    line=${line/0400000/$(printf %07d $STEPS)} line=${line/0020000/$(printf %07d $STEPS)}
+    line=${line/\$VAE/pretrained/sd35}
     if [ $preset = vavae-xl1 ]; then                                            # what "likewise" means there
         line=${line//sdvae-xl2/vavae-xl1} line=${line//sdvae\/sdvae-f8d4/vavae/vavae-f16d32}
         line=${line/2.2 --guidance-high 0.65/1.9 --guidance-high 0.825}
@@ -79,6 +81,7 @@ run_preset() {
     check batch $run/samples.npz $SAMPLES $RESOLUTION
     run_once $preset-fid $fid
     check scores $run/fid.json $SAMPLES
+    run_once $preset-rfid $(readme --reconstruct)
     run_once $preset-export python vae.py export $ckpt e2e-vae-$preset --resolution $RESOLUTION
     check vae same e2e-vae-$preset $ckpt
 
@@ -86,6 +89,21 @@ run_preset() {
     check losses exps/e2e-$preset $STEPS
     check vae same exps/e2e-$preset/checkpoints/$(printf %07d $STEPS).pt $ckpt
     rm -rf $run/checkpoints exps/e2e-$preset/checkpoints
+}
+
+# run_own_vae: the README's commands for a VAE that comes without a discriminator
+run_own_vae() {
+    local preset=sd35-xl2 short="$SHORT --model SiT-$SIZE/2" ckpt
+    ckpt=checkpoints/$(printf %07d $STEPS).pt
+    run_once disc $(readme "--vae-only") $short
+    check losses exps/disc $STEPS
+    check vae same exps/disc/$ckpt pretrained/sd35
+    run_once $preset $(readme "sd35-xl2.*disc-pretrained") $short
+    check losses exps/$preset $STEPS
+    check vae trained exps/$preset/$ckpt pretrained/sd35
+    run_once $preset-export python vae.py export exps/$preset/$ckpt e2e-vae --resolution $RESOLUTION
+    check vae same e2e-vae exps/$preset/$ckpt
+    rm -rf exps/$preset/checkpoints exps/disc/checkpoints
 }
 
 main() {                                                    # parsed as a whole, so this file may change meanwhile
@@ -108,7 +126,7 @@ main() {                                                    # parsed as a whole,
     [ $SIZE = S ] || SHORT+=" --num-workers 0"
     run_once dummy-data python "$ROOT/benchmarks/dummy_data.py" .
     for preset in $PRESETS; do
-        run_preset $preset
+        if [ $preset = sd35-xl2 ]; then run_own_vae; else run_preset $preset; fi
     done
     python "$ROOT/benchmarks/dry_run.py" table
 }

@@ -9,6 +9,7 @@ writes into DIR:
     imagenet/few/...                   copies of some of the folders
     pretrained/sdvae/sdvae-f8d4.pt     and beside it its latents' statistics and its discriminator
     pretrained/vavae/...               the same of an f16d32
+    pretrained/sd35/                   an f8d16 as a folder of diffusers
     pretrained/...                     DINOv2-B, VGG16 and LPIPS' heads in their authors' formats
     torch/hub/checkpoints/...          Inception, as fid.py --download writes it if TORCH_HOME is DIR/torch
     VIRTUAL_imagenet256_labeled.npz    ADM's reference batch: 64 images, and statistics
@@ -30,7 +31,7 @@ from fid import SPATIAL, WEIGHTS
 from repa import DINOV2_B
 from support.commands import Parser, run_command
 from support.files import save_npz
-from vae import LPIPS, AutoencoderKL, Discriminator
+from vae import LPIPS, AutoencoderKL, Discriminator, export_vae
 
 CLASSES, IMAGES, FEW = 1000, 2, 12                        # folders, files in each, folders in imagenet/few
 
@@ -43,7 +44,7 @@ def random_image(rng, width=320, height=280):
 
 def write_imagenet(root, rng):
     """CLASSES folders in root/train, RGB, grey and CMYK in turn, the first file that training reads damaged;
-    copies of FEW folders in root/few, not of the damaged file's."""
+    copies of FEW folders in root/few and root/val, not of the damaged file's."""
     for k in range(CLASSES):
         folder = root / f"train/n{k:08d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +58,7 @@ def write_imagenet(root, rng):
     intact = [folder for folder in sorted((root / "train").iterdir()) if folder != damaged.parent]
     for folder in intact[:FEW]:
         shutil.copytree(folder, root / "few" / folder.name, dirs_exist_ok=True)
+        shutil.copytree(folder, root / "val" / folder.name, dirs_exist_ok=True)
 
 
 def save(state, file):
@@ -103,6 +105,9 @@ def main():
     write_imagenet(root / "imagenet", rng)
     write_vae("sdvae-f8d4", root / "pretrained/sdvae")
     write_vae("vavae-f16d32", root / "pretrained/vavae")
+    vae = AutoencoderKL("f8d16")
+    vae.initialize()
+    export_vae(vae, (torch.zeros(16), torch.ones(16)), 256, root / "pretrained/sd35")
     write_encoders(root / "pretrained", root / "torch/hub")
     write_reference(root / "VIRTUAL_imagenet256_labeled.npz", rng)
 

@@ -119,7 +119,7 @@ def test_a_command_is_measured_and_stopped(tmp_path, monkeypatch, capsys):
 def test_dry_run_sh_at_small_size(tmp_path):
     """It passes, it ran the README's commands, and rerun it repeats nothing."""
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SIZE": "S", "RESOLUTION": "64",
-           "PRESETS": "sdvae-xl2", "FLAGS": "--no-compile", "OUT": str(tmp_path / "out")}
+           "PRESETS": "sdvae-xl2 sd35-xl2", "FLAGS": "--no-compile", "OUT": str(tmp_path / "out")}
 
     def start(code=0, **settings):
         return run_command("bash", ROOT / "benchmarks/dry_run.sh", cwd=tmp_path, env=env | settings, code=code,
@@ -135,11 +135,13 @@ def test_dry_run_sh_at_small_size(tmp_path):
         assert ran[name]["written"] > 4 * 4 * 39e6                      # weights, EMA, two moments of SiT-S
     assert ran["128-pixels"]["command"].endswith("--resolution 128 --batch-size 2 --max-train-steps 1")
 
-    section = (ROOT / "README.md").read_text().split("## ImageNet on 8 GPUs")[1].split("```")[1]
-    lines = [line.split("#")[0].split() for line in section.replace("\\\n", "").splitlines() if "torchrun" in line]
-    assert len(lines) == 4
+    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
+    lines = [line.split("#")[0].split() for line in readme.splitlines() if line.startswith("torchrun")]
+    assert len(lines) == 7
     for words in lines:
-        words = [word.replace("node=8", "node=2").replace("0400000", "0000004") for word in words]
+        for old, new in (("node=8", "node=2"), ("0400000", "0000004"), ("0020000", "0000004"),
+                         ("$VAE", "pretrained/sd35")):
+            words = [word.replace(old, new) for word in words]
         assert any(row["command"].split()[:len(words)] == words for row in ran.values()), words
 
     again = start()
