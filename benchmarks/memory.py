@@ -29,8 +29,8 @@ import train
 from sit import SiTBlock
 from support.commands import Parser, positive_int, require, run_command
 
-RUNS = ["--preset sdvae-xl2", "--preset invae-xl1", "--preset sdvae-xl2 --model SiT-L/2",
-        "--preset sdvae-xl2 --model SiT-B/2", "--preset e2e-sdvae-xl2", "--preset e2e-vavae-xl1"]
+RUNS = ["--preset sdvae-xl2", "--preset invae-xl1", "--preset sdvae-xl2 --model SiT-B/2", "--preset sd35-xl2",
+        "--preset sdvae-xl2 --resolution 512", "--preset e2e-sdvae-xl2"]
 IMAGES = [4, 8, 16, 32, 64]                                                  # per GPU and step, in the table
 
 

@@ -28,7 +28,7 @@ from support.files import save_npz, write_atomic
 def measure(source, net, device, need="pool"):
     """Mean and covariance of a source's features, or with need="features" the features [N, D]."""
     batch_size = 256 if device.type == "cuda" else 32              # changes the results by rounding only
-    return collect(source, [(net, need)], device, batch_size)[net.name, need]
+    return collect(source, [(net, need)], device, batch_size)[net.id, need]
 
 
 def measure_once(file, images, net, device):
