@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
 from data.images import list_classes, list_images, read_image
-from experiments.figures import chart_file, load_matplotlib, run_colours, save_figure
+from experiments.figures import chart_file, draw_strip, load_matplotlib, run_colours, save_figure
 from fid import ImageSet
 from repa import PatchFeatures
 from sample import check_finite, load_checkpoint
@@ -171,10 +171,7 @@ def draw_latents(rows, spectra, path):
     figure = load_matplotlib()(figsize=(10, sum(heights) * 1.12 + 3.2), layout="constrained")
     *axes, below = figure.subplots(len(strips) + 1, 1, height_ratios=heights + [2.8])
     for axis, (name, strip) in zip(axes, strips.items(), strict=True):
-        axis.imshow(strip, interpolation="nearest")
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        draw_strip(axis, name, strip)
     colours, used = run_colours(spectra), set()
     for name, variances in spectra.items():
         fractions = (variances / variances.sum()).clamp_min(1e-8)

@@ -34,6 +34,14 @@ def load_matplotlib():
     return Figure
 
 
+def draw_strip(axis, name, image):
+    """A PIL image in an axis, its name on the left."""
+    axis.imshow(image, interpolation="nearest")
+    axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
 chart_file = argument(Path, lambda path: path.suffix.lower() in (".png", ".svg", ".pdf"),
                       "a file name that ends in .png, .svg or .pdf")              # argparse's type of --out
 
