@@ -215,7 +215,7 @@ class ImageSet:
     def open_npz(self):
         with np.load(self.path) as f:                                    # reads only the arrays asked for
             own = f"{f['features']} {str(f['sha256'])[:8]}" if "sha256" in f else ""     # an older version's
-            ids = {key.rpartition(" ")[0] for key in f.files}
+            ids = {key.rpartition(" ")[0] for key in f.files}        # of networks; "" in a file like ADM's
             for id in ids - {""} or {""}:
                 for output, names in STATISTICS.items():
                     names = [f"{id} {name}".strip() for name in names]
@@ -263,11 +263,12 @@ class ImageSet:
 
 
 def given(source, net, need):
-    """The (mean, covariance) of a network's output that came with a source, or None. Statistics without id
-    count as those of a network that is as wide, 2,048 as Inception's alone."""
-    marked, plain = (source.stats.get((id, need)) for id in (net.id, ""))
+    """The (mean, covariance) of a network's output that came with a source, or None. Statistics without an id
+    are taken for the network's if the width fits; 2,048 fits Inception only."""
+    plain, own = source.stats.get(("", need)), source.stats.get((net.id, need))
     width = len(plain[0]) if plain else 0
-    return plain if width == net.outputs.get(need) and (net.name == "inception" or width != 2048) else marked
+    fits = width == net.outputs.get(need) and (net.name == "inception" or width != 2048)
+    return plain if fits else own
 
 
 class Samples:
@@ -352,8 +353,8 @@ def kid(x, y, subsets=100, size=1000, seed=2020):
 
 def mind(x, y, directions=1000, seed=2020):
     """Monge-Inception distance (arXiv 2605.06797) of features [N, D], [M, D]: the squared Wasserstein
-    distance of their projections, averaged over random directions, times 3 D. Of the larger set a random
-    subset counts; the random numbers are torch-fidelity's. In float64, as `kid`."""
+    distance of their projections, averaged over random directions, times 3 D (the paper's alpha). Of the
+    larger set a random subset counts; the random numbers are torch-fidelity's. In float64, as `kid`."""
     rng, n = torch.Generator().manual_seed(seed), min(len(x), len(y))
     x, y = (f[torch.randperm(len(f), generator=rng)[:n]] if len(f) > n else f
             for f in (x.double(), y.double()))
@@ -453,25 +454,29 @@ def evaluate(reference, samples, metrics, device, **settings):
 
 
 class RunEvaluation:
-    """The distance of a run's samples from its data, while it trains: fid.py --ckpt with n samples of the ODE
-    (50 steps), over Inception if its weights are here, else LITE2. source: images or statistics; those
-    computed from images are kept in `folder`, and read there the next time. All processes call it. Raises
-    UserError."""
+    """Evaluates a run's samples while it trains: the Frechet distance that fid.py --ckpt gives (50 ODE
+    steps), over Inception if its weights are in the cache, else LITE2. source: the reference, images or
+    statistics; statistics computed from images are saved in `folder` and reused on resuming. All processes
+    call it. Raises UserError."""
 
     def __init__(self, folder, source, resolution, n, device, num_workers, processes):
         self.folder, self.n = folder, n
         self.settings = dict(device=device, batch_size=32, num_workers=num_workers, processes=processes)
         self.nets, self.reference = load_networks("", device), {}
-        kept = folder / f"reference-{self.nets[0].name}.npz"
-        if processes.from_first(kept.is_file()):
-            if processes.rank > 0:
+        check_same(self.nets, [], processes)
+        key = hashlib.sha256(f"{Path(source).resolve()} {resolution} {self.nets[0].id}".encode())
+        saved = folder / f"reference-{key.hexdigest()[:8]}.npz"
+        if processes.from_first(saved.is_file()):
+            if processes.rank > 0:                                         # only process 0 needs it
                 return
-            source = kept
+            source = saved
         images = ImageSet(source, resolution)
         check_source(images, self.nets)
+        if source != saved:
+            check_same([], [images], processes)
         self.reference = collect(images, [(self.nets[0], "pool")], **self.settings)
-        if processes.rank == 0 and source != kept:
-            save_stats(kept, images, self.reference)
+        if processes.rank == 0 and images.n:
+            save_stats(saved, images, self.reference)
 
     def run(self, sampler, cfg_scale, held_out):
         """On process 0 a row for the log: the distance; "eval_seconds", the time it took; and of held_out,
@@ -582,14 +587,14 @@ def open_sources(args, device, processes):
 
 
 def load_lpips(model, processes):
-    """{"lpips": a measure for `Reconstructions`}; {} where the model was trained without LPIPS, or on another
-    machine than one that has its weights."""
+    """{"lpips": a measure for `Reconstructions`}; {} if the run trained without LPIPS, or if its weights
+    are missing here."""
     lpips, trained = None, model.args
     if trained.get("perceptual", "lpips") == "lpips":
         try:
             lpips = LPIPS(trained.get("lpips_ckpt"), trained.get("vgg_ckpt")).to(model.device)
         except UserError as e:
-            processes.say(f"no {e}")
+            processes.say(f"LPIPS is left out: {e} (flags of train.py)")
     if processes.any(not lpips):
         return {}
     return dict(lpips=lambda x, y: len(x) * lpips(y.to(model.device), x.to(model.device)))
@@ -610,13 +615,22 @@ def check_source(source, nets):
                 f"images or more, or statistics of {net.id} ({net.outputs['pool']} features)")
 
 
+def check_same(nets, sources, processes):
+    """Raises UserError where the machines, each of which reads its own files, hold different ones."""
+    here = [[net.sha256 for net in nets], [(source.n, source.shape) for source in sources]]
+    differ = processes.any(here != processes.from_first(here))
+    require(not differ, f"the machines hold different images or weights, here {here}")
+
+
 def find_warnings(sources, nets):
     """Lines about what could be misread."""
     lines, shapes = [], {tuple(source.shape) for source in sources if source.shape}
     for source in sources:
-        if ("", "pool") in source.stats and ("", "spatial") not in source.stats:            # ADM's have both
-            lines.append(f"{source.path}: statistics of unknown origin, assumed to be {nets[0].name}'s (as "
-                         "ADM); those of tools with another resize, such as pytorch-fid, are not comparable")
+        plain = source.stats.get(("", "pool"))
+        for net in nets:                                                                    # ADM's have both
+            if plain and given(source, net, "pool") is plain and ("", "spatial") not in source.stats:
+                lines.append(f"{source.path}: statistics of unknown origin, assumed to be {net.name}'s; those of "
+                             "tools with another resize, such as pytorch-fid, are not comparable")
         n = count_images(source)
         lines += [f"warning: {source.path}: {n} images are too few for {net.outputs['pool']} features; "
                   "compare such a distance only with others of as many images"
@@ -675,9 +689,7 @@ def main():
     metrics = choose_metrics(args.metrics, ref, samples, nets) if samples else []
     require(not args.save_stats or ref.n >= 4,
             f"--save-stats: {ref.path} holds statistics already, and {ref.n} images")
-    here = [[net.sha256 for net in nets], [(source.n, source.shape) for source in sources]]
-    differ = processes.any(here != processes.from_first(here))        # each machine reads its own files
-    require(not differ, f"the machines hold different images or weights, here {here}")
+    check_same(nets, sources, processes)
     for line in find_warnings(sources, nets):
         processes.say(line)
     if not args.features and nets[0].name == LITE2:
@@ -691,20 +703,22 @@ def main():
         save_stats(args.save_stats, ref, reference)
     results = evaluate(reference, samples, metrics, **settings) if samples else {}
     distances = [(net, "fid") for net in nets]
-    below = evaluate(reference, val, distances, **settings) if val else {}
-    ratios = {f"{name}_ratio": results[name] / value for name, value in below.items()}
+    denominators = evaluate(reference, val, distances, **settings) if val else {}
+    ratios = {f"{name}_ratio": results[name] / value for name, value in denominators.items()}
     if ratios:
         results |= ratios | {f"fdr^{len(nets)}": sum(ratios.values()) / len(nets)}
-    parts = processes.gather(samples.sums) if args.reconstruct else []
-    for name in parts[0] if parts else []:
-        results[name] = sum(part[name] for part in parts) / samples.n
+    if args.reconstruct:
+        names = [metric_name(*pair) for pair in distances]
+        results = {f"r{name}" if name in names else name: value for name, value in results.items()}
+        sums = processes.gather(samples.sums)
+        for name in samples.sums if sums else []:
+            results[name] = sum(part[name] for part in sums) / samples.n
 
     if processes.rank == 0:
         names = [f"{source.path} ({source.n or 'statistics'})" for source in sources]
         print(", ".join(net.id for net in nets) + ":", " against ".join(names[1::-1]))
         for name, value in results.items():
-            rfd = args.reconstruct and name in [metric_name(*pair) for pair in distances]
-            print(f"  {'r' * rfd + name:<28}{value:.6g}")
+            print(f"  {name:<28}{value:.6g}")
     if processes.rank == 0 and args.json:
         record = dict(n_reference=count_images(ref), n_samples=count_images(samples) if samples else 0,
                       features=",".join(net.name for net in nets),

@@ -223,7 +223,7 @@ def add_sampler_flags(parser):
     add("--ema", action=argparse.BooleanOptionalAction, default=True,
         help="sample the averaged weights; --no-ema: those of the last step")
     add("--mixed-precision", choices=["no", "bf16", "auto"], default="no",
-        help="no: float32 (TF32 on GPUs) as the release; auto: bf16 where there is hardware")
+        help="no: float32 (TF32 on GPUs) as the release; auto: bf16 where it is faster")
     add("--compile", action="store_true", help="torch.compile; faster from some hundreds of images on")
 
 

@@ -63,16 +63,16 @@ class Config:
                              commands.positive_int)
     sampling_steps: int = option(10_000, "save sample and reconstruction grids every N training steps and at "
                                  "the end; 0: never", commands.count)
-    eval_steps: int = option(0, "evaluate samples of the EMA, as fid.py does, every N training steps and at "
-                             "the end; 0: never", commands.count)
-    eval_samples: int = option(5_000, "their number", commands.positive_int)
-    eval_ref: str = option("", "the reference: images or statistics (.npz); default: the training images",
-                           commands.existing_path)
+    eval_steps: int = option(0, "log the Frechet distance of samples of the EMA and the denoising loss of "
+                             "held-out images every N steps and at the end; 0: never", commands.count)
+    eval_samples: int = option(5_000, "number of samples of --eval-steps", commands.positive_int)
+    eval_ref: str = option("", "reference of --eval-steps: images or statistics (.npz); default: the "
+                           "training images", commands.existing_path)
     log_steps: int = option(100, "steps between lines of metrics.jsonl", commands.positive_int)
     resume: bool = option(False, "resume from the newest checkpoint; where there is none, start from scratch")
     report_to: str = option("", "also log to this", choices=["", "tensorboard", "wandb"])
     device: str = option("auto", "cpu, cuda, mps or auto")
-    mixed_precision: str = option("auto", "autocast: bf16, no, or auto: bf16 where the hardware computes it; "
+    mixed_precision: str = option("auto", "autocast: bf16, no, or auto: bf16 where it is faster; "
                                   "losses and norms stay float32", choices=["auto", "no", "bf16"])
     compile: bool = option(True, "torch.compile the networks")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
@@ -82,8 +82,8 @@ class Config:
     # the data
     data_dir: str = option("", "DIR/CLASS/*.jpg, DIR with dataset.json, or a folder of images (one class); "
                            "default (tiny): OpenMoji, rendered into data/", images.image_folder)
-    val_dir: str = option("", "held-out images for reconstructions and val_psnr; default: training images, "
-                          "and the log has train_psnr", images.image_folder)
+    val_dir: str = option("", "held-out images for val_psnr and --eval-steps' loss; default: training "
+                          "images, and the log has train_psnr", images.image_folder)
     resolution: int = option(256, "pixels", commands.positive_int)
     num_classes: int = option(0, "0: as many as the data has; label N stands for none", commands.count)
     batch_size: int = option(256, "global, over all processes", commands.positive_int)
@@ -134,15 +134,15 @@ class Config:
                              commands.count)
     # optimization
     learning_rate: float = option(1e-4, "AdamW, of SiT and projectors", commands.positive)
-    vae_learning_rate: float = option(1e-4, "AdamW, of the VAE; 0: its weights stay, for training a "
-                                      "discriminator by --vae-only", commands.non_negative)
+    vae_learning_rate: float = option(1e-4, "AdamW, of the VAE; 0: it does not change; with "
+                                      "--vae-only this trains a discriminator for it", commands.non_negative)
     disc_learning_rate: float = option(1e-4, "AdamW, of the discriminator", commands.positive)
     lr_warmup_steps: int = option(0, "linear warmup of the three learning rates", commands.count)
     lr_decay_steps: int = option(0, "linear decay to zero over the last N steps", commands.count)
     max_grad_norm: float = option(1.0, "each of the three gradients is clipped to it", commands.positive)
     ema_decay: float = option(0.9999, "of SiT's parameters and latent statistics", commands.below_one)
-    # sample grids while training
-    cfg_scale: float = option(1.0, "guidance of the sample grids", commands.positive)
+    # samples while training
+    cfg_scale: float = option(1.0, "guidance of the sample grids and of --eval-steps", commands.positive)
     allow_random_weights: bool = option(False, "frozen encoders without weights: for trying things out")
 
 
@@ -161,7 +161,7 @@ PRESETS = {
     "sdvae-xl2": dict(vae="f8d4", model="SiT-XL/2"),
     "invae-xl1": dict(vae="f16d32", model="SiT-XL/1"),
     "vavae-xl1": dict(vae="f16d32", model="SiT-XL/1"),                      # as IN-VAE, from VA-VAE's weights
-    # 16 channels. The authors give a learning rate of 2e-5, not whose; that it is the VAE's is our choice
+    # 16 channels. The authors give one learning rate, 2e-5, but not for which network; here it is the VAE's
     "sd35-xl2": dict(vae="f8d16", model="SiT-XL/2", vae_learning_rate=2e-5),
     "flux-xl2": dict(vae="f8d16", model="SiT-XL/2", vae_learning_rate=2e-5),
     # the second stage: REPA over the frozen VAE that one of the above has tuned, 800 epochs
@@ -188,7 +188,7 @@ def train_step(m, cfg, step, x, y, frozen_z, posterior_noise, eps, t, drop, last
     log = {}
 
     # 1. The VAE. SiT, projectors and D are frozen: this backward reaches encoder and decoder alone. (It
-    # stands inside `frozen` because --gradient-checkpointing repeats the forward pass in it.)
+    # is inside `frozen` because --gradient-checkpointing repeats the forward pass there.)
     if m.train_vae:
         with frozen(m.sit, m.disc):
             with m.autocast():
@@ -377,7 +377,7 @@ def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
             if not lost:
                 batch = next(batches)
                 images.report_unreadable(batch[2], unreadable, len(dataset))
-        except UserError as e:                  # until the next check it trains on the batch before
+        except UserError as e:                  # until the next check, train on the batch before
             lost = str(e)
         if step == next_check:                  # the processes agree on stopping, about every five seconds
             steps = 5 * (step - checked_step) / (time.time() - checked)
@@ -394,7 +394,7 @@ def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
         evaluate = cfg.eval_steps > 0 and (step % cfg.eval_steps == 0 or last)
         write_row = step % cfg.log_steps == 0 or draw or evaluate or last
         if draw or save or evaluate:
-            next_check = step                   # there, for hours if need be, the others wait for process 0
+            next_check = step                   # there the others wait, hours if necessary, for process 0
 
         if write_row:
             row = read_values(m, values, processes.world)
@@ -512,13 +512,13 @@ def build(cfg, device):
     if cfg.vae not in ("", found):
         raise UserError(f"--vae {cfg.vae}: {source} is an {found}; leave --vae out, or give another file")
     cfg.vae = found
-    disc = Discriminator()                # always built: the weights drawn next must not depend on its use
+    disc = Discriminator()                # always built: SiT's random weights are then the same without it
     if cfg.disc_pretrained_ckpt:
         state = files.load_tensors(cfg.disc_pretrained_ckpt)
         if checkpoints.is_checkpoint(state):
             commands.require("discriminator" in state, f"{cfg.disc_pretrained_ckpt}: no discriminator in "
                              "this checkpoint; it needs a run with --disc-weight above 0")
-            state = state["discriminator"]
+            state = files.strip_wrappers(state["discriminator"])
         files.load_into(disc, state, cfg.disc_pretrained_ckpt)
     if not train_vae or cfg.disc_weight == 0:
         disc = None
@@ -671,7 +671,8 @@ IMMUTABLE = ("model", "vae", "resolution", "num_classes", "qk_norm", "cfg_prob",
 def parse_config(argv=None):
     """Flags -> Config, checked without reading or building anything large. Raises UserError."""
     cfg, typed = commands.parse_settings(
-        Config, PRESETS, "Train REPA-E. In brackets: the paper's values; a preset changes some.", argv)
+        Config, PRESETS, "Train REPA-E. In brackets: the defaults (the paper's values, where it has them); a "
+        "preset changes some.", argv)
     cfg.exp_name = cfg.exp_name or cfg.preset
     if cfg.disc_pretrained_ckpt and "disc_start" not in typed:
         cfg.disc_start = 0
@@ -685,6 +686,12 @@ def parse_config(argv=None):
     require(cfg.cfg_scale <= 1 or cfg.cfg_prob > 0, "--cfg-scale above 1 needs label dropout, --cfg-prob")
     require(cfg.data_dir or cfg.preset == "tiny", f"--preset {cfg.preset} needs --data-dir DIR, see --help")
     require(not cfg.vae_only or cfg.vae_grad == "repa", "--vae-only trains no SiT: drop it or --vae-grad")
+    require(cfg.disc_weight > 0 or not cfg.disc_pretrained_ckpt,
+            "--disc-pretrained-ckpt: there is no discriminator with --disc-weight 0")
+    require(cfg.disc_weight > 0 or cfg.vae_learning_rate > 0 or not cfg.vae_only,
+            "--vae-only --vae-learning-rate 0 --disc-weight 0 trains nothing")
+    require(cfg.eval_samples >= 4, "--eval-samples: a distribution needs at least four")
+    require(not cfg.enc_ckpt or "," not in cfg.enc_type, "--enc-ckpt is the file of one encoder")
     require(not cfg.vae_only or cfg.eval_steps == 0, "--eval-steps: --vae-only trains no SiT to sample from")
     require(cfg.vae_grad not in ("repa", "both") or cfg.proj_coeff > 0 or cfg.vae_only,
             "--proj-coeff 0 leaves no alignment for the VAE; take --vae-grad none or diffusion")
@@ -736,10 +743,12 @@ def run(cfg, device, folder, processes):
     if first and (cfg.sampling_steps > 0 or cfg.eval_steps > 0):
         held_out = images.ImageFolder(cfg.val_dir or cfg.data_dir, cfg.resolution)
         pixels, y = held_out.some(256)
-        if cfg.eval_steps > 0:                                       # its labels as the data numbers classes
+        if len(dataset.classes) == 1:
+            y = torch.zeros_like(y)
+        elif cfg.eval_steps > 0:                                     # its labels as the data numbers classes
             unknown = set(held_out.classes) - set(dataset.classes)
             commands.require(not unknown, f"--eval-steps: --val-dir {cfg.val_dir} has classes that the data "
-                             f"lacks: {', '.join(sorted(unknown)[:5])}")
+                             f"lacks: {', '.join(sorted(unknown)[:5])}; give one with its classes")
             y = torch.tensor([dataset.classes.index(name) for name in held_out.classes])[y]
         shown = pixels, y
 
@@ -754,12 +763,12 @@ def run(cfg, device, folder, processes):
         say(f"warning: after {cfg.max_train_steps} steps of --ema-decay {cfg.ema_decay} the averaged weights "
             f"are only {trained:.1%} trained ones; see sample.py --no-ema")
     wrap(m, cfg, processes.world)
-    if cfg.cache_latents:
-        use_cached_latents(m, cfg, dataset, processes)
 
     if cfg.eval_steps > 0:
         evaluation = RunEvaluation(folder, cfg.eval_ref or cfg.data_dir, cfg.resolution, cfg.eval_samples,
                                    device, cfg.num_workers, processes)
+    if cfg.cache_latents:
+        use_cached_latents(m, cfg, dataset, processes)
 
     # The loop
     if first:

@@ -418,9 +418,13 @@ def ssim(x, y):
     if x.device.type == "mps":                                                      # it has no float64
         x, y = x.cpu(), y.cpu()
     g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=x.device).square() / (2 * 1.5 ** 2))
-    kernel = torch.outer(g / g.sum(), g / g.sum()).expand(x.shape[1], 1, 11, 11)
+    g = (g / g.sum()).view(1, 1, 1, 11)
+
+    def blur(z):                                                  # the Gaussian window, along x, then along y
+        return F.conv2d(F.conv2d(z.flatten(0, 1)[:, None], g), g.mT)[:, 0].unflatten(0, z.shape[:2])
+
     x, y, c1, c2 = (x.double() + 1) / 2, (y.double() + 1) / 2, 0.01 ** 2, 0.03 ** 2
-    mx, my, mxx, myy, mxy = (F.conv2d(z, kernel, groups=x.shape[1]) for z in (x, y, x * x, y * y, x * y))
+    mx, my, mxx, myy, mxy = (blur(z) for z in (x, y, x * x, y * y, x * y))
     vx, vy, cov = mxx - mx ** 2, myy - my ** 2, mxy - mx * my
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
@@ -536,8 +540,10 @@ def fetch(hub_id):
             if (folder / weights).exists():
                 break
     except HUB_ERRORS as e:
-        raise UserError(f"{hub_id}: not found locally and could not be downloaded ({type(e).__name__}); "
-                        "offline give a local path") from None
+        raise UserError(f"{hub_id}: not found locally and could not be downloaded ({type(e).__name__}); give "
+                        "a local path, or accept the repository's licence and type hf auth login") from None
+    require((folder / "config.json").is_file(),
+            f"{hub_id}: no config.json there; the VAE of a pipeline is OWNER/NAME/vae")
     return folder
 
 

@@ -97,7 +97,7 @@ def check_batch(file, n, size):
 def check_scores(file, n):
     """The output of fid.py: all of Inception's metrics, finite, of n samples."""
     scores = json.loads(Path(file).read_text())
-    for name in "fid sfid is kid precision recall".split():
+    for name in ("fid", "sfid", "is", "kid", "precision", "recall"):
         require(math.isfinite(scores.get(name, math.nan)), f"{file}: {name} is {scores.get(name)}")
     require((scores["n_samples"], scores["features"]) == (int(n), "inception"),
             f"{file}: {scores['n_samples']} samples, {scores['features']}; not {n}, inception")

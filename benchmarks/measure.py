@@ -31,7 +31,7 @@ from support.commands import Parser, oom_message, positive_int, require, run_com
 from support.devices import Processes, can_compile, choose_precision, pick_device
 from support.metrics import read_rows
 
-# Kinds of kernels by words in their names; the first that fits counts. Copies: to another layout or precision.
+# Kinds of kernels by words in their names; the first that fits counts. Copies: to other layouts, precisions.
 KERNELS = dict(copies_ms="nchwTo|nhwcTo|AddPadding|copy_kernel|Transpose", attention_ms="flash|fmha|sdpa",
                triton_ms="triton_", convolutions_ms="conv|fprop|dgrad|wgrad",
                products_ms="gemm|addmm|bmm|nvjet|cutlass|splitK", optimizers_ms="multi_tensor|adam")
@@ -112,7 +112,7 @@ def sampling(args, cfg, m):
     for scale in (1.0, 2.0):
         torch.compiler.reset()
 
-        def draw(k):
+        def draw(k, scale=scale):
             sample_images(sampler, range(args.images), num_steps=args.steps, cfg_scale=scale,
                           mixed_precision=cfg.mixed_precision)
 

@@ -126,7 +126,7 @@ def read_flags(flags, gpus):
             f"{micro_batches}, --gpus times --gradient-accumulation-steps")
     if cfg.mixed_precision == "auto":
         cfg.mixed_precision = "bf16"
-    files = dict.fromkeys("vae_ckpt init_from enc_ckpt vgg_ckpt lpips_ckpt disc_pretrained_ckpt".split(), "")
+    files = dict(vae_ckpt="", init_from="", enc_ckpt="", vgg_ckpt="", lpips_ckpt="", disc_pretrained_ckpt="")
     vae = cfg.vae or train.PRESETS[cfg.preset]["vae"]        # not that of a file, which is not read
     return replace(cfg, **files, vae=vae, allow_random_weights=True, num_classes=cfg.num_classes or 1000,
                    compile=False, disc_start=0)                # with the adversarial loss from the first step

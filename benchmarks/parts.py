@@ -47,7 +47,7 @@ def parts(args, cfg, m):
     residual block, the upsampling of each level, and the attention."""
     up = m.vae.decoder.up
     for p in m.vae.parameters():
-        p.data.normal_()                                    # some start as zeros, which a GPU multiplies faster
+        p.data.normal_()                                    # some are zeros, which a GPU multiplies faster
     layers = [(level.block[-1].conv2, i) for i, level in enumerate(up)]
     layers += [(up[0].block[-1], 0), *((up[i].upsample, i) for i in range(1, len(up))),
                (m.vae.decoder.mid.attn_1, len(up) - 1)]
@@ -57,7 +57,7 @@ def parts(args, cfg, m):
             layer.compile()
         for form, (on_cuda, forced) in FORMS.items():
             torch.compiler.reset()
-            with (patch.object(vae, "on_cuda", lambda x: on_cuda),
+            with (patch.object(vae, "on_cuda", lambda x, on_cuda=on_cuda: on_cuda),
                   torch._inductor.config.patch(force_layout_optimization=forced)):
                 row = measure_layer(layer, shape, cfg, m)
             yield dict(layer=type(layer).__name__, input=shape, form=form) | row

@@ -1,8 +1,8 @@
 """release.py: a training step of the authors' code, to compare ours with.
 
-Models and losses are theirs, from a folder with models/ and loss/ of their repository's first commit. The step
-follows their train_repae.py: fp16 by accelerate; three backward passes, an optimizer's step after each; the EMA;
-and logged values that the CPU waits for. Weights and images are random, and the target features are ours.
+Models and losses are theirs, from a folder with models/ and loss/ of their repository's first commit. The
+step follows their train_repae.py: fp16 by accelerate; three backward passes, an optimizer's step after each;
+the EMA; and logged values that the CPU waits for. Weights and images are random, and the target features are ours.
 """
 import copy
 import sys
@@ -31,8 +31,8 @@ def release_step(folder, cfg, m):
     except ImportError as e:
         raise UserError(f"--release {folder}: {e}; it needs models/ and loss/ of the authors' code, and pip "
                         "install accelerate einops") from None
-    ones = dict.fromkeys("discriminator_factor discriminator_weight perceptual_weight reconstruction_weight "
-                         "quantizer_weight".split(), 1.0)
+    ones = dict(discriminator_factor=1.0, discriminator_weight=1.0, perceptual_weight=1.0,
+                reconstruction_weight=1.0, quantizer_weight=1.0)
     losses = SimpleNamespace(**ones, lecam_regularization_weight=0.0, discriminator_start=0,
                              perceptual_loss="lpips", reconstruction_loss="l1",
                              get=lambda name, default: default)
@@ -81,7 +81,7 @@ def release_step(folder, cfg, m):
         denoising = out["denoising_loss"].mean()
         update(denoising + 0.5 * out["proj_loss"], sit, optimizers[2])
         with torch.no_grad():
-            for average, value in zip(ema.parameters(), sit.parameters()):
+            for average, value in zip(ema.parameters(), sit.parameters(), strict=True):
                 average.mul_(0.9999).add_(value, alpha=1e-4)
         for value in (denoising, out["proj_loss"], *vae_log.values(), *disc_log.values()):
             value.item()                                                                    # for the log

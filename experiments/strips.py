@@ -2,9 +2,9 @@
 
     python experiments/strips.py RUN [RUN ...] [--out samples.png]
 
-RUN is a run's folder. Its strip is the top quarter of its last sample grid (RUN/images/samples-STEP.png): two
-rows of small images, one of large ones. The samples of a column have one class, and those at the same place in
-two strips start from the same noise.
+RUN is a run's folder. Its strip is the top quarter of its last sample grid (RUN/images/samples-STEP.png):
+two rows of small images, one of large ones. The samples of a column have one class, and those at the same
+place in two strips start from the same noise.
 """
 import sys
 from pathlib import Path

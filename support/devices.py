@@ -2,6 +2,7 @@
 import os
 import platform
 import subprocess
+import time
 import timeit
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,17 +60,20 @@ def disable_wrong_attention(*tokens):
 
 
 def bf16_is_faster(device):
-    """Whether bf16 is faster than float32 here; on a CPU this is measured by a matrix product. PyTorch's
-    autocast does not ask: it emulates bf16, slowly. The instructions do not decide either: some CPUs have
-    them and take twice as long as in float32."""
+    """Whether bf16 is faster than float32; on a CPU, by timing a matrix product on one thread, in CPU time.
+    Autocast would emulate missing instructions, slowly; and some CPUs that have them are slower than in
+    float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":                                          # less memory, but no faster
         return False
-    seconds = {}
+    threads, seconds = torch.get_num_threads(), {}
+    torch.set_num_threads(1)                                          # several would wait for a busy core
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(512, 512, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(partial(torch.mm, a, a), number=1, repeat=10))
+        product = partial(torch.mm, a, a)
+        seconds[dtype] = min(timeit.repeat(product, timer=time.thread_time, number=1, repeat=10))
+    torch.set_num_threads(threads)
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
