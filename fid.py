@@ -28,10 +28,26 @@ from data.images import how_to_unpack, list_images, load_batches, read_image
 from repa import EMBEDDED, LITE2, create_encoder, fold_batch_norms, timm_name
 from sample import add_sampler_flags, check_finite, class_for_sample, open_sampler, sample_images
 from sit import interpolate
-from support.commands import (Parser, UserError, check_output, count, existing_path, one_line, path_name,
-                              positive_int, require, run_command)
-from support.devices import (Processes, end_processes, full_float32, memory_format, pick_device,
-                             start_processes)
+from support.commands import (
+    Parser,
+    UserError,
+    check_output,
+    count,
+    existing_path,
+    one_line,
+    path_name,
+    positive_int,
+    require,
+    run_command,
+)
+from support.devices import (
+    Processes,
+    end_processes,
+    full_float32,
+    memory_format,
+    pick_device,
+    start_processes,
+)
 from support.files import READ_ERRORS, hash_tensors, load_into, load_tensors, save_npz, write_atomic
 from support.grids import to_float, to_uint8
 from vae import LPIPS, Normalize, psnr, reconstruct, ssim
@@ -133,9 +149,9 @@ class PooledFeatures(nn.Module):
 
     def forward(self, images):
         """-> 'pool' [B, D]."""
-        x = self.normalize(resize_pillow(images, self.size, self.interpolation) / 255)
-        x = x.contiguous(memory_format=memory_format(x.device))
-        with full_float32(x.device):
+        with full_float32(images.device):
+            x = self.normalize(resize_pillow(images, self.size, self.interpolation) / 255)
+            x = x.contiguous(memory_format=memory_format(x.device))
             return dict(pool=self.net.forward_head(self.net.forward_features(x), pre_logits=True).float())
 
 
@@ -199,7 +215,8 @@ class ImageSet:
     def open_npz(self):
         with np.load(self.path) as f:                                    # reads only the arrays asked for
             own = f"{f['features']} {str(f['sha256'])[:8]}" if "sha256" in f else ""     # an older version's
-            for id in {key.rpartition(" ")[0] for key in f.files}:
+            ids = {key.rpartition(" ")[0] for key in f.files}
+            for id in ids - {""} or {""}:
                 for output, names in STATISTICS.items():
                     names = [f"{id} {name}".strip() for name in names]
                     if all(name in f for name in names):
@@ -231,7 +248,7 @@ class ImageSet:
             return image
         try:
             if self.stream is None:
-                self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")
+                self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")   # noqa: SIM115 (kept open)
             size = math.prod(self.shape) * 3
             self.stream.seek(self.offset + i * size)
             pixels = torch.frombuffer(bytearray(self.stream.read(size)), dtype=torch.uint8)
@@ -285,7 +302,7 @@ class Reconstructions:
         first = indices.start
         for images in self.originals.batches(indices, batch_size, num_workers):
             y = reconstruct(self.model.vae, images, batch_size)[1]
-            check_finite(y, lambda b: f"{self.path}: the reconstruction of image {first + b}")
+            check_finite(y, f"{self.path}: the reconstruction of image", range(first, first + len(y)))
             first, y = first + len(y), to_uint8(y)
             for name, measure in self.measures.items():
                 self.sums[name] += measure(to_float(images), to_float(y)).sum().item()
@@ -631,9 +648,14 @@ def choose_metrics(asked, ref, samples, nets):
 
 
 def save_stats(file, ref, values):
-    """Write a reference's statistics, `values` of `collect`."""
-    arrays = {f"{id} {name}": array for (id, need), pair in values.items() if need in STATISTICS
-              for name, array in zip(STATISTICS[need], pair)}
+    """Write a reference's statistics, `values` of `collect`; Inception's also under ADM's names, without the
+    network's id."""
+    arrays = {}
+    for (id, need), pair in values.items():
+        if need in STATISTICS:
+            named = dict(zip(STATISTICS[need], pair, strict=True))
+            arrays |= {f"{id} {name}": array for name, array in named.items()}
+            arrays |= named if id.startswith("inception ") else {}
     save_npz(file, n=ref.n, shape=ref.shape, **arrays)
 
 

@@ -6,6 +6,7 @@ SiT to their width, and the loss is minus their cosine similarity. REPA-E sends 
 import math
 import sys
 from importlib import import_module
+from itertools import pairwise
 
 import timm
 import torch
@@ -61,7 +62,7 @@ def fold_batch_norms(net):
     Assumes registration order == execution order (true for EfficientNet-Lite and Inception)."""
     for module in list(net.modules()):
         layers = list(module.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(layers, layers[1:]):
+        for (conv_name, conv), (norm_name, norm) in pairwise(layers):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, norm.act)

@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +23,30 @@ from tqdm import tqdm
 from data.images import nfc
 from sit import SiT, infer_sit, interpolant
 from support.checkpoints import newest_checkpoint, read_checkpoint
-from support.commands import (Parser, UserError, existing_path, fraction, path_name, positive, positive_int,
-                              require, run_command, seed_number)
-from support.devices import (Processes, can_compile, choose_precision, end_processes, memory_format,
-                             pick_device, start_processes)
+from support.commands import (
+    Parser,
+    UserError,
+    existing_path,
+    fraction,
+    path_name,
+    positive,
+    positive_int,
+    require,
+    run_command,
+    seed_number,
+)
+from support.devices import (
+    Processes,
+    can_compile,
+    choose_precision,
+    end_processes,
+    memory_format,
+    pick_device,
+    start_processes,
+)
 from support.files import if_supported, load_into, save_npz
 from support.grids import image_grid, save_png, to_uint8
 from vae import AutoencoderKL, load_vae
-
 
 # --- Samplers: integrate from noise at t = 1 to data at t = 0 -----------------------------------------------
 
@@ -55,7 +72,7 @@ def integrate(velocity, x, mode="ode", num_steps=50, heun=False, path_type="line
     float64 [B, C, h, w]. velocity(x, t, guided) -> v; a step is guided if its start t lies in the interval
     `guidance` (arXiv 2404.07724). noise(): standard normal like x, for the SDE."""
     timesteps, (low, high) = time_grid(mode, num_steps), guidance
-    for t, t_next in zip(timesteps, timesteps[1:]):
+    for t, t_next in pairwise(timesteps):
         dt, guided = t_next - t, low <= t <= high
         v = velocity(x, t, guided)
         if mode == "sde":
@@ -152,12 +169,12 @@ def warn_of_short_average(sampler):
         f"(decay {decay}); --no-ema samples the weights of the last step")
 
 
-def check_finite(images, name):
-    """Raises UserError where a decoder's images [B, 3, H, W] are not finite. name(b): what image b is."""
+def check_finite(images, what, numbers):
+    """Raises UserError where a decoder's images [B, 3, H, W] are not finite: "WHAT NUMBER is not finite"."""
     bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
-        raise UserError(f"{name(bad[0])} is not finite (of its batch, {len(bad)} of {len(images)}): a value "
-                        "overflowed in the network; take another checkpoint")
+        raise UserError(f"{what} {numbers[bad[0]]} is not finite ({len(bad)} of a batch of {len(images)}): "
+                        "a value overflowed in the network; take another checkpoint")
 
 
 @torch.no_grad()
@@ -183,7 +200,7 @@ def sample_images(sampler, indices, labels=None, *, num_steps=50, mode="ode", he
         z = integrate(guided_velocity(sit, y, cfg_scale), x, mode, num_steps, heun,       # depend on the two
                       args.get("path_type", "linear"), noise, (guidance_low, guidance_high))
         images = vae.decode(sit.bn.denormalize(z.float()))
-    check_finite(images, lambda b: f"sample {indices[b]}")
+    check_finite(images, "sample", indices)
     return to_uint8(images)
 
 

@@ -11,11 +11,11 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -34,9 +34,18 @@ from sample import Sampler, save_sample_grid
 from sit import LatentNorm, SiT, SiTBlock, interpolate, parse_model, sample_timesteps
 from support import checkpoints, commands, devices, files, grids, metrics
 from support.commands import UserError, option
-from vae import (LPIPS, AttnBlock, AutoencoderKL, DiagonalGaussian, Discriminator, ResnetBlock, hinge_loss,
-                 load_vae, psnr, reconstruct)
-
+from vae import (
+    LPIPS,
+    AttnBlock,
+    AutoencoderKL,
+    DiagonalGaussian,
+    Discriminator,
+    ResnetBlock,
+    hinge_loss,
+    load_vae,
+    psnr,
+    reconstruct,
+)
 
 # --- Settings: flag > preset > default; the defaults are the paper's ----------------------------------------
 
@@ -425,7 +434,7 @@ def read_values(m, values, world):
     if world > 1:
         dist.all_reduce(stacked)
         stacked /= world
-    return dict(zip(values, stacked.tolist()))
+    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 def save_grids(m, cfg, folder, step, shown):

@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         ch, channels, groups = config["ch"], level_channels(config), config["groups"]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.Sequential()
-        for i, (cin, cout) in enumerate(zip([ch] + channels, channels)):
+        for i, (cin, cout) in enumerate(zip([ch] + channels[:-1], channels, strict=True)):
             self.down.append(Level(cin, cout, config["num_res_blocks"], i in config["attn_levels"], groups,
                                    downsample=i < len(channels) - 1))
         self.mid = Middle(channels[-1], config["mid_attention"], groups)
@@ -198,7 +198,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config["latent_channels"], channels[-1], 3, padding=1)
         self.mid = Middle(channels[-1], config["mid_attention"], groups)
         self.up = nn.ModuleList()
-        for i, (cin, cout) in enumerate(zip(channels[1:] + channels[-1:], channels)):
+        for i, (cin, cout) in enumerate(zip(channels[1:] + channels[-1:], channels, strict=True)):
             self.up.append(Level(cin, cout, config["num_res_blocks"] + 1, i in config["attn_levels"], groups,
                                  upsample=i > 0))
         self.norm_out = GroupNorm(groups, channels[0], eps=1e-6)

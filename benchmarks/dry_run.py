@@ -1,18 +1,16 @@
 """dry_run.py: runs, measures and checks the commands of dry_run.sh.
 
-    python benchmarks/dry_run.py run [--stop-at FILE] NAME COMMAND...     its output goes to logs/NAME.log
-    python benchmarks/dry_run.py CHECK WORD...                            one of CHECKS
-    python benchmarks/dry_run.py table                                    of all commands, as markdown
+    python benchmarks/dry_run.py run STOP_AT NAME COMMAND...         its output goes to logs/NAME.log
+    python benchmarks/dry_run.py CHECK WORD...                       one of COMMANDS
+    python benchmarks/dry_run.py table                               of all commands, as markdown
 
---stop-at: training gets SIGUSR1 as soon as FILE, its metrics.jsonl, has a row. Results go to results.jsonl.
-Memory is the peak of the command's largest process.
+STOP_AT: "", or training gets SIGUSR1 as soon as this file, its metrics.jsonl, has a row. Results go to
+results.jsonl. Memory is the peak of the command's largest process.
 """
 import json
 import math
-import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -36,28 +34,16 @@ def write_result(**row):
 
 # --- A command ----------------------------------------------------------------------------------------------
 
-def stop_training(pid):
-    """Send SIGUSR1 to the processes that torchrun, process pid, has started, as a batch script does."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
-        except OSError:                                               # it has ended
-            continue
-        if int(parent) == pid:
-            os.kill(int(folder.name), signal.SIGUSR1)
-
-
-def run(name, command, stop_at=None):
+def run(stop_at, name, *command):
     """Run and measure a command. Raises UserError if it fails, or was to be stopped after a step and was
     not."""
-    start, log, stopped = time.time(), Path(f"logs/{name}.log"), False
-    log.parent.mkdir(exist_ok=True)
+    start, log, waiting = time.time(), Path(f"logs/{name}.log"), stop_at
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            if stop_at and not stopped and read_rows(Path(stop_at)):
-                stop_training(process.pid)
-                stopped = True
+            if waiting and read_rows(Path(stop_at)):
+                subprocess.run(["pkill", "-USR1", "-P", str(process.pid)])             # torchrun's processes
+                waiting = False
             time.sleep(0.1)
     seconds = time.time() - start
     if process.returncode:
@@ -68,20 +54,16 @@ def run(name, command, stop_at=None):
     written = sum(path.stat().st_size for path in Path(".").rglob("*")
                   if path.is_file() and path.stat().st_mtime >= start)
     memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    row = dict(name=name, seconds=seconds, memory=memory, written=written, command=" ".join(command))
-    write_result(**row)
-    print(cells(row))
-
-
-def cells(row):
-    """A row of the table."""
-    gigabytes = [f"{row[name] / 1e9:.2f}" for name in ("memory", "written")]
-    return f"| {row['name']} | {row['seconds']:.0f} | {' | '.join(gigabytes)} |"
+    write_result(name=name, seconds=seconds, memory=memory, written=written, command=" ".join(command))
+    print(f"{name}: {seconds:.0f} s")
 
 
 def print_table():
     print("| | seconds | memory, GB | written, GB |\n|---|---|---|---|")
-    print(*(cells(row) for row in read_rows(RESULTS) if "seconds" in row), sep="\n")
+    for row in read_rows(RESULTS):
+        if "seconds" in row:
+            gigabytes = f"{row['memory'] / 1e9:.2f} | {row['written'] / 1e9:.2f}"
+            print(f"| {row['name']} | {row['seconds']:.0f} | {gigabytes} |")
 
 
 # --- Checks -------------------------------------------------------------------------------------------------
@@ -96,9 +78,9 @@ def check_losses(run, steps, other=None):
         bad = [name for name, value in row.items() if value is None]
         require(not bad and not row["skipped"],
                 f"{run}: step {row['step']}: not finite: {bad}; skipped: {row['skipped']:.0f}")
-    others = read_rows(Path(other) / "metrics.jsonl") if other else rows
+    others = read_rows(Path(other or run) / "metrics.jsonl")
     require(len(others) >= len(rows), f"{other}: logged {len(others)} steps, fewer than {run}")
-    for row, same in zip(rows, others):
+    for row, same in zip(rows, others, strict=False):           # others may have more
         for name, value in row.items():
             require("loss" not in name or math.isclose(value, same[name], rel_tol=1e-4, abs_tol=1e-6),
                     f"step {row['step']}: {name} is {value} in {run}, {same.get(name)} in {other}")
@@ -115,46 +97,31 @@ def check_batch(file, n, size):
 def check_scores(file, n):
     """The output of fid.py: all of Inception's metrics, finite, of n samples."""
     scores = json.loads(Path(file).read_text())
-    for name in ("fid", "sfid", "is", "kid", "precision", "recall"):
+    for name in "fid sfid is kid precision recall".split():
         require(math.isfinite(scores.get(name, math.nan)), f"{file}: {name} is {scores.get(name)}")
     require((scores["n_samples"], scores["features"]) == (int(n), "inception"),
             f"{file}: {scores['n_samples']} samples, {scores['features']}; not {n}, inception")
 
 
-def compare_vaes(a, b):
-    """For each tensor of the VAEs in two files, whether they are equal, bit for bit."""
-    a, b = (load_vae(file)[0].state_dict() for file in (a, b))
-    return [tensor.equal(b[name]) for name, tensor in a.items()]
+def check_vae(relation, a, b):
+    """The VAEs in two files are the "same", bit for bit, or one was "trained": all its tensors differ."""
+    first, second = (load_vae(file)[0].state_dict() for file in (a, b))
+    equal = [tensor.equal(second[name]) for name, tensor in first.items()]
+    require(all(equal) if relation == "same" else not any(equal), f"{a}, {b}: the VAEs are not {relation}, "
+            f"{equal.count(True)} of {len(equal)} tensors are equal")
 
 
-def check_same_vae(a, b):
-    equal = compare_vaes(a, b)
-    require(all(equal), f"{equal.count(False)} of the VAE's {len(equal)} tensors differ between {a} and {b}")
-
-
-def check_trained_vae(a, b):
-    equal = compare_vaes(a, b)
-    require(not any(equal), f"{equal.count(True)} of the VAE's {len(equal)} tensors are equal in {a} and {b}")
-
-
-CHECKS = dict(losses=check_losses, batch=check_batch, scores=check_scores, same_vae=check_same_vae,
-              trained_vae=check_trained_vae)
+COMMANDS = dict(run=run, table=print_table, losses=check_losses, batch=check_batch, scores=check_scores,
+                vae=check_vae)
 
 
 def main():
     parser = Parser(description="Run, measure and check the commands of dry_run.sh.")
-    parser.add_argument("what", choices=["run", "table", *CHECKS])
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("words", nargs=REMAINDER)
     args = parser.parse_args()
-    if args.what == "table":
-        print_table()
-    elif args.what == "run":
-        stop_at = None
-        if args.words[0] == "--stop-at":
-            _, stop_at, *args.words = args.words
-        run(args.words[0], args.words[1:], stop_at)
-    else:
-        CHECKS[args.what](*args.words)
+    COMMANDS[args.what](*args.words)
+    if args.what not in ("run", "table"):
         name = " ".join([args.what, *args.words])
         write_result(name=name)
         print(f"passed: {name}")

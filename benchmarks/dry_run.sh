@@ -3,9 +3,10 @@
 #
 # It writes dummy data and weights (benchmarks/dummy_data.py) and runs each command of the README, with more flags at
 # its end that make it short and name files in place of the hub. For two presets: training, sampling to an .npz,
-# fid.py against ADM's batch, export, the second stage; for sdvae-xl2 also 512 pixels, and training that a signal
-# stops and --resume resumes, compared with training that was not stopped. It prints seconds, memory and the sizes of
-# the files written, and ends with an error where a check fails.
+# fid.py against ADM's batch and for the rFID, export, the second stage; for sdvae-xl2 also 512 pixels, and training
+# that a signal stops and --resume resumes, compared with training that was not stopped; for sd35-xl2 a discriminator
+# for a VAE without one, tuning, export. It prints seconds, memory and the sizes of the files written, and ends with an
+# error where a check fails.
 #
 # SIZE=XL takes the real models and one process: about 17 GB of memory and 30 GB of disk. SIZE=S takes SiT-S and two
 # processes. Safe to rerun: what is done is skipped. Everything goes to OUT.
@@ -21,17 +22,13 @@ STEPS=${STEPS:-4}                                           # instead of 400,000
 SAMPLES=${SAMPLES:-8}                                       # instead of 50,000
 NUM_STEPS=${NUM_STEPS:-4}                                   # of the sampler, instead of 250
 RESOLUTION=${RESOLUTION:-256}                               # and once twice that
-PRESETS=${PRESETS:-sdvae-xl2 vavae-xl1}                     # or one of them
+PRESETS=${PRESETS:-sdvae-xl2 vavae-xl1 sd35-xl2}            # or some of them
 FLAGS=${FLAGS:-}                                            # more flags for each train.py
 
 is_done() { grep -qsF "\"name\": \"$1\"" results.jsonl; }               # NAME
 
-# run_once NAME COMMAND...; run_once --stop-at FILE NAME COMMAND...: measured by dry_run.py
-run_once() {
-    local name=$1
-    [ $1 != --stop-at ] || name=$3
-    is_done "$name" || python "$ROOT/benchmarks/dry_run.py" run "$@"
-}
+# run_once NAME COMMAND...: measured by dry_run.py; stopped when the file STOP_AT, if it is set, has a row
+run_once() { is_done "$1" || python "$ROOT/benchmarks/dry_run.py" run "${STOP_AT:-}" "$@"; }
 
 # check WORDS: one of dry_run.py's checks
 check() { is_done "$*" || python "$ROOT/benchmarks/dry_run.py" "$@"; }
@@ -42,7 +39,8 @@ readme() {
     line=$(sed -e ':a' -e '/\\$/{N;s/ *\\\n */ /;ba' -e '}' "$ROOT/README.md" | grep '^torchrun' | grep -e "$1" |
         sed -n '1{s/ *#.*//;p}') || fail "README.md: no torchrun command with $1"
     line=${line/nproc_per_node=8/nproc_per_node=$PROCESSES}
-    line=${line/0400000/$(printf %07d $STEPS)}
+    line=${line/0400000/$(printf %07d $STEPS)} line=${line/0020000/$(printf %07d $STEPS)}
+    line=${line/\$VAE/pretrained/sd35}
     if [ $preset = vavae-xl1 ]; then                                            # what "likewise" means there
         line=${line//sdvae-xl2/vavae-xl1} line=${line//sdvae\/sdvae-f8d4/vavae/vavae-f16d32}
         line=${line/2.2 --guidance-high 0.65/1.9 --guidance-high 0.825}
@@ -71,11 +69,11 @@ run_preset() {
         rm -rf exps/unstopped/checkpoints
         grep -q "skipped an unreadable image" logs/unstopped.log || fail "training did not read the damaged image"
         is_done stopped || rm -rf $run
-        run_once --stop-at $run/metrics.jsonl stopped $train
+        STOP_AT=$run/metrics.jsonl run_once stopped $train
     fi
     run_once $preset $train                                                     # of sdvae-xl2: resume
     check losses $run $STEPS $([ $preset != sdvae-xl2 ] || echo exps/unstopped)
-    check trained_vae $ckpt $vae_ckpt
+    check vae trained $ckpt $vae_ckpt
     find $run/checkpoints -name '*.pt' ! -path $ckpt -delete 2> /dev/null || true           # of the stop
 
     run_once $preset-sample $sample
@@ -83,21 +81,38 @@ run_preset() {
     check batch $run/samples.npz $SAMPLES $RESOLUTION
     run_once $preset-fid $fid
     check scores $run/fid.json $SAMPLES
+    run_once $preset-rfid $(readme --reconstruct)
     run_once $preset-export python vae.py export $ckpt e2e-vae-$preset --resolution $RESOLUTION
-    check same_vae e2e-vae-$preset $ckpt
+    check vae same e2e-vae-$preset $ckpt
 
     run_once e2e-$preset $second
     check losses exps/e2e-$preset $STEPS
-    check same_vae exps/e2e-$preset/checkpoints/$(printf %07d $STEPS).pt $ckpt
+    check vae same exps/e2e-$preset/checkpoints/$(printf %07d $STEPS).pt $ckpt
     rm -rf $run/checkpoints exps/e2e-$preset/checkpoints
 }
 
+# run_own_vae: the README's commands for a VAE that comes without a discriminator
+run_own_vae() {
+    local preset=sd35-xl2 short="$SHORT --model SiT-$SIZE/2" ckpt
+    ckpt=checkpoints/$(printf %07d $STEPS).pt
+    run_once disc $(readme "--vae-only") $short
+    check losses exps/disc $STEPS
+    check vae same exps/disc/$ckpt pretrained/sd35
+    run_once $preset $(readme "sd35-xl2.*disc-pretrained") $short
+    check losses exps/$preset $STEPS
+    check vae trained exps/$preset/$ckpt pretrained/sd35
+    run_once $preset-export python vae.py export exps/$preset/$ckpt e2e-vae --resolution $RESOLUTION
+    check vae same e2e-vae exps/$preset/$ckpt
+    rm -rf exps/$preset/checkpoints exps/disc/checkpoints
+}
+
 main() {                                                    # parsed as a whole, so this file may change meanwhile
-    [ -f /proc/self/stat ] || fail "no /proc, where the processes to stop are found: run this on Linux"
+    command -v pkill > /dev/null || fail "pkill is missing; it is part of procps"
     [[ $SIZE = XL || $SIZE = S ]] || fail "SIZE=$SIZE: choose XL or S"
     keep_settings "$OUT/settings" SIZE PROCESSES BATCH STEPS SAMPLES NUM_STEPS RESOLUTION FLAGS
     ROOT=$PWD
     cd "$OUT"
+    mkdir -p logs
     echo "dry run with $(cat settings)"
 
     ln -sf "$ROOT"/{train,sample,fid,vae}.py .
@@ -111,7 +126,7 @@ main() {                                                    # parsed as a whole,
     [ $SIZE = S ] || SHORT+=" --num-workers 0"
     run_once dummy-data python "$ROOT/benchmarks/dummy_data.py" .
     for preset in $PRESETS; do
-        run_preset $preset
+        if [ $preset = sd35-xl2 ]; then run_own_vae; else run_preset $preset; fi
     done
     python "$ROOT/benchmarks/dry_run.py" table
 }

@@ -1,19 +1,21 @@
-"""dummy_data.py: files as the paper's commands read them, with noise and random weights in them.
+"""dummy_data.py: files as the paper's commands read them, with random images and weights in them.
 
     python benchmarks/dummy_data.py DIR
 
 writes into DIR:
 
-    imagenet/train/n00000000/...       1,000 folders of two noisy JPEGs. The first three that training reads
-                                       are a damaged one, a grey one and a CMYK one.
-    imagenet/few/...                   links to some of the folders
+    imagenet/train/n00000000/...       1,000 folders of two JPEGs, RGB, grey or CMYK; the first that training
+                                       reads is damaged
+    imagenet/few/...                   copies of some of the folders
     pretrained/sdvae/sdvae-f8d4.pt     and beside it its latents' statistics and its discriminator
     pretrained/vavae/...               the same of an f16d32
+    pretrained/sd35/                   an f8d16 as a folder of diffusers
     pretrained/...                     DINOv2-B, VGG16 and LPIPS' heads in their authors' formats
     torch/hub/checkpoints/...          Inception, as fid.py --download writes it if TORCH_HOME is DIR/torch
     VIRTUAL_imagenet256_labeled.npz    ADM's reference batch: 64 images, and statistics
 """
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,39 +31,34 @@ from fid import SPATIAL, WEIGHTS
 from repa import DINOV2_B
 from support.commands import Parser, run_command
 from support.files import save_npz
-from vae import LPIPS, AutoencoderKL, Discriminator
+from vae import LPIPS, AutoencoderKL, Discriminator, export_vae
 
 CLASSES, IMAGES, FEW = 1000, 2, 12                        # folders, files in each, folders in imagenet/few
 
 
-def noisy_image(rng, width=320, height=280):
-    """A PIL image of smooth colours and some noise."""
-    coarse = Image.fromarray(rng.integers(0, 232, (4, 4, 3), np.uint8))
-    smooth = np.array(coarse.resize((width, height), Image.BILINEAR))
-    return Image.fromarray(smooth + rng.integers(0, 24, smooth.shape, np.uint8))
+def random_image(rng, width=320, height=280):
+    """A PIL image of smooth random colours."""
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+    return coarse.resize((width, height), Image.BILINEAR)
 
 
 def write_imagenet(root, rng):
-    """CLASSES folders in root/train, FEW links in root/few, none of them to the folder of the damaged
-    file."""
+    """CLASSES folders in root/train, RGB, grey and CMYK in turn, the first file that training reads damaged;
+    copies of FEW folders in root/few and root/val, not of the damaged file's."""
     for k in range(CLASSES):
         folder = root / f"train/n{k:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(IMAGES):
-            noisy_image(rng).save(folder / f"{folder.name}_{i}.JPEG")
+            random_image(rng).convert(("RGB", "L", "CMYK")[k % 3]).save(folder / f"{folder.name}_{i}.JPEG")
     dataset = ImageFolder(root / "train", 256)
-    settings = SimpleNamespace(seed=0, batch_size=3, max_train_steps=1, flip=False)
-    first, = step_batches(len(dataset), settings, 0, 0, 1)                  # three pairs (number, flipped)
-    damaged, grey, cmyk = (Path(os.fsdecode(dataset.files[i])) for i, _ in first)
+    settings = SimpleNamespace(seed=0, batch_size=1, max_train_steps=1, flip=False)
+    batch, = step_batches(len(dataset), settings, 0, 0, 1)                      # of pairs (number, flipped)
+    damaged = Path(os.fsdecode(dataset.files[batch[0][0]]))
     damaged.write_bytes(damaged.read_bytes()[:1000])
-    noisy_image(rng).convert("L").save(grey)
-    noisy_image(rng).convert("CMYK").save(cmyk)
-    (root / "few").mkdir(exist_ok=True)
     intact = [folder for folder in sorted((root / "train").iterdir()) if folder != damaged.parent]
     for folder in intact[:FEW]:
-        link = root / "few" / folder.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.resolve())
+        shutil.copytree(folder, root / "few" / folder.name, dirs_exist_ok=True)
+        shutil.copytree(folder, root / "val" / folder.name, dirs_exist_ok=True)
 
 
 def save(state, file):
@@ -93,7 +90,7 @@ def write_encoders(folder, hub):
 
 def write_reference(file, rng, images=64):
     """arr_0 uint8 [N, 256, 256, 3], mu [2048], sigma [2048, 2048], mu_s [2023], sigma_s [2023, 2023]."""
-    arrays = dict(arr_0=np.stack([np.array(noisy_image(rng, 256, 256)) for _ in range(images)]))
+    arrays = dict(arr_0=np.stack([np.array(random_image(rng, 256, 256)) for _ in range(images)]))
     for end, width in (("", 2048), ("_s", SPATIAL)):
         features = rng.random((images, width))
         arrays |= {f"mu{end}": features.mean(0), f"sigma{end}": np.cov(features, rowvar=False)}
@@ -108,6 +105,9 @@ def main():
     write_imagenet(root / "imagenet", rng)
     write_vae("sdvae-f8d4", root / "pretrained/sdvae")
     write_vae("vavae-f16d32", root / "pretrained/vavae")
+    vae = AutoencoderKL("f8d16")
+    vae.initialize()
+    export_vae(vae, (torch.zeros(16), torch.ones(16)), 256, root / "pretrained/sd35")
     write_encoders(root / "pretrained", root / "torch/hub")
     write_reference(root / "VIRTUAL_imagenet256_labeled.npz", rng)
 

@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # What will my GPU do? bash benchmarks/gpu.sh: within 30 minutes on one GPU, offline.
 #
-# In this order, each with a time limit:
+# In this order, each with a time limit; the first four within a quarter of an hour (TOTAL=900):
+#     parts       layers of the VAE alone, in PyTorch's forms and in ours for CUDA
+#     changes     steps of IMAGES images of the largest model, eager and compiled, with milliseconds per kind of
+#                 kernel: with the VAE's layers in PyTorch's forms (plain), in ours, and with all of cuDNN's plans
+#     release     the same step of the authors' code; RELEASE is a folder with its models/ and loss/
+#     second      the second stage of the largest model, and with torch.compile's autotuning
 #     tests       tests/test_gpu.py
 #     steps       time, images/s, share of the peak and memory of a step: MODELS, REPA-E and the second stage (cached
 #                 latents), eager with 4, 8, 16, ... images until out of memory, then compiled from the most that fit
@@ -9,7 +14,7 @@
 #
 # All weights and images are random. What fails, or runs out of memory or time, is logged and the next
 # section begins. Safe to rerun: what is done is skipped, the rest is tried again. OUT gets results.jsonl, a line per
-# measurement; logs; table.md, which is printed too.
+# measurement; logs; tables.md, which is printed too.
 #
 # Without CUDA, or with TOY=1, it runs at toy size: this tests the script and measures nothing of use.
 cd "$(dirname "$0")/.."
@@ -23,14 +28,15 @@ TOTAL=${TOTAL:-1800}                                        # seconds for all of
 choose_sizes() {
     if [ "$TOY" = 1 ]; then
         MODELS=${MODELS:-SiT-T/2} PRESET=${PRESET:-tiny} RESOLUTION=${RESOLUTION:-32}
-        MODES=${MODES:-eager} LEAST=${LEAST:-2} MOST=${MOST:-4} STEPS=${STEPS:-1}
+        COMPILE=${COMPILE:-0} LEAST=${LEAST:-2} MOST=${MOST:-4} IMAGES=${IMAGES:-2} STEPS=${STEPS:-1}
         SAMPLES=${SAMPLES:-2} SAMPLER_STEPS=${SAMPLER_STEPS:-2}
     fi
     MODELS=${MODELS:-SiT-XL/2 SiT-B/2}                      # the first is the largest
     PRESET=${PRESET:-sdvae-xl2}                             # of train.py
     RESOLUTION=${RESOLUTION:-256}
-    MODES=${MODES:-eager compiled}
+    COMPILE=${COMPILE:-1}                                   # 0: eager only
     LEAST=${LEAST:-4} MOST=${MOST:-256}                     # images per step
+    IMAGES=${IMAGES:-32}                                    # per step, where forms are compared
     STEPS=${STEPS:-10}                                      # timed steps, after three others
     SAMPLES=${SAMPLES:-64} SAMPLER_STEPS=${SAMPLER_STEPS:-50}           # images at once, Euler steps
 }
@@ -60,13 +66,13 @@ section() {
         *)         outcome="failed: $(last_line "$log")" ;;
     esac
     [ "$code" = 0 ] || echo "$name: $outcome; rerun this script to try it again"
-    printf '{"device": "%s", "torch": "%s", "part": "%s", "outcome": "%s", "seconds": %d}\n' \
+    printf '{"device": "%s", "torch": "%s", "measured": "section", "section": "%s", "outcome": "%s", "seconds": %d}\n' \
         "$CARD" "$TORCH" "$name" "$outcome" $((SECONDS - began)) >> "$RESULTS"
 }
 
 # measure NAME LIMIT WHAT FLAG...: a section of measure.py
 measure() {
-    section $1 $2 python benchmarks/measure.py $3 "$RESULTS" "${@:4}"
+    section $1 $2 python benchmarks/measure.py $3 "$RESULTS" --preset $PRESET --resolution $RESOLUTION "${@:4}"
 }
 
 main() {                                                    # parsed as a whole, so this file may change meanwhile
@@ -77,29 +83,39 @@ cuda = torch.cuda.is_available()
 print(torch.cuda.get_device_name() if cuda else 'CPU', torch.__version__, int(cuda), sep='\n')")
     [ $CUDA = 1 ] || TOY=1
     choose_sizes
-    declare -A flag_of=([eager]="" [compiled]=--compile)
-    keep_settings "$OUT/settings" CARD TORCH MODELS PRESET RESOLUTION STEPS SAMPLES SAMPLER_STEPS
+    keep_settings "$OUT/settings" CARD TORCH MODELS PRESET RESOLUTION IMAGES STEPS SAMPLES SAMPLER_STEPS
     mkdir -p "$OUT/logs" "$OUT/done"
     RESULTS=$OUT/results.jsonl
-    [ ! -f "$RESULTS" ] || python benchmarks/measure.py table "$RESULTS"
+    [ ! -f "$RESULTS" ] || python benchmarks/measure.py tables "$RESULTS"
+    export TORCHINDUCTOR_CACHE_DIR=$(realpath "$OUT")/compiled PYTHONUNBUFFERED=1
+    local compile= largest=${MODELS%% *} second="--vae-grad none --cache-latents"
+    [ $COMPILE = 0 ] || compile=--compile
 
-    export TORCHINDUCTOR_CACHE_DIR=$(realpath "$OUT")/compiled
+    local step="steps $compile --steps $STEPS --model $largest"
+    local same="$step --images $IMAGES --most $IMAGES" twice="--images $((2 * IMAGES)) --most $((2 * IMAGES))"
+    local theirs="release --release ${RELEASE:-} --steps $STEPS --model $largest --images $IMAGES"
+    measure parts 130 parts $compile --images $IMAGES --vae-only
+    measure changes-plain 200 $same --variant plain
+    measure changes-ours 150 $same
+    measure changes-plans 90 $same --variant plans
+    if [ -n "${RELEASE:-}" ]; then
+        measure release 60 $theirs
+        [ $COMPILE = 0 ] || measure release-compiled 145 $theirs --compile
+    fi
+    measure second 50 $same $second
+    measure second-twice 60 $step $twice $second
+    measure second-autotune 160 $step $twice $second --variant autotune
+
     section tests 600 python -m pytest -q tests/test_gpu.py
     for model in $MODELS; do
-        for stage in repae second; do
-            flags="--images $LEAST --most $MOST --steps $STEPS --preset $PRESET --model $model --resolution $RESOLUTION"
-            [ $stage = repae ] || flags+=" --vae-grad none --cache-latents"
-            for mode in $MODES; do
-                measure steps-${model/\//-}-$stage-$mode 300 steps ${flag_of[$mode]} $flags
-            done
-        done
+        step="steps $compile --images $LEAST --most $MOST --steps $STEPS --model $model"
+        measure steps-${model/\//-}-repae 480 $step
+        measure steps-${model/\//-}-second 300 $step $second
     done
-    flags="--images $SAMPLES --steps $SAMPLER_STEPS --preset $PRESET --model ${MODELS%% *} --resolution $RESOLUTION"
-    flags+=" --vae-grad none --proj-coeff 0"
-    for mode in $MODES; do
-        measure sampling-$mode 120 sampling ${flag_of[$mode]} $flags
-    done
-    python benchmarks/measure.py table "$RESULTS" | tee "$OUT/table.md"
+    local samples="sampling --images $SAMPLES --steps $SAMPLER_STEPS --model $largest --vae-grad none --proj-coeff 0"
+    measure sampling-eager 120 $samples
+    [ $COMPILE = 0 ] || measure sampling-compiled 120 $samples --compile
+    python benchmarks/measure.py tables "$RESULTS" | tee "$OUT/tables.md"
 }
 
 main; exit

@@ -29,8 +29,8 @@ import train
 from sit import SiTBlock
 from support.commands import Parser, positive_int, require, run_command
 
-RUNS = ["--preset sdvae-xl2", "--preset invae-xl1", "--preset sdvae-xl2 --model SiT-L/2",
-        "--preset sdvae-xl2 --model SiT-B/2", "--preset e2e-sdvae-xl2", "--preset e2e-vavae-xl1"]
+RUNS = ["--preset sdvae-xl2", "--preset invae-xl1", "--preset sdvae-xl2 --model SiT-B/2", "--preset sd35-xl2",
+        "--preset sdvae-xl2 --resolution 512", "--preset e2e-sdvae-xl2"]
 IMAGES = [4, 8, 16, 32, 64]                                                  # per GPU and step, in the table
 
 
@@ -45,7 +45,7 @@ class Tally(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage not in self.alive:
             size = storage.nbytes()
-            self.alive[storage] = weakref.ref(storage, lambda _: self.free(size))
+            self.alive[storage] = weakref.finalize(storage, self.free, size)
             self.now += size
             self.peak = max(self.peak, self.now)
 
@@ -107,7 +107,7 @@ def estimate(cfg, batch_sizes, gpus):
         if gpus > 1:
             buckets = [torch.zeros_like(p) for p in trained]
         for k, size in enumerate([batch_sizes[0], *batch_sizes]):
-            for p, bucket in zip(trained, buckets):
+            for p, bucket in zip(trained, buckets, strict=gpus > 1):       # one GPU: no buckets
                 p.grad = bucket
             cfg.batch_size, tally.peak = size, tally.now
             train.run_step(m, cfg, k, random_batch(m, cfg, size // gpus), 0, gpus)
@@ -126,7 +126,7 @@ def read_flags(flags, gpus):
             f"{micro_batches}, --gpus times --gradient-accumulation-steps")
     if cfg.mixed_precision == "auto":
         cfg.mixed_precision = "bf16"
-    files = dict(vae_ckpt="", init_from="", enc_ckpt="", vgg_ckpt="", lpips_ckpt="", disc_pretrained_ckpt="")
+    files = dict.fromkeys("vae_ckpt init_from enc_ckpt vgg_ckpt lpips_ckpt disc_pretrained_ckpt".split(), "")
     vae = cfg.vae or train.PRESETS[cfg.preset]["vae"]        # not that of a file, which is not read
     return replace(cfg, **files, vae=vae, allow_random_weights=True, num_classes=cfg.num_classes or 1000,
                    compile=False, disc_start=0)                # with the adversarial loss from the first step

@@ -9,7 +9,6 @@ the forward pass (its backward stands in autograd's own rows).
 import os
 import sys
 import time
-import timeit
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -37,23 +36,22 @@ def flops_per_image(m, cfg, batch):
     return counter.get_total_flops()
 
 
+def seconds_per_step(step, numbers):
+    """The mean over step(k) for these numbers k; only the ends wait for the device."""
+    synchronize = torch.accelerator.synchronize if torch.accelerator.is_available() else torch.cpu.synchronize
+    synchronize()
+    start = time.perf_counter()
+    for k in numbers:
+        step(k)
+    synchronize()
+    return (time.perf_counter() - start) / len(numbers)
+
+
 def peak_flops(device, precision):
     """FLOP/s of a large square matrix product, in bf16 or float32 ("no")."""
     n = 1024 if device.type == "cpu" else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    seconds = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), repeat=4, number=1))       # item() waits for it
-    return 2 * n ** 3 / seconds
-
-
-def seconds_per_step(m, cfg, batches, first, steps, processes=devices.Processes()):
-    """The mean of steps `first`, `first` + 1, ... on the next batches; only the ends wait for the device."""
-    synchronize = getattr(torch, m.device.type).synchronize
-    synchronize()
-    start = time.perf_counter()
-    for k in range(first, first + steps):
-        train.run_step(m, cfg, k, next(batches), processes.rank, processes.world)
-    synchronize()
-    return (time.perf_counter() - start) / steps
+    return 2 * n ** 3 / min(seconds_per_step(lambda k: a @ a, range(1)) for _ in range(4))
 
 
 def mark_sections(m):
@@ -88,18 +86,20 @@ def main():
     batches = train.load_run(m, cfg, dataset, 0, processes)
     one_image = [values[:1] for values in next(batches)]
     flops = flops_per_image(m, cfg, one_image) * cfg.batch_size // processes.world
-    seconds_per_step(m, cfg, batches, 0, 3, processes)
-    seconds = seconds_per_step(m, cfg, batches, 3, args.steps, processes)
+
+    def step(k):
+        train.run_step(m, cfg, k, next(batches), processes.rank, processes.world)
+
+    seconds_per_step(step, range(3))
+    seconds = seconds_per_step(step, range(3, 3 + args.steps))
     peak = peak_flops(device, cfg.mixed_precision)
-    memory = ""
-    if device.type == "cuda":
-        memory = f", GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB"
-    processes.say(f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s{memory}\n"
+    processes.say(f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, "
+                  f"GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB\n"
                   f"{flops / 1e12:.4f} TFLOP per step and process: {flops / seconds / 1e12:.3f} TFLOP/s, "
                   f"{flops / seconds / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
     os.environ["KINETO_LOG_LEVEL"] = "99"                             # silences the profiler's own log
     with torch.profiler.profile() as profiler:
-        seconds_per_step(m, cfg, batches, 3 + args.steps, 3, processes)      # more: too many events to sort
+        seconds_per_step(step, range(3 + args.steps, 6 + args.steps))    # more: too many to sort
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = profiler.key_averages()                       # sections (and AdamW, which PyTorch marks) first
     rows.sort(key=lambda row: ("#" not in row.key, -getattr(row, order)))

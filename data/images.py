@@ -31,8 +31,8 @@ warnings.filterwarnings("ignore", module="PIL")                 # Pillow's warni
 
 # --- Files --------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff "
-                     ".webp".split())
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+                  ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 PACKED = {".parquet", ".tar", ".tgz", ".zip"}                   # data sets in a few files, for data/unpack.py
 
 
@@ -255,16 +255,16 @@ def open_data(cfg, processes):
     return dataset
 
 
-def step_batches(n, cfg, step, rank, world):
-    """This process's batches from `step` on, lists of items: the data is one endless stream of epochs, each
-    shuffled by (seed, epoch); step s takes positions s*B to (s+1)*B of it."""
+def step_batches(n, cfg, start, rank, world):
+    """This process's batches from step `start` on, lists of items: the data is one endless stream of epochs,
+    each shuffled by (seed, epoch); step s takes positions s*B to (s+1)*B of it."""
     local_size = cfg.batch_size // world
 
     @lru_cache(maxsize=1)
     def order(epoch):
         return np.random.default_rng((cfg.seed, epoch, SHUFFLE)).permutation(n)
 
-    for step in range(step, cfg.max_train_steps):
+    for step in range(start, cfg.max_train_steps):
         flips = np.random.default_rng((cfg.seed, step, FLIP)).random(cfg.batch_size) < 0.5 * cfg.flip
         batch = []
         for k in range(rank * local_size, (rank + 1) * local_size):

@@ -1,7 +1,7 @@
 """latents.py: the latents of a frozen VAE, written to files once; data/images.py's ImageFolder reads them."""
 import math
 import os
-from pathlib import Path
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -16,14 +16,14 @@ def write_latents(dataset, folder, numbers, encode, num_workers, show):
     batches = [[(i, False) for i in chunk[start:start + 32]]
                for chunk in chunks for start in range(0, len(chunk), 32)]
     loader, known = images.load_batches(dataset, batches, num_workers), set()
-    for k, chunk in zip(numbers, tqdm(chunks, "caching latents", disable=not show)):
+    for k, chunk in zip(numbers, tqdm(chunks, "caching latents", disable=not show), strict=True):
         rows = []
         for _ in range(0, len(chunk), 32):
             x, _, errors = next(loader)
             images.report_unreadable(errors, known, len(dataset))
             rows.append(encode(x).half().cpu())
             rows[-1][torch.tensor([error != "" for error in errors])] = math.nan
-        write_atomic(images.chunk_file(folder, k), lambda tmp: torch.save(torch.cat(rows), tmp))
+        write_atomic(images.chunk_file(folder, k), partial(torch.save, torch.cat(rows)))
 
 
 def cache_latents(dataset, output_dir, digest, encode, num_workers, processes):

@@ -20,14 +20,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
 from data.images import list_classes, list_images, read_image
-from experiments.figures import chart_file, load_matplotlib, run_colours, save_figure
+from experiments.figures import chart_file, draw_strip, load_matplotlib, run_colours, save_figure
 from fid import ImageSet
 from repa import PatchFeatures
 from sample import check_finite, load_checkpoint
 from sit import interpolate
 from support.checkpoints import read_checkpoint
-from support.commands import (Parser, UserError, check_output, existing_path, path_name, positive_int,
-                              require, run_command)
+from support.commands import (
+    Parser,
+    UserError,
+    check_output,
+    existing_path,
+    path_name,
+    positive_int,
+    require,
+    run_command,
+)
 from support.devices import memory_format, pick_device
 from support.files import write_atomic
 from support.grids import image_grid, pca_rgb, save_png, to_float, to_uint8
@@ -130,7 +138,7 @@ def evaluate_command(args):
         run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
         file, count = run / f"evaluation-{ckpt.stem}.json", min(len(images), MOST)
         text = json.dumps(dict(images=count, encoder=name, cknna=alignment, denoising_loss=losses), indent=1)
-        write_atomic(file, lambda tmp: tmp.write_text(text + "\n"))
+        write_atomic(file, lambda tmp, text=text: tmp.write_text(text + "\n"))
         print(f"{ckpt}: {count} images of {folder}, {name} -> {file}")
         print("  CKNNA by block       " + "  ".join(f"{k}: {v:.3f}" for k, v in enumerate(alignment, 1)))
         print("  denoising loss by t  " + "  ".join(f"{t}: {value:.3f}" for t, value in losses.items()))
@@ -162,11 +170,8 @@ def draw_latents(rows, spectra, path):
     heights = [8.2 * strip.height / strip.width for strip in strips.values()]               # inches
     figure = load_matplotlib()(figsize=(10, sum(heights) * 1.12 + 3.2), layout="constrained")
     *axes, below = figure.subplots(len(strips) + 1, 1, height_ratios=heights + [2.8])
-    for axis, (name, strip) in zip(axes, strips.items()):
-        axis.imshow(strip, interpolation="nearest")
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+    for axis, (name, strip) in zip(axes, strips.items(), strict=True):
+        draw_strip(axis, name, strip)
     colours, used = run_colours(spectra), set()
     for name, variances in spectra.items():
         fractions = (variances / variances.sum()).clamp_min(1e-8)
@@ -228,7 +233,7 @@ def reconstruct_command(args):
     sums = dict.fromkeys(metrics, 0.0)
     for i, image in enumerate(tqdm(originals.batches(range(n), 1), total=n, unit="img")):     # [1, 3, R, R]
         y = reconstruct(vae, image)[1]
-        check_finite(y, lambda b: f"{args.vae}: the reconstruction of image {i}")
+        check_finite(y, f"{args.vae}: the reconstruction of image", [i])
         x, rounded = to_float(image), to_float(to_uint8(y))
         for name, metric in metrics.items():
             sums[name] += metric(rounded, x).item()

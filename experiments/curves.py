@@ -57,7 +57,7 @@ def draw_curves(runs, metrics, path):
     rows = math.ceil(len(metrics) / columns)
     figure = load_matplotlib()(figsize=(max(5, 3.2 * columns), 2.3 * rows + 0.5), layout="constrained")
     axes, colours = figure.subplots(rows, columns, squeeze=False).flatten(), run_colours(runs)
-    for axis, metric in zip(axes, metrics):
+    for axis, metric in zip(axes, metrics, strict=False):       # the last row may have room for more
         for name, series in runs.items():
             values = series.get(metric, {})
             axis.plot(values.keys(), values.values(), color=colours[name], linewidth=1.2, markersize=3,
@@ -83,7 +83,7 @@ def main():
     names = [Path(run).resolve().name for run in args.runs]
     if len(set(names)) < len(names):                                       # equal names: the paths are shown
         names = args.runs
-    runs = {name: read_metrics(run) for name, run in zip(names, args.runs)}
+    runs = {name: read_metrics(run) for name, run in zip(names, args.runs, strict=True)}
     found = list(dict.fromkeys(name for series in runs.values() for name in series))
     for name in args.metrics or []:
         require(name in found,

@@ -28,7 +28,7 @@ from support.files import save_npz, write_atomic
 def measure(source, net, device, need="pool"):
     """Mean and covariance of a source's features, or with need="features" the features [N, D]."""
     batch_size = 256 if device.type == "cuda" else 32              # changes the results by rounding only
-    return collect(source, [(net, need)], device, batch_size)[net.name, need]
+    return collect(source, [(net, need)], device, batch_size)[net.id, need]
 
 
 def measure_once(file, images, net, device):
@@ -65,7 +65,7 @@ def evaluate_run(run, points, args, net, device):
             record |= dict(fd_to_reconstructions=frechet_distance(made, sampled),
                            rfd=frechet_distance(real, made), psnr=source.sums["psnr"] / source.n,
                            reconstructions_of=last)
-        write_atomic(file, lambda tmp: tmp.write_text(json.dumps(record, indent=1)))
+        write_atomic(file, lambda tmp, record=record: tmp.write_text(json.dumps(record, indent=1)))
     print(f"{run}: " + ", ".join(f"{step}: {value:.1f}" for step, value in record["fd"].items()))
 
 

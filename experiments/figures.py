@@ -19,7 +19,7 @@ def run_colours(names):
     left = [k for k in range(len(COLOURS)) if k not in [REGIMES.get(regime) for regime in regimes]] or [0]
     others = iter(left * len(names))
     return {name: COLOURS[REGIMES[regime] if regime in REGIMES else next(others)]
-            for name, regime in zip(names, regimes)}
+            for name, regime in zip(names, regimes, strict=True)}
 
 
 def load_matplotlib():
@@ -32,6 +32,14 @@ def load_matplotlib():
         raise UserError("the charts need matplotlib: pip install matplotlib") from None
     matplotlib.rcParams.update(STYLE)
     return Figure
+
+
+def draw_strip(axis, name, image):
+    """A PIL image in an axis, its name on the left."""
+    axis.imshow(image, interpolation="nearest")
+    axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
 
 
 chart_file = argument(Path, lambda path: path.suffix.lower() in (".png", ".svg", ".pdf"),

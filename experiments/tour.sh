@@ -5,8 +5,8 @@
 # experiments/common.sh. A run of your own, in the same table and charts:
 #     MINE="--projector conv" RUNS="repae repa mine" bash experiments/tour.sh
 #
-# Safe to rerun: finished runs are skipped, interrupted runs resume. OUT gets a folder per run, table.md, latents.png
-# and curves.png. Longer runs: STEPS=1000 OUT=exps/longer bash experiments/tour.sh
+# Safe to rerun: finished runs are skipped, interrupted runs resume. OUT gets a folder per run, table.md, curves.png,
+# latents.png and samples.png. Longer runs: STEPS=1000 OUT=exps/longer bash experiments/tour.sh
 cd "$(dirname "$0")/.."
 . experiments/common.sh
 
@@ -47,6 +47,7 @@ main() {                                                    # parsed as a whole,
         folders+=("$OUT/$run")
         [ $run = repa ] || vaes+=("$(checkpoint $run $STEPS)")                              # repa's VAE is base's
     done
+    python experiments/strips.py "${folders[@]}" --out "$OUT/samples.png"
     python experiments/curves.py "${folders[@]}" --table --out "$OUT/curves.png" \
         --metrics latent_variance proj_loss denoising_loss val_psnr > "$OUT/table.md"
     python experiments/analyze.py latents "$DATA/val" "${vaes[@]}" --resolution $RESOLUTION \

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from support.commands import UserError, require
 from support.files import is_whole_archive, load_into, load_tensors, strip_wrappers, write_atomic
 
-
 # --- Finding ------------------------------------------------------------------------------------------------
 
 def checkpoints(run):

@@ -6,6 +6,7 @@ import timeit
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch._inductor.config
@@ -13,7 +14,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support.commands import UserError, one_line, require
-
 
 # --- The device ---------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def bf16_is_faster(device):
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(512, 512, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(lambda: a @ a, number=1, repeat=10))
+        seconds[dtype] = min(timeit.repeat(partial(torch.mm, a, a), number=1, repeat=10))
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
@@ -98,7 +98,7 @@ def full_float32(device):
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, value in zip(backends, before):
+        for backend, value in zip(backends, before, strict=True):
             backend.allow_tf32 = value
 
 

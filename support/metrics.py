@@ -35,7 +35,7 @@ def start_metrics(folder, step, report_to, name, settings):
     path = folder / "metrics.jsonl"
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
     write_atomic(path, lambda tmp: tmp.write_text("".join(kept)))
-    file = open(path, "a", buffering=1)
+    file = open(path, "a", buffering=1)                              # noqa: SIM115 (open until the end)
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(folder, purge_step=step + 1)             # hides steps after the checkpoint

@@ -3,6 +3,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from support.commands import UserError
 from support.metrics import read_rows
 from vae import AutoencoderKL
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in Linux's /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or not which("pkill"), reason="needs Linux and pkill")
 
 
 # --- The checks find what is wrong ------------------------------------------------------------------------------------
@@ -72,12 +73,12 @@ def test_check_vaes_bit_for_bit(tmp_path):
     files = [tmp_path / f"{k}.pt" for k in range(3)]
     for file, state in zip(files, [*states, states[0] | {"decoder.conv_out.bias": states[1]["decoder.conv_out.bias"]}]):
         torch.save(state, file)
-    dry_run.check_same_vae(files[0], files[0])
-    dry_run.check_trained_vae(files[0], files[1])
-    with pytest.raises(UserError, match="^1 of the VAE's .* differ"):
-        dry_run.check_same_vae(files[0], files[2])
-    with pytest.raises(UserError, match="^1 of the VAE's .* equal"):
-        dry_run.check_trained_vae(files[1], files[2])
+    dry_run.check_vae("same", files[0], files[0])
+    dry_run.check_vae("trained", files[0], files[1])
+    with pytest.raises(UserError, match="not same, 155 of 156"):
+        dry_run.check_vae("same", files[0], files[2])
+    with pytest.raises(UserError, match="not trained, 1 of 156"):
+        dry_run.check_vae("trained", files[1], files[2])
 
 
 TRAIN = """import signal, sys, time
@@ -97,17 +98,18 @@ def test_a_command_is_measured_and_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(TRAIN)
     Path("old").write_bytes(bytes(1_000))
+    Path("logs").mkdir()
     parent = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-u', 'train.py', sys.argv[1]]))"
     command = [sys.executable, "-c", parent]
-    dry_run.run("stopped", [*command, "60"], "begun")
+    dry_run.run("begun", "stopped", *command, "60")
     result, = read_rows(dry_run.RESULTS)
     assert result["name"] == "stopped" and result["memory"] > 0.8e9 and 0 < result["seconds"] < 60
-    assert 300_000 <= result["written"] < 301_000 and "| stopped |" in capsys.readouterr().out
+    assert 300_000 <= result["written"] < 301_000 and "stopped: " in capsys.readouterr().out
     for never in ("never", "empty"):
         with pytest.raises(UserError, match="late: it was not stopped after a step, see logs/late.log"):
-            dry_run.run("late", [*command, "0.5"], never)
+            dry_run.run(never, "late", *command, "0.5")
     with pytest.raises(UserError, match="broken: exit code 1, see logs/broken.log"):
-        dry_run.run("broken", [*command, "x"])
+        dry_run.run("", "broken", *command, "x")
     assert "could not convert" in capsys.readouterr().out and read_rows(dry_run.RESULTS) == [result]
 
 
@@ -117,7 +119,7 @@ def test_a_command_is_measured_and_stopped(tmp_path, monkeypatch, capsys):
 def test_dry_run_sh_at_small_size(tmp_path):
     """It passes, it ran the README's commands, and rerun it repeats nothing."""
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SIZE": "S", "RESOLUTION": "64",
-           "PRESETS": "sdvae-xl2", "FLAGS": "--no-compile", "OUT": str(tmp_path / "out")}
+           "PRESETS": "sdvae-xl2 sd35-xl2", "FLAGS": "--no-compile", "OUT": str(tmp_path / "out")}
 
     def start(code=0, **settings):
         return run_command("bash", ROOT / "benchmarks/dry_run.sh", cwd=tmp_path, env=env | settings, code=code,
@@ -133,11 +135,13 @@ def test_dry_run_sh_at_small_size(tmp_path):
         assert ran[name]["written"] > 4 * 4 * 39e6                      # weights, EMA, two moments of SiT-S
     assert ran["128-pixels"]["command"].endswith("--resolution 128 --batch-size 2 --max-train-steps 1")
 
-    section = (ROOT / "README.md").read_text().split("## ImageNet on 8 GPUs")[1].split("```")[1]
-    lines = [line.split("#")[0].split() for line in section.replace("\\\n", "").splitlines() if "torchrun" in line]
-    assert len(lines) == 4
+    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
+    lines = [line.split("#")[0].split() for line in readme.splitlines() if line.startswith("torchrun")]
+    assert len(lines) == 7
     for words in lines:
-        words = [word.replace("node=8", "node=2").replace("0400000", "0000004") for word in words]
+        for old, new in (("node=8", "node=2"), ("0400000", "0000004"), ("0020000", "0000004"),
+                         ("$VAE", "pretrained/sd35")):
+            words = [word.replace(old, new) for word in words]
         assert any(row["command"].split()[:len(words)] == words for row in ran.values()), words
 
     again = start()

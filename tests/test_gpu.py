@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import sample
 import train
+import vae
 from conftest import ROOT, SHORT, close, losses, metrics_of, one_line, run, torchrun
 from support import commands, devices
 from support.checkpoints import Saver
@@ -35,6 +36,20 @@ def test_compiled_steps_agree_with_those_of_a_cpu(tiny):
             if "grad_norm" not in name:
                 assert gpu[name] == pytest.approx(cpu[name], rel=0.05, abs=slack), name
     close(found["cuda"][1].cpu(), found["cpu"][1], 0.05)                # bf16 on a CPU: 0.018
+
+
+def test_the_vaes_forms_for_cuda_are_as_exact_as_pytorchs(monkeypatch):
+    """Reconstructions in bf16, compared with float32."""
+    torch.manual_seed(0)
+    net = vae.AutoencoderKL("f8d4").to("cuda", memory_format=torch.channels_last)
+    x, errors = torch.rand(2, 3, 64, 64, device="cuda") * 2 - 1, []
+    with torch.no_grad():
+        for form in (False, True):
+            monkeypatch.setattr(vae, "on_cuda", lambda x: form)
+            exact = net.decode(net.encode(x).mean)
+            with torch.autocast("cuda", torch.bfloat16):
+                errors.append((net.decode(net.encode(x).mean) - exact).norm() / exact.norm())
+    assert 0 < errors[1] < 1.5 * errors[0]
 
 
 def test_a_step_with_nan_is_skipped_without_synchronisation(tiny):

@@ -14,7 +14,7 @@ MAY_IMPORT = {                                              # {folder or module:
     "sit": {"vae", "data", "support"},
     "repa": {"vae", "data", "support"},
     "sample": {"vae", "sit", "repa", "data", "support"},
-    "train": NETWORKS | {"data", "support"},
+    "train": NETWORKS | {"fid", "data", "support"},
     "fid": NETWORKS | {"data", "support"},
     "experiments": NETWORKS | {"train", "fid", "experiments", "data", "support"},
     "benchmarks": NETWORKS | {"train", "fid", "benchmarks", "data", "support"},

@@ -237,7 +237,7 @@ def test_samples_that_are_not_finite_are_refused(tmp_path, command):
                    for name, tensor in ckpt["ema"].items()}
     torch.save(ckpt, tmp_path / "y.pt")
     printed = command("sample", "--ckpt", "y.pt", "--num-samples", 3, "--out", "x.npz", *FEW, code=2)
-    one_line(printed, "sample 0 is not finite (of its batch, 3 of 3)")
+    one_line(printed, "sample 0 is not finite (3 of a batch of 3)")
     assert not (tmp_path / "x.npz").exists()
 
 

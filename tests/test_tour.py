@@ -1,8 +1,9 @@
-"""experiments/tour.sh, run for real at toy size."""
+"""experiments/tour.sh, run for real at toy size, and its strips of samples."""
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics_of, noise_images, needs, one_line, run, slow
@@ -40,10 +41,28 @@ def test_tour_sh_at_toy_size(tmp_path):
         cells = " | ".join(f"{last[key]:.4g}" for key in ("latent_variance", "proj_loss", "denoising_loss", "val_psnr"))
         assert f"{name}:\n" in table and f"| 2 | {cells} |" in table
     assert table.count("effective dimensions") == 3 and table in printed              # base's VAE is repa's
-    assert all(Image.open(out / f"{name}.png").width > 600 for name in ("latents", "curves"))
+    assert all(Image.open(out / f"{name}.png").width > 600 for name in ("latents", "curves", "samples"))
 
     (out / "mine/checkpoints/0000002.pt").unlink()
     assert start("naive mine")[1] == ["mine"]
     for runs, settings, words in (("naive", dict(STEPS="4"), "has other settings"), ("repea", {}, "repea: unknown"),
                                   ("mine", dict(MINE="--qk-norm"), "has other settings")):
         one_line(start(runs, 2, **settings)[0], words)
+
+
+@needs("matplotlib")
+def test_strips_are_the_tops_of_the_last_grids(tmp_path):
+    """In the order of the runs."""
+    for run_name, top in (("first", "red"), ("second", "blue")):
+        (tmp_path / run_name / "images").mkdir(parents=True)
+        for step, colour in ((100, "yellow"), (300, top)):
+            grid = Image.new("RGB", (40, 40), "lime")
+            grid.paste(colour, (0, 0, 40, 10))
+            grid.save(tmp_path / run_name / f"images/samples-{step:07d}.png")
+    script = ROOT / "experiments/strips.py"
+    printed = run(sys.executable, script, "first", "second", "--out", "strips.png", cwd=tmp_path)
+    assert "2 runs -> strips.png" in printed
+    column = np.asarray(Image.open(tmp_path / "strips.png").convert("RGB"))[:, 700].tolist()
+    colours = [colour for colour, before in zip(column, [None, *column]) if colour != before]
+    assert [c for c in colours if c != [255, 255, 255]] == [[255, 0, 0], [0, 0, 255]]
+    one_line(run(sys.executable, script, tmp_path, cwd=tmp_path, code=2), "no images/samples-")
