@@ -629,8 +629,8 @@ def find_warnings(sources, nets):
         plain = source.stats.get(("", "pool"))
         for net in nets:                                                                    # ADM's have both
             if plain and given(source, net, "pool") is plain and ("", "spatial") not in source.stats:
-                lines.append(f"{source.path}: statistics of unknown origin, assumed to be {net.name}'s; those of "
-                             "tools with another resize, such as pytorch-fid, are not comparable")
+                lines.append(f"{source.path}: statistics of unknown origin, assumed to be {net.name}'s; of "
+                             "tools with another resize, such as pytorch-fid, they are not comparable")
         n = count_images(source)
         lines += [f"warning: {source.path}: {n} images are too few for {net.outputs['pool']} features; "
                   "compare such a distance only with others of as many images"

@@ -1,5 +1,5 @@
-"""The method: what must be true of REPA-E, compared with a reference implementation of the paper's formulas in this
-file, closed forms and independent code. `python -m pytest -q` runs this file and tests/."""
+"""The method: what must be true of REPA-E, compared with a reference implementation of the paper's formulas
+in this file, closed forms and independent code. `python -m pytest -q` runs this file and tests/."""
 import copy
 import itertools
 import math
@@ -26,9 +26,9 @@ def statistics(channels):
 
 
 def smaller_networks(monkeypatch, folder):
-    """make(*flags, micro_batches) -> (networks, config, a batch as the loader gives it): the tiny preset made smaller,
-    in float32, on noise. All terms are on, no weight is at its initial zero, and the latent statistics are not the
-    batch's."""
+    """make(*flags, micro_batches) -> (networks, config, a batch as the loader gives it): the tiny preset made
+    smaller, in float32, on noise. All terms are on, no weight is at its initial zero, and the latent
+    statistics are not the batch's."""
     monkeypatch.setitem(sit.SIZES, "T", (4, 64, 4))
     monkeypatch.setitem(vae.VAES, "f4d8", dict(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_levels=(2,),
                                                latent_channels=8, groups=4))
@@ -39,7 +39,8 @@ def smaller_networks(monkeypatch, folder):
             torch.save(vae.AutoencoderKL("f4d8").state_dict(), folder / "vae.pt")
             flags = [*flags, "--vae-ckpt", str(folder / "vae.pt")]
         cfg = train.parse_config([
-            "--model", "SiT-T/2", "--projector-dim", "32", "--num-classes", "10", "--mixed-precision", "no", "--seed",
+            "--model", "SiT-T/2", "--projector-dim", "32", "--num-classes", "10", "--mixed-precision", "no",
+            "--seed",
             "1", "--cfg-prob", "0.5", "--disc-weight", "0.1", "--disc-start", "0", "--ema-decay", "0.9",
             "--lr-warmup-steps", "0", "--batch-size", str(4 * micro_batches), "--gradient-accumulation-steps",
             str(micro_batches), *flags])
@@ -74,8 +75,8 @@ def networks(m):
 
 
 def take_step(m, cfg, step, batch):
-    """train.run_step: its metrics and, per network, the gradients as each parameter last held them, before they are
-    divided by the number of micro-batches and clipped."""
+    """train.run_step: its metrics and, per network, the gradients as each parameter last held them, before
+    they are divided by the number of micro-batches and clipped."""
     seen, hooks = {name: {} for name in networks(m)}, []
     for net, grads in seen.items():
         for name, p in networks(m)[net].named_parameters():
@@ -110,7 +111,8 @@ def project(net, h):
     if isinstance(net, nn.Conv2d):
         grid = math.isqrt(h.shape[1])
         image = h.transpose(1, 2).reshape(len(h), -1, grid, grid)
-        return F.conv2d(image, net.weight, net.bias, padding=1).reshape(len(h), -1, grid * grid).transpose(1, 2)
+        return F.conv2d(image, net.weight, net.bias, padding=1).reshape(len(h), -1,
+                                                                        grid * grid).transpose(1, 2)
     first, _, second, _, third = net
     for layer in (first, second):
         h = h @ layer.weight.T + layer.bias
@@ -119,8 +121,9 @@ def project(net, h):
 
 
 def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop):
-    """A reference implementation of the step on one micro-batch: (losses, gradients of each network's parameters,
-    latents), given the latents' running mean and variance. Of the networks only the forward passes are used."""
+    """A reference implementation of the step on one micro-batch: (losses, gradients of each network's
+    parameters, latents), given the latents' running mean and variance. Of the networks only the forward
+    passes are used."""
     v, s, d = (copy.deepcopy(net) for net in (m.vae, m.sit, m.disc))
     hidden, losses, grads = [], {}, {}
     if not cfg.vae_only:
@@ -136,13 +139,14 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
         velocity, _ = s(alpha * z + sigma * eps, t, labels)
         denoising = (velocity - d_alpha * z - d_sigma * eps).pow(2).mean()
         h = hidden.pop()
-        align = [-cosine(project(net, h), f) for net, f in zip(s.projectors, features)]
+        align = [-cosine(project(net, h), f) for net, f in zip(s.projectors, features, strict=True)]
         return denoising, sum(align) / max(len(align), 1)
 
     def differentiate(net, module, loss):
-        names, params = zip(*[pair for pair in module.named_parameters() if pair[1].requires_grad])
+        trained = [pair for pair in module.named_parameters() if pair[1].requires_grad]
+        names, params = zip(*trained, strict=True)
         values = torch.autograd.grad(loss, params, allow_unused=True)
-        grads[net] = {name: g for name, g in zip(names, values) if g is not None}
+        grads[net] = {name: g for name, g in zip(names, values, strict=True) if g is not None}
 
     # 1. z ~ q(z|x), x^ = decode(z); the VAE's loss
     mu, logvar = v.quant_conv(v.encoder(x)).split(v.latent_channels, 1)
@@ -231,7 +235,8 @@ def two_steps(request, tmp_path_factory):
     flags, n = request.param
     with pytest.MonkeyPatch.context() as monkeypatch:
         m, cfg, batch = smaller_networks(monkeypatch, tmp_path_factory.mktemp("step"))(
-            "--kl-weight", "1e-3", "--learning-rate", "1e-3", "--vae-learning-rate", "2e-3", "--disc-learning-rate",
+            "--kl-weight", "1e-3", "--learning-rate", "1e-3", "--vae-learning-rate", "2e-3",
+            "--disc-learning-rate",
             "3e-3", "--max-grad-norm", "0.1", *flags.split(), micro_batches=n)
         steps = []
         for step in range(2):
@@ -239,7 +244,7 @@ def two_steps(request, tmp_path_factory):
             x, y, noise = batch[0] / 127.5 - 1, batch[1], train.draw_noise(cfg, step, LATENTS, 0, 1, CPU)
             assert 0 < noise[3].sum() < len(y)                          # some labels are dropped
             mean, var = s.before["sit"]["bn.running_mean"], s.before["sit"]["bn.running_var"]
-            for micro_batch in zip(*(values.chunk(n) for values in (x, y, *noise))):
+            for micro_batch in zip(*(values.chunk(n) for values in (x, y, *noise)), strict=True):
                 losses, grads, z = the_papers_step(m, cfg, step, mean, var, *micro_batch)
                 s.latents.append(z)
                 s.losses = {name: s.losses.get(name, 0) + value / n for name, value in losses.items()}
@@ -321,11 +326,15 @@ def test_ema_follows_sit_and_its_statistics(two_steps):
 
 # --- The numbers around it ----------------------------------------------------------------------------------
 
-PAPER = dict(batch_size=256, max_train_steps=400_000, resolution=256, learning_rate=1e-4, vae_learning_rate=1e-4,
-             disc_learning_rate=1e-4, lr_warmup_steps=0, lr_decay_steps=0, max_grad_norm=1.0, ema_decay=0.9999,
-             bn_momentum=0.1, cfg_prob=0.1, path_type="linear", weighting="uniform", flip=False, qk_norm=False,
+PAPER = dict(batch_size=256, max_train_steps=400_000, resolution=256, learning_rate=1e-4,
+             vae_learning_rate=1e-4,
+             disc_learning_rate=1e-4, lr_warmup_steps=0, lr_decay_steps=0, max_grad_norm=1.0,
+             ema_decay=0.9999,
+             bn_momentum=0.1, cfg_prob=0.1, path_type="linear", weighting="uniform", flip=False,
+             qk_norm=False,
              enc_type="vit_base_patch14_dinov2.lvd142m", encoder_depth=8, projector="mlp", projector_dim=2048,
-             spatial_norm=0.0, proj_coeff=0.5, vae_align_proj_coeff=1.5, vae_grad="repa", fixed_latent_stats=False,
+             spatial_norm=0.0, proj_coeff=0.5, vae_align_proj_coeff=1.5, vae_grad="repa",
+             fixed_latent_stats=False,
              perceptual="lpips", perceptual_weight=1.0, kl_weight=1e-6, disc_weight=0.1, seed=0,
              mixed_precision="auto", gradient_accumulation_steps=1, vae_only=False)
 SECOND_STAGE = dict(vae_grad="none", max_train_steps=4_000_000, cache_latents=True)
@@ -339,7 +348,8 @@ NUMBERS = {
     "flux-xl2": dict(model="SiT-XL/2", vae="f8d16", vae_learning_rate=2e-5),
     "e2e-sd35-xl2": dict(model="SiT-XL/2", vae="f8d16", **SECOND_STAGE),
     "e2e-flux-xl2": dict(model="SiT-XL/2", vae="f8d16", **SECOND_STAGE),
-    "tiny": dict(model="SiT-T/2", vae="f4d8", batch_size=16, max_train_steps=2500, resolution=32, learning_rate=2e-3,
+    "tiny": dict(model="SiT-T/2", vae="f4d8", batch_size=16, max_train_steps=2500, resolution=32,
+                 learning_rate=2e-3,
                  vae_learning_rate=3e-3, lr_warmup_steps=50, lr_decay_steps=1500, ema_decay=0.99,
                  weighting="lognormal", enc_type="efficientnet-lite0", encoder_depth=2, projector_dim=512,
                  perceptual="efficientnet-lite0", perceptual_weight=0.25, kl_weight=2e-5, disc_weight=0.0)}
@@ -348,21 +358,24 @@ NUMBERS = {
 def test_presets_and_sizes_are_the_papers(tmp_path):
     assert set(NUMBERS) == set(train.PRESETS)
     for preset, numbers in NUMBERS.items():
-        cfg = vars(train.parse_config(["--preset", preset, "--data-dir", str(tmp_path), "--vae-ckpt", __file__]))
+        cfg = vars(train.parse_config(["--preset", preset, "--data-dir", str(tmp_path), "--vae-ckpt",
+                                       __file__]))
         assert cfg["vae"] == ""                                     # that of the file
         cfg["vae"] = train.PRESETS[preset]["vae"]
         assert {name: cfg[name] for name in PAPER | numbers} == PAPER | numbers
-    assert {name: sit.SIZES[name] for name in "S B L XL".split()} == {
+    assert {name: sit.SIZES[name] for name in ["S", "B", "L", "XL"]} == {
         "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-    for name, row in (("f8d4", (128, (1, 2, 4, 4), 2, 4, ())), ("f16d32", (128, (1, 1, 2, 2, 4), 2, 32, (4,))),
+    for name, row in (("f8d4", (128, (1, 2, 4, 4), 2, 4, ())),
+                      ("f16d32", (128, (1, 1, 2, 2, 4), 2, 32, (4,))),
                       ("f8d16", (128, (1, 2, 4, 4), 2, 16, ()))):
-        keys = "ch ch_mult num_res_blocks latent_channels attn_levels".split()
+        keys = ["ch", "ch_mult", "num_res_blocks", "latent_channels", "attn_levels"]
         assert tuple(vae.VAES[name][key] for key in keys) == row
 
 
 def test_learning_rates_warm_up_and_decay_linearly(small):
     m, cfg, batch = small("--lr-warmup-steps", "4", "--lr-decay-steps", "5", "--max-train-steps", "20",
-                          "--learning-rate", "1e-3", "--vae-learning-rate", "2e-3", "--disc-learning-rate", "3e-3")
+                          "--learning-rate", "1e-3", "--vae-learning-rate", "2e-3", "--disc-learning-rate",
+                          "3e-3")
     for step, factor in ((0, 0.25), (1, 0.5), (3, 1), (10, 1), (15, 1), (16, 0.8), (19, 0.2)):
         take_step(m, cfg, step, batch)
         rates = [m.optimizers[net].param_groups[0]["lr"] for net in ("sit", "vae", "disc")]
@@ -370,8 +383,8 @@ def test_learning_rates_warm_up_and_decay_linearly(small):
 
 
 def test_stop_gradient_keeps_the_diffusion_loss_from_the_vae(small):
-    """Nothing of the diffusion loss reaches the VAE: its gradient does not know of the later blocks, the head or v*.
-    In the naive regime it does."""
+    """Nothing of the diffusion loss reaches the VAE: its gradient does not know of the later blocks, the head
+    or v*. In the naive regime it does."""
     for flags, same in (([], True), (["--vae-grad", "diffusion"], False)):
         grads = []
         for factor in (1, 1.5):
@@ -382,16 +395,19 @@ def test_stop_gradient_keeps_the_diffusion_loss_from_the_vae(small):
             grads.append(take_step(m, cfg, 0, batch)[1])
         first, second = grads
         assert same == all(torch.equal(g, second["vae"][name]) for name, g in first["vae"].items())
-        assert not any(torch.equal(g, second["sit"][name]) for name, g in first["sit"].items() if "final" in name)
+        assert not any(torch.equal(g, second["sit"][name]) for name,
+                       g in first["sit"].items() if "final" in name)
 
 
 def test_routing_table(small):
-    """Gradients are linear in the losses: a term's own is the difference between a step with and without it."""
+    """Gradients are linear in the losses: a term's own is the difference between a step with and without
+    it."""
     def column(net, name):
         if net == "vae":
             return "encoder" if name.startswith(("encoder.", "quant_conv.")) else "decoder"
         if net == "sit":
-            later = name.startswith("final_layer") or name.startswith("blocks.") and int(name.split(".")[1]) >= 2
+            block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+            later = name.startswith("final_layer") or block >= 2
             return "projector" if name.startswith("projectors") else "later" if later else "early"
         return "D"
 
@@ -432,7 +448,8 @@ def test_step_with_a_nan_changes_nothing(small):
     for net in ("vae", "disc", "sit"):
         take_step(m, cfg, 0, batch)
         before = state(m)
-        moments = {name: copy.deepcopy(optimizer.state_dict()["state"]) for name, optimizer in m.optimizers.items()}
+        moments = {name: copy.deepcopy(optimizer.state_dict()["state"]) for name,
+                   optimizer in m.optimizers.items()}
         hook = list(getattr(m, net).parameters())[3].register_post_accumulate_grad_hook(spoil)
         for _ in range(2):
             metrics, skipped = take_step(m, cfg, 1, batch)[0], skipped + 1
@@ -459,15 +476,16 @@ def test_steps_with_zero_gradients_are_counted(small):
 
 
 def test_what_does_not_train_is_not_built(small):
-    """A VAE alone has no SiT but its latent statistics; a frozen VAE has no discriminator. What else is built has the
-    same initial weights."""
+    """A VAE alone has no SiT but its latent statistics; a frozen VAE has no discriminator. What else is built
+    has the same initial weights."""
     def build(*flags):
         return train.build(small(*flags)[1], CPU)
 
     alone, frozen, whole = build("--vae-only"), build("--vae-grad", "none"), build()
     assert [*alone.sit.state_dict()] == ["bn.running_mean", "bn.running_var", "bn.num_batches_tracked"]
     assert set(alone.parts()) == {"vae", "discriminator", "opt_vae", "opt_disc", "model", "ema"}
-    assert set(frozen.parts()) == {"vae", "model", "ema", "opt"} and frozen.disc is None and frozen.perceptual is None
+    assert set(frozen.parts()) == {"vae", "model", "ema",
+                                   "opt"} and frozen.disc is None and frozen.perceptual is None
     assert all(torch.equal(t, alone.vae.state_dict()[name]) for name, t in whole.vae.state_dict().items())
     no_gan = build("--disc-weight", "0")
     assert no_gan.disc is None
@@ -490,7 +508,8 @@ def test_noise_of_a_step(weighting, path_type):
     ranks = values.argsort().argsort().add(0.5) / len(t)
     assert (cdf - ranks).abs().max() < 0.03                         # Kolmogorov-Smirnov at about 0.1%
     quarters = [train.draw_noise(cfg, 7, (1, 2, 2), rank, 4, CPU) for rank in range(4)]
-    assert all(torch.equal(a, torch.cat(parts)) for a, *parts in zip((noise, eps, t, drop), *quarters))
+    for whole, *parts in zip((noise, eps, t, drop), *quarters, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
     others = [noise]
     for seed, step in ((0, 8), (1, 7), (0, 1_000_003)):
         cfg.seed = seed
@@ -526,13 +545,15 @@ def test_sit_equals_its_forward_written_out(qk_norm):
     patches = x.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 12)  # (h, w), (C, p, q)
     h = patches @ w["x_embedder.proj.weight"].view(width, 12).T + w["x_embedder.proj.bias"] + w["pos_embed"]
     angles = t[:, None] * torch.tensor([10000 ** (-k / 128) for k in range(128)])
-    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    c = linear("t_embedder.mlp.2",
+               F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
     c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
     states = []
     for k in range(6):
         b = f"blocks.{k}"
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{b}.adaLN_modulation.1", c).split(width, 1)
-        q, k, v = linear(f"{b}.attn.qkv", norm(h, shift1, scale1)).view(2, 16, 3, heads, 64).permute(2, 0, 3, 1, 4)
+        q, k, v = linear(f"{b}.attn.qkv", norm(h, shift1, scale1)).view(2, 16, 3, heads, 64).permute(2, 0, 3,
+                                                                                                     1, 4)
         scores = head_norm(f"{b}.attn.q_norm", q) @ head_norm(f"{b}.attn.k_norm", k).mT / 8
         attention = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 16, width)
         h = h + gate1[:, None] * linear(f"{b}.attn.proj", attention)
@@ -547,7 +568,7 @@ def test_sit_equals_its_forward_written_out(qk_norm):
     assert (velocity - expected).abs().max() < 1e-4 * expected.abs().max()
     assert len(projected) == 1 and (projected[0] - states[1]).abs().max() < 1e-4 * states[1].abs().max()
     for module in (*net.blocks[2:], net.final_layer):  # the alignment's pass runs none of these
-        module.register_forward_pre_hook(lambda *_: pytest.fail("a block behind encoder_depth or the head ran"))
+        module.register_forward_pre_hook(lambda *_: pytest.fail("a block behind the depth, or the head, ran"))
     assert torch.equal(net.forward_projections(x, t, y)[0], projected[0])
 
 
@@ -593,26 +614,29 @@ def test_interpolant(path_type):
     slope, = torch.autograd.grad(x_t.sum(), t)
     assert torch.allclose(slope, velocity.flatten().detach(), atol=1e-12)
     assert torch.allclose(x_t[0], z[0]) and torch.allclose(x_t[3], eps[3])
-    alpha, sigma = (0.7, 0.3) if path_type == "linear" else (math.cos(0.15 * math.pi), math.sin(0.15 * math.pi))
+    alpha, sigma = (0.7, 0.3) if path_type == "linear" else (math.cos(0.15 * math.pi),
+                                                             math.sin(0.15 * math.pi))
     assert torch.allclose(x_t[1], alpha * z[1] + sigma * eps[1])
 
 
 def test_initial_vae_preserves_variances():
-    """Every convolution gives independent values of variance 1 back with it, but for the last of each block, which
-    gives nothing; the posterior's std is about exp(-3)."""
+    """Every convolution gives independent values of variance 1 back with it, but for the last of each block,
+    which gives nothing; the posterior's std is about exp(-3)."""
     torch.manual_seed(0)
     net = vae.AutoencoderKL("f4d8")
     net.initialize()
     for name, conv in net.named_modules():
         if isinstance(conv, nn.Conv2d):
             with torch.no_grad():
-                out = conv(torch.randn(8, conv.in_channels, 24, 24))[:, :, 1:-1, 1:-1]      # not at the borders
+                out = conv(torch.randn(8, conv.in_channels, 24, 24))[:, :, 1:-1, 1:-1]    # not at the borders
             out = out[:, net.latent_channels:] if name == "quant_conv" else out
-            mean, var = (-6, 1) if name == "quant_conv" else (0, 0 if name.endswith(("conv2", "proj_out")) else 1)
+            mean, var = (-6,
+                         1) if name == "quant_conv" else (0, 0 if name.endswith(("conv2", "proj_out")) else 1)
             assert out.mean() == pytest.approx(mean, abs=0.2), name
             assert out.var((0, 2, 3)).mean() == pytest.approx(var, rel=0.4), name
-    built = train.build(train.parse_config(["--vae-only"]), CPU).vae            # so does a run from scratch begin
-    assert built.quant_conv.bias.tolist() == [0] * 8 + [-6] * 8 and not built.decoder.mid.block_1.conv2.weight.any()
+    built = train.build(train.parse_config(["--vae-only"]), CPU).vae        # so does a run from scratch begin
+    assert built.quant_conv.bias.tolist() == [0] * 8 + [-6] * 8
+    assert not built.decoder.mid.block_1.conv2.weight.any()
 
 
 # --- What it is aligned with, and the VAE's losses ----------------------------------------------------------
@@ -621,7 +645,7 @@ def test_alignment_loss_is_the_mean_over_encoders():
     rng = np.random.default_rng(0)
     p, f = ([rng.normal(size=(2, 5, width)) for width in (7, 3)] for _ in "pf")
     cosines = [np.dot(a[i, j], b[i, j]) / np.linalg.norm(a[i, j]) / np.linalg.norm(b[i, j])
-               for a, b in zip(p, f) for i in range(2) for j in range(5)]
+               for a, b in zip(p, f, strict=True) for i in range(2) for j in range(5)]
     loss = repa.alignment_loss([torch.tensor(a) for a in p], [torch.tensor(b) for b in f])
     assert loss.item() == pytest.approx(-np.mean(cosines), rel=1e-5)
 
@@ -647,12 +671,14 @@ def test_discriminator_equals_its_forward_written_out():
             h = torch.where(h > 0, h, 0.2 * h)
     with torch.autocast("cpu", torch.bfloat16):
         logits = net(x)
-    assert logits.shape == (2, 1, 2, 2) and logits.dtype == torch.float32 and torch.allclose(logits, h, atol=1e-5)
+    assert logits.shape == (2, 1, 2, 2) and logits.dtype == torch.float32 and torch.allclose(logits, h,
+                                                                                             atol=1e-5)
 
 
 def test_encoder_distance_and_features_equal_their_formulas():
-    """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, then every level of stride 2 to 16 for
-    the distance; the last of stride 16, enlarged to 16 pixels a token (bicubic), for the alignment."""
+    """On the embedded EfficientNet: images in [0, 1], ImageNet's mean and std, then every level of stride 2
+    to 16 for the distance; the last of stride 16, enlarged to 16 pixels a token (bicubic), for the
+    alignment."""
     encoder = repa.PatchFeatures(repa.LITE0, 4)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -663,8 +689,10 @@ def test_encoder_distance_and_features_equal_their_formulas():
     torch.manual_seed(0)
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     assert [f.shape[2] for f in maps(x)] == [16, 8, 4, 2]
-    expected = sum((a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).square().sum(1).mean() / 4
-                   for a, b in zip(maps(x), maps(y)))
+    expected = 0
+    for a, b in zip(maps(x), maps(y), strict=True):
+        difference = a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)
+        expected += difference.square().sum(1).mean() / 4
     distance = repa.EncoderDistance()
     assert distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and distance(x, x) == 0
     assert torch.allclose(encoder(x), maps(x, 64)[3].flatten(2).mT, atol=1e-5) and encoder.channels == 112

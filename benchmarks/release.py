@@ -2,7 +2,7 @@
 
 Models and losses are theirs, from a folder with models/ and loss/ of their repository's first commit. The
 step follows their train_repae.py: fp16 by accelerate; three backward passes, an optimizer's step after each;
-the EMA; and logged values that the CPU waits for. Weights and images are random, and the target features are ours.
+the EMA; and logged values that the CPU waits for. Weights and images are random, the target features ours.
 """
 import copy
 import sys

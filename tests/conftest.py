@@ -1,4 +1,5 @@
-"""What the tests share: running commands, small images, a short run, a checkpoint, the tiny preset's networks."""
+"""What the tests share: running commands, small images, a short run, a checkpoint, the tiny preset's
+networks."""
 import hashlib
 import os
 import signal
@@ -14,19 +15,21 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.commands import STOP_SIGNALS, run_command
-from support.metrics import read_rows
 import fid
 import sample
 import sit
 import train
 import vae
+from support.commands import STOP_SIGNALS, run_command
+from support.metrics import read_rows
 
 CPU = torch.device("cpu")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 slow, needs = pytest.mark.slow, pytest.mark.peers                                # @slow; @needs("package")
-SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--max-train-steps", "4", "--log-steps",
-         "1", "--sampling-steps", "0", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps", "0",
+SHORT = ["--model", "SiT-T/2", "--projector-dim", "32", "--batch-size", "4", "--max-train-steps", "4",
+         "--log-steps",
+         "1", "--sampling-steps", "0", "--cfg-scale", "1", "--lr-warmup-steps", "200", "--lr-decay-steps",
+         "0",
          "--num-workers", "0", "--mixed-precision", "no", "--device", "cpu"]
 
 
@@ -59,7 +62,8 @@ def run(*command, cwd, env=None, code=0, timeout=600):
 
 
 def run_here(script, *flags, cwd):
-    """Run train, sample, fid or vae in this process, which starts faster, and undo its settings; its exit code."""
+    """Run train, sample, fid or vae in this process, which starts faster, and undo its settings; its exit
+    code."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     tf32 = {module: module.allow_tf32 for module in (torch.backends.cuda.matmul, torch.backends.cudnn)}
     with pytest.MonkeyPatch.context() as patch:
@@ -161,7 +165,8 @@ def noise_images(folder, n, size=40, seed=0):
 def save_checkpoint(file, num_classes=3, cfg_prob=0.1, prefix="", **args):
     """A training checkpoint of random weights, every gate open: 32 pixels, 8x8 latents."""
     torch.manual_seed(0)
-    net, autoencoder = sit.SiT("SiT-T/2", 8, 8, num_classes, cfg_prob, encoder_depth=1), vae.AutoencoderKL("f4d8")
+    net, autoencoder = sit.SiT("SiT-T/2", 8, 8, num_classes, cfg_prob,
+                               encoder_depth=1), vae.AutoencoderKL("f4d8")
     net.bn.set_statistics(*statistics(8))
     for name, p in net.named_parameters():
         if "adaLN" in name or "final_layer.linear" in name:
@@ -183,7 +188,8 @@ def tiny_config(*flags):
 
 @pytest.fixture
 def tiny():
-    """make(*flags) -> (networks, config, one step's arguments), float32, random weights with every gate open."""
+    """make(*flags) -> (networks, config, one step's arguments), float32, random weights with every gate
+    open."""
     def make(*flags, device="cpu"):
         cfg, device = tiny_config(*flags), torch.device(device)
         m = train.build(cfg, device)
@@ -192,7 +198,8 @@ def tiny():
         for net in (m.sit, m.ema):                                # adaLN-Zero starts as the identity: open it
             for name, p in net.named_parameters():
                 if "adaLN" in name or "final_layer.linear" in name or "embedding_table" in name:
-                    p.data.copy_(torch.empty(p.shape).normal_(0, 0.05 if "adaLN" in name else 0.3, generator=g))
+                    p.data.copy_(torch.empty(p.shape).normal_(0, 0.05 if "adaLN" in name else 0.3,
+                                                              generator=g))
         x = (torch.rand(4, 3, 32, 32, generator=g) * 2 - 1).to(device)
         y = torch.tensor([0, 1, 2, 3], device=device)
         return m, cfg, (x, y, None, *train.draw_noise(cfg, 0, (8, 8, 8), 0, 1, device))  # z: the VAE trains
@@ -223,6 +230,7 @@ def frozen_vae(tmp_path_factory):
 def short_run(image_dir, tmp_path_factory):
     """A folder in which four steps without GAN were run: exps/a, checkpoints at 2 and 4."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--data-dir", image_dir, "--exp-name", "a", "--disc-weight", "0", "--checkpointing-steps", "2", *SHORT]
+    flags = ["--data-dir", image_dir, "--exp-name", "a", "--disc-weight", "0", "--checkpointing-steps", "2",
+             *SHORT]
     assert run_here("train", *flags, cwd=folder) == 0
     return folder

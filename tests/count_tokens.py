@@ -4,7 +4,8 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYOUT = {tokenize.ENCODING, tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+LAYOUT = {tokenize.ENCODING, tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT,
+          tokenize.ENDMARKER}
 ROOMS = {"six modules, data/, support/": "train.py vae.py sit.py repa.py sample.py fid.py data/*.py support/*.py",
          "train.py": "train.py", "experiments/, benchmarks/": "experiments/*.py benchmarks/*.py",
          "tests": "test_repae.py tests/*.py"}
@@ -13,8 +14,9 @@ ROOMS = {"six modules, data/, support/": "train.py vae.py sit.py repa.py sample.
 def count_tokens(file):
     with open(file, "rb") as f:
         types = [token.type for token in tokenize.tokenize(f.readline) if token.type not in LAYOUT]
-    lines = [list(line) for is_end, line in groupby(types, lambda kind: kind == tokenize.NEWLINE) if not is_end]
-    return sum(len(line) for line in lines if line != [tokenize.STRING])               # that alone is a docstring
+    lines = [list(line) for is_end,
+             line in groupby(types, lambda kind: kind == tokenize.NEWLINE) if not is_end]
+    return sum(len(line) for line in lines if line != [tokenize.STRING])           # that alone is a docstring
 
 
 for room, patterns in ROOMS.items():

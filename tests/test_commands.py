@@ -88,7 +88,7 @@ def test_folders_and_packages_that_are_not_there(image_dir, tmp_path, command, m
     one_line(command("train", *flags, "--report-to", "wandb", code=2), "pip install wandb")
 
 
-# --- The README's -----------------------------------------------------------------------------------------------------
+# --- The README's -------------------------------------------------------------------------------------------
 
 def test_flags_in_the_readme_exist(command):
     text = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
@@ -113,10 +113,12 @@ def test_first_commands_of_the_readme(tmp_path):
     run(sys.executable, ROOT / "train.py", "--max-train-steps", "2", "--log-steps", "1", "--batch-size", "8",
         cwd=tmp_path)
     exp = tmp_path / "exps/tiny"
-    assert {p.name for p in (exp / "images").iterdir()} == {"samples-0000002.png", "reconstructions-0000002.png"}
+    assert {p.name for p in (exp / "images").iterdir()} == {"samples-0000002.png",
+                                                            "reconstructions-0000002.png"}
     out = run(sys.executable, ROOT / "sample.py", "--num-samples", "10", "--num-steps", "2", cwd=tmp_path)
     assert "samples-0000002.png" in out and Image.open(exp / "samples-0000002.png").size[0] > 600
-    run(sys.executable, ROOT / "fid.py", "--num-samples", "20", "--num-steps", "2", "--metrics", "fid", "--json",
+    run(sys.executable, ROOT / "fid.py", "--num-samples", "20", "--num-steps", "2", "--metrics", "fid",
+        "--json",
         "out.json", cwd=tmp_path)
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert numbers["n_samples"] == 20 and numbers["n_reference"] > 4000

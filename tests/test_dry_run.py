@@ -1,4 +1,5 @@
-"""The dry run of the README's commands for ImageNet, benchmarks/dry_run.sh: its checks, and all of it at small size."""
+"""The dry run of the README's commands for ImageNet, benchmarks/dry_run.sh: its checks, and all of it at
+small size."""
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from vae import AutoencoderKL
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not which("pkill"), reason="needs Linux and pkill")
 
 
-# --- The checks find what is wrong ------------------------------------------------------------------------------------
+# --- The checks find what is wrong --------------------------------------------------------------------------
 
 def row(step, **changes):
     return dict(step=step, loss=0.5 / step, grad_norm=2.0, images_per_second=1 / step, skipped=0.0) | changes
@@ -56,7 +57,8 @@ def test_check_batch_and_scores(tmp_path):
         with pytest.raises(UserError, match=words):
             dry_run.check_batch(file, "4", "8")
 
-    scores = dict.fromkeys("fid sfid is kid precision recall".split(), 1.0) | dict(n_samples=4, features="inception")
+    scores = dict.fromkeys(["fid", "sfid", "is", "kid", "precision", "recall"], 1.0) | dict(n_samples=4,
+                                                                                   features="inception")
     file = tmp_path / "scores.json"
     file.write_text(json.dumps(scores))
     dry_run.check_scores(file, "4")
@@ -71,7 +73,9 @@ def test_check_vaes_bit_for_bit(tmp_path):
     states = [{name: torch.rand_like(tensor) for name, tensor in AutoencoderKL("f4d8").state_dict().items()}
               for _ in range(2)]
     files = [tmp_path / f"{k}.pt" for k in range(3)]
-    for file, state in zip(files, [*states, states[0] | {"decoder.conv_out.bias": states[1]["decoder.conv_out.bias"]}]):
+    for file, state in zip(files,
+                           [*states,
+                            states[0] | {"decoder.conv_out.bias": states[1]["decoder.conv_out.bias"]}], strict=True):
         torch.save(state, file)
     dry_run.check_vae("same", files[0], files[0])
     dry_run.check_vae("trained", files[0], files[1])
@@ -94,7 +98,8 @@ time.sleep(float(sys.argv[1]))
 
 
 def test_a_command_is_measured_and_stopped(tmp_path, monkeypatch, capsys):
-    """By SIGUSR1 once the file has a row, train.py and not its parent. A failed or late command is not done."""
+    """By SIGUSR1 once the file has a row, train.py and not its parent. A failed or late command is not
+    done."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(TRAIN)
     Path("old").write_bytes(bytes(1_000))
@@ -113,7 +118,7 @@ def test_a_command_is_measured_and_stopped(tmp_path, monkeypatch, capsys):
     assert "could not convert" in capsys.readouterr().out and read_rows(dry_run.RESULTS) == [result]
 
 
-# --- All of it --------------------------------------------------------------------------------------------------------
+# --- All of it ----------------------------------------------------------------------------------------------
 
 @slow
 def test_dry_run_sh_at_small_size(tmp_path):
@@ -122,7 +127,8 @@ def test_dry_run_sh_at_small_size(tmp_path):
            "PRESETS": "sdvae-xl2 sd35-xl2", "FLAGS": "--no-compile", "OUT": str(tmp_path / "out")}
 
     def start(code=0, **settings):
-        return run_command("bash", ROOT / "benchmarks/dry_run.sh", cwd=tmp_path, env=env | settings, code=code,
+        return run_command("bash", ROOT / "benchmarks/dry_run.sh", cwd=tmp_path, env=env | settings,
+                           code=code,
                            timeout=3600)
 
     printed = start()

@@ -26,23 +26,24 @@ def test_fds_of_a_run_equal_those_of_fid_py(image_dir, call, command, tmp_path):
     call(evaluate.main, *flags, 4)
     record = json.loads((a / "fd.json").read_text())
 
-    def fid(*flags):
+    def fid(*flags, name="fd_resnet18"):
         command("fid", *flags, *network, "--num-workers", 0, "--device", "cpu", "--json", "out.json")
-        return pytest.approx(json.loads((tmp_path / "out.json").read_text())["fd_resnet18"], rel=1e-4)
+        return pytest.approx(json.loads((tmp_path / "out.json").read_text())[name], rel=1e-4)
 
     sampled = ["--ckpt", ckpt, "--num-samples", 20, "--num-steps", 2, "--mixed-precision", "auto"]
     assert record["fd"]["4"] == fid(image_dir, *sampled, "--metrics", "fid")
-    assert record["rfd"] == fid(image_dir, "--ckpt", ckpt, "--reconstruct")
+    assert record["rfd"] == fid(image_dir, "--ckpt", ckpt, "--reconstruct", name="rfd_resnet18")
     command("sample", *sampled, "--out", "samples.npz", "--device", "cpu")
     model = load_checkpoint(ckpt)
     x = torch.stack([read_image(file, 32) for file in list_images(image_dir)])
     with torch.no_grad():
         made = to_uint8(model.vae.decode(model.vae.encode(to_float(x)).mean))
     np.savez(tmp_path / "made.npz", arr_0=made.permute(0, 2, 3, 1).numpy())
-    assert record["fd_to_reconstructions"] == fid(tmp_path / "made.npz", tmp_path / "samples.npz", "--metrics", "fid")
+    assert record["fd_to_reconstructions"] == fid(tmp_path / "made.npz", tmp_path / "samples.npz",
+                                                  "--metrics", "fid")
 
     (a / "fd.json").unlink()
-    (a / "judged.json").write_text(json.dumps(record | dict(fd={"4": 7.0})))        # the old name; not done again
+    (a / "judged.json").write_text(json.dumps(record | dict(fd={"4": 7.0})))    # the old name; not done again
     assert call(evaluate.main, *flags, 4).endswith(f"{a}: 4: 7.0\n")
     with pytest.raises(UserError, match="other settings"):
         call(evaluate.main, *flags, 4, "--samples", 21)
@@ -51,5 +52,6 @@ def test_fds_of_a_run_equal_those_of_fid_py(image_dir, call, command, tmp_path):
 def test_fd_of_features_equals_its_formula():
     a, b = np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).random((30, 3)) ** 2
     ca, cb = np.cov(a.T), np.cov(b.T)
-    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca + cb - 2
+                                                                 * scipy.linalg.sqrtm(ca @ cb).real)
     assert evaluate.fd_of_features(*map(torch.tensor, (a, b))) == pytest.approx(expected, rel=1e-6)

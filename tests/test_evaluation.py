@@ -81,4 +81,5 @@ def test_what_cannot_be_evaluated(image_dir, tmp_path, command):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/three").symlink_to(image_dir / "one")
     (tmp_path / "other/two words").symlink_to(image_dir / "two words")
-    one_line(command("train", *flags, "--val-dir", tmp_path / "other", code=2), "classes that the data lacks: three")
+    one_line(command("train", *flags, "--val-dir", tmp_path / "other", code=2),
+             "classes that the data lacks: three")

@@ -24,7 +24,8 @@ LITE0 = "efficientnet-lite0"
 
 @needs("matplotlib")
 def test_scripts_run_from_anywhere_and_fail_in_one_line(tmp_path):
-    one_line(run(sys.executable, ROOT / "experiments/curves.py", "nowhere", cwd=tmp_path, code=2), "nowhere: no such")
+    one_line(run(sys.executable, ROOT / "experiments/curves.py", "nowhere", cwd=tmp_path, code=2),
+             "nowhere: no such")
     assert not list(tmp_path.iterdir())
 
 
@@ -34,7 +35,7 @@ def test_missing_matplotlib_is_one_line(monkeypatch):
         figures.load_matplotlib()
 
 
-# --- alignment ---------------------------------------------------------------------------------------------------
+# --- alignment ----------------------------------------------------------------------------------------------
 
 def test_cknna_equals_its_definition():
     rng = np.random.default_rng(0)
@@ -92,7 +93,7 @@ def test_evaluate_measures_cknna_and_denoising_loss(checkpoint, images, call):
     net.load_state_dict(torch.load(checkpoint, weights_only=True)["ema"])
     autoencoder, _ = vae.load_vae(checkpoint)
     x = torch.stack([to_float(read_image(file)) for file in list_images(images)])
-    y = torch.tensor([2] * 12 + [1] * 12)                                  # by name, in the checkpoint's order
+    y = torch.tensor([2] * 12 + [1] * 12)                                 # by name, in the checkpoint's order
     noise = np.stack([np.random.default_rng(i).standard_normal((2, 8, 8, 8), np.float32) for i in range(24)])
     noise, eps = torch.tensor(noise).unbind(1)
     posterior = autoencoder.encode(x)
@@ -112,7 +113,8 @@ def test_evaluate_measures_cknna_and_denoising_loss(checkpoint, images, call):
 
 
 def test_evaluate_matches_classes_by_name(checkpoint, images, tmp_path, call):
-    assert [label for _, label in analyze.labelled_images(images, ["two words", "x", "one"])] == [2] * 12 + [0] * 12
+    assert [label for _,
+            label in analyze.labelled_images(images, ["two words", "x", "one"])] == [2] * 12 + [0] * 12
     older = copy_with_args(checkpoint, tmp_path / "a.pt", classes=None, data_dir=str(images))
     call(analyze.main, "evaluate", older)                                  # lists the training folder
     assert (tmp_path / "evaluation-a.json").is_file()
@@ -124,17 +126,19 @@ def test_evaluate_matches_classes_by_name(checkpoint, images, tmp_path, call):
     assert not (tmp_path / "evaluation-b.json").exists()
 
 
-# --- VAEs --------------------------------------------------------------------------------------------------------
+# --- VAEs ---------------------------------------------------------------------------------------------------
 
 @needs("matplotlib")
 @torch.no_grad()
 def test_latents_prints_the_spectrum(checkpoint, images, tmp_path, call):
-    text = call(analyze.main, "latents", images, checkpoint, "--resolution", 32, "--out", tmp_path / "latents.png")
+    text = call(analyze.main, "latents", images, checkpoint, "--resolution", 32, "--out",
+                tmp_path / "latents.png")
     autoencoder, _ = vae.load_vae(checkpoint)
     x = torch.stack([to_float(read_image(file)) for file in list_images(images)])
     moments = autoencoder.quant_conv(autoencoder.encoder(x)).permute(0, 2, 3, 1).reshape(-1, 16).numpy()
     flat, added = moments[:, :8], np.exp(moments[:, 8:]).mean(0) / moments[:, :8].var(0)
-    fractions = np.linalg.eigvalsh(np.corrcoef(flat.T) * np.outer(flat.std(0), flat.std(0))) / flat.var(0).sum()
+    fractions = np.linalg.eigvalsh(np.corrcoef(flat.T) * np.outer(flat.std(0),
+                                                                  flat.std(0))) / flat.var(0).sum()
     assert (f"variance {flat.var(0).mean():.4g}, {1 / np.square(fractions).sum():.2f} effective dimensions of 8; "
             f"sampling adds {added.mean():.2%}\n24 images") in text
     assert Image.open(tmp_path / "latents.png").width > 1000
@@ -142,7 +146,8 @@ def test_latents_prints_the_spectrum(checkpoint, images, tmp_path, call):
 
 @torch.no_grad()
 def test_reconstruct_prints_psnr_and_draws_pairs(checkpoint, images, tmp_path, call):
-    out = call(analyze.main, "reconstruct", checkpoint, images, "--resolution", 32, "--out", tmp_path / "r.png",
+    out = call(analyze.main, "reconstruct", checkpoint, images, "--resolution", 32, "--out",
+               tmp_path / "r.png",
                "--vgg-ckpt", "nowhere")
     autoencoder, _ = vae.load_vae(checkpoint)
     x = torch.stack([read_image(file) for file in list_images(images)])
@@ -152,12 +157,12 @@ def test_reconstruct_prints_psnr_and_draws_pairs(checkpoint, images, tmp_path, c
     assert values == {"PSNR": pytest.approx((-10 * mse.log10()).mean().item(), abs=0.01),
                       "SSIM": pytest.approx(vae.ssim(to_float(x), to_float(y)).mean().item(), abs=1e-3)}
     assert "no LPIPS: " in out
-    pairs = np.asarray(Image.open(tmp_path / "r.png"))[::2, ::2]               # 4 pairs per row, doubled; gap 2
+    pairs = np.asarray(Image.open(tmp_path / "r.png"))[::2, ::2]             # 4 pairs per row, doubled; gap 2
     assert np.array_equal(pairs[34:66, :32], x[4].permute(1, 2, 0))
     assert np.allclose(pairs[34:66, 34:66], y[4].permute(1, 2, 0), atol=1)
 
 
-# --- charts ------------------------------------------------------------------------------------------------------
+# --- charts -------------------------------------------------------------------------------------------------
 
 def write_metrics(run, *rows):
     run.mkdir(exist_ok=True)
@@ -189,7 +194,8 @@ def write_run(run, distances, last, cknna, psnr):
     fd = {str(100 * k): value for k, value in enumerate(distances, 1)}
     record = dict(features="net", samples=2000, fd=fd, fd_to_reconstructions=last, rfd=50.04, psnr=psnr)
     (run / ("judged.json" if run.name == "repae-1" else "fd.json")).write_text(json.dumps(record))
-    (run / f"evaluation-{100 * len(distances):07d}.json").write_text(json.dumps(dict(cknna=[0.5, cknna, 0.6])))
+    (run / f"evaluation-{100 * len(distances):07d}.json").write_text(json.dumps(dict(cknna=[0.5, cknna,
+                                                                                            0.6])))
     (run / "args.json").write_text(json.dumps(dict(encoder_depth=2)))
 
 
@@ -223,15 +229,17 @@ def test_comparison_table(tmp_path, call):
             compare.read_runs(tmp_path, [1, 2])
 
 
-# --- shell scripts -----------------------------------------------------------------------------------------------
+# --- shell scripts ------------------------------------------------------------------------------------------
 
 REGIMES = {                                                 # what differs from REPA-E
-    "sit": dict(vae_grad="none", proj_coeff=0), "repa": dict(vae_grad="none"), "second": dict(vae_grad="none"),
+    "sit": dict(vae_grad="none", proj_coeff=0), "repa": dict(vae_grad="none"),
+    "second": dict(vae_grad="none"),
     "control": dict(vae_grad="none"), "repae": {}, "naive": dict(vae_grad="diffusion"),
     "noalign": dict(vae_align_proj_coeff=0), "nonorm": dict(fixed_latent_stats=True),
     "scratch": dict(vae_from_scratch=True, vae_ckpt="", vae="f4d8"),
     "both": dict(vae_grad="both"), "irepa": dict(projector="conv", spatial_norm=0.6, proj_coeff=1),
-    "lite0": dict(enc_type=LITE0), "weight": dict(vae_align_proj_coeff=1.5), "float32": dict(mixed_precision="no"),
+    "lite0": dict(enc_type=LITE0), "weight": dict(vae_align_proj_coeff=1.5),
+    "float32": dict(mixed_precision="no"),
     "mine": dict(qk_norm=True)}
 
 
@@ -240,9 +248,11 @@ def test_regimes_differ_from_repae_in_their_flags_only():
     assert REGIMES.keys() == compare.REGIMES.keys() | compare.ABLATIONS.keys()
     for regime, different in REGIMES.items():
         script = f". experiments/common.sh; MINE=--qk-norm regime_flags {regime}"
-        flags = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True).stdout.split()
+        flags = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True,
+                               text=True).stdout.split()
         vae_flags = [] if regime == "scratch" else ["--vae-ckpt", "vae.pt"]
-        repae, settings = (vars(train.parse_config(["--data-dir", ".", "--vae-align-proj-coeff", "0.5", *more]))
+        repae, settings = (vars(train.parse_config(["--data-dir", ".", "--vae-align-proj-coeff", "0.5",
+                                                    *more]))
                            for more in (["--vae-ckpt", "vae.pt"], vae_flags + flags))
         assert settings == repae | different, regime
 
@@ -279,23 +289,27 @@ def test_compare_sh_trains_each_run_once(tmp_path):
     def start(breaks="none", code=0, **settings):
         """Its output, {run: its train.py command}, the other commands."""
         log.unlink(missing_ok=True)
-        env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(log), "BREAKS": breaks,
+        env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(log),
+               "BREAKS": breaks,
                "OUT": str(out), "DATA": str(tmp_path / "data"), "SEEDS": "1 2", "STEPS": "40", "EVERY": "20",
                "POINTS": "20 40", "BASE_STEPS": "10", "ENC_CKPT": "dinov2.pt", **settings}
-        done = subprocess.run(["bash", "experiments/compare.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(["bash", "experiments/compare.sh"], cwd=ROOT, env=env, capture_output=True,
+                              text=True)
         assert done.returncode == code, done.stdout + done.stderr
         lines = log.read_text().splitlines()
-        trained = {line.split("--exp-name ")[1].split()[0]: line for line in lines if line.startswith("train.py")}
+        trained = {line.split("--exp-name ")[1].split()[0]: line for line in lines
+                   if line.startswith("train.py")}
         return done.stdout + done.stderr, trained, [line for line in lines if "evaluate" in line]
 
     printed, trained, evaluated = start(breaks="repae-2")
     runs = [f"{regime}-{seed}" for regime in compare.REGIMES for seed in (1, 2)]
     runs += [f"{ablation}-1" for ablation in compare.ABLATIONS if ablation != "mine"]
     assert set(trained) == {"base", "vae", *runs}
-    assert "repae-2 failed" in printed and "second-2 failed" in printed                  # it needs repae-2's VAE
+    assert "repae-2 failed" in printed and "second-2 failed" in printed               # it needs repae-2's VAE
     tuned, last = out / "vae/checkpoints/0000040.pt", "checkpoints/0000040.pt"
     frozen, base = "--vae-grad none --cache-latents", f"--vae-ckpt {out}/base/checkpoints/0000010.pt"
-    for run_name, end in (("repa-2", f"--vae-ckpt {tuned} {frozen}"), ("repae-1", base), ("vae", f"--vae-only {base}"),
+    for run_name, end in (("repa-2", f"--vae-ckpt {tuned} {frozen}"), ("repae-1", base),
+                          ("vae", f"--vae-only {base}"),
                           ("second-1", f"--vae-ckpt {out}/repae-1/{last} {frozen}"),
                           ("control-2", f"--vae-ckpt {out}/noalign-2/{last} {frozen}"),
                           ("scratch-1", "--vae-from-scratch"), ("both-1", f"{base} --vae-grad both")):

@@ -40,7 +40,8 @@ def save_folder(folder, images):
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
-    """Random Inception weights whose batch norms were fitted to images, so that activations keep their size."""
+    """Random Inception weights whose batch norms were fitted to images, so that activations keep their
+    size."""
     torch.manual_seed(0)
     with torch.device("meta"):
         net = timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
@@ -75,7 +76,7 @@ def small(tmp_path_factory):
     return ["--features", "test_resnet", "--features-weights", str(file), *FLAGS]
 
 
-# --- Features ---------------------------------------------------------------------------------------------------------
+# --- Features -----------------------------------------------------------------------------------------------
 
 @needs("torch_fidelity")
 def test_inception_features_match_torch_fidelity(inception, inception_file):
@@ -83,7 +84,7 @@ def test_inception_features_match_torch_fidelity(inception, inception_file):
     peer = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"],
                                        feature_extractor_weights_path=str(inception_file))
     images, branches = nchw(smooth_images(2, 64, blur=16)), []
-    peer.Mixed_6d.branch1x1.register_forward_hook(lambda m, x, y: branches.append(y))              # [2, 192, 17, 17]
+    peer.Mixed_6d.branch1x1.register_forward_hook(lambda m, x, y: branches.append(y))       # [2, 192, 17, 17]
     with torch.no_grad():
         ours, (pool, logits) = inception(images), peer(images)
     assert 0.01 < pool.std() < 100  # the random weights neither vanish nor explode
@@ -100,7 +101,8 @@ def test_resize_is_tensorflow_1s():
 @pytest.mark.parametrize("mode, kernel", [("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)])
 def test_resize_is_pillows(mode, kernel):
     images = noise(1, 75)
-    found, pillow = fid.resize_pillow(nchw(images), 32, mode), Image.fromarray(images[0]).resize((32, 32), kernel)
+    found, pillow = fid.resize_pillow(nchw(images), 32, mode), Image.fromarray(images[0]).resize((32, 32),
+                                                                                                 kernel)
     difference = (found - nchw(np.array(pillow)[None]).float()).abs()
     assert difference.max() <= 1 and difference.mean() < 0.01 and torch.equal(found, found.round())
 
@@ -132,7 +134,7 @@ def test_features_are_full_float32_under_autocast_and_tf32(inception, small):
     with torch.autocast("cpu", torch.bfloat16):
         features = [net(images)["pool"] for net in (inception, pooled)]
         after = switches()
-    for module, value in zip(modules, before):
+    for module, value in zip(modules, before, strict=True):
         module.allow_tf32 = value
     for hook in hooks:
         hook.remove()
@@ -146,7 +148,8 @@ def test_samples_are_those_of_sample_py_bit_for_bit(short_run, tmp_path, command
              "--num-steps", "2", "--seed", "3", "--label-sampling", "random", "--device", "cpu"]
     command("sample", *flags, "--batch-size", "7", "--out", "x.npz")
     _, samples, _ = fid.open_sources(fid.parse_args(flags), CPU, Processes())
-    assert torch.equal(torch.cat([*samples.batches(range(10), 7)]), nchw(np.load(tmp_path / "x.npz")["arr_0"]))
+    assert torch.equal(torch.cat([*samples.batches(range(10), 7)]),
+                       nchw(np.load(tmp_path / "x.npz")["arr_0"]))
     seen = {}
     hook = nn.modules.module.register_module_forward_hook(
         lambda module, *_: seen.setdefault(type(module).__name__, set()).add(switches()))
@@ -155,7 +158,7 @@ def test_samples_are_those_of_sample_py_bit_for_bit(short_run, tmp_path, command
     assert seen["SiT"] == {(True, True, False)} and seen["InvertedResidual"] == {(False, False, False)}
 
 
-# --- Metrics ----------------------------------------------------------------------------------------------------------
+# --- Metrics ------------------------------------------------------------------------------------------------
 
 def rows(n, d, seed, shift=0.0):
     rng = np.random.default_rng(seed)
@@ -194,8 +197,8 @@ def test_inception_score_over_equal_splits_of_about_5000():
 
 
 def test_inception_score_shuffles_folders(tmp_path):
-    """10 classes of 1000 certain images, sorted: a folder has all classes in both splits, so 10; an .npz keeps its
-    order, as in ADM, and has 5."""
+    """10 classes of 1000 certain images, sorted: a folder has all classes in both splits, so 10; an .npz
+    keeps its order, as in ADM, and has 5."""
     logits = 50 * torch.eye(10).repeat_interleave(1000, 0)
 
     def net(x):
@@ -212,7 +215,7 @@ def test_inception_score_shuffles_folders(tmp_path):
     assert not fid.ImageSet(tmp_path / "x.npz").is_folder
 
 
-@pytest.mark.parametrize("rank", [64, 20])                                     # 20: singular covariances, few images
+@pytest.mark.parametrize("rank", [64, 20])                              # 20: singular covariances, few images
 def test_frechet_distance_against_scipy(rank):
     rng = np.random.default_rng(0)
     m1, m2 = rng.standard_normal((2, 64))
@@ -226,19 +229,19 @@ def test_frechet_distance_against_scipy(rank):
 def test_precision_and_recall_by_all_distances():
     a, b = close_together(rows(230, 16, 3)), close_together(rows(170, 16, 4, 0.3))
     aa, bb, ba = (((x[:, None] - y) ** 2).sum(2) for x, y in ((a, a), (b, b), (b, a)))
-    precision = (ba <= np.sort(aa)[:, 3]).any(1).mean()              # the nearest of all is itself: column 3 is k = 3
-    recall = (ba.T <= np.sort(bb)[:, 3]).any(1).mean()
+    precision = (ba <= np.sort(aa)[:, 3]).any(1).mean()      # the nearest of all is itself: column 3 is k = 3
+    recall = (np.sort(bb)[:, 3] >= ba.T).any(1).mean()
     assert 0.05 < precision < 0.95 and 0.05 < recall < 0.95
     x, y = (torch.from_numpy(features).float() for features in (a, b))
     assert fid.precision(x, y, block=64) == pytest.approx(precision, abs=1e-9)
     assert fid.recall(x, y) == pytest.approx(recall, abs=1e-9)
 
 
-# --- The command ------------------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 
 def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception_file, inception, small):
-    """The same numbers whatever form the images come in and however they are batched; all against one pass over all
-    images, and numpy's covariance."""
+    """The same numbers whatever form the images come in and however they are batched; all against one pass
+    over all images, and numpy's covariance."""
     a, b = smooth_images(6, 32, 1), smooth_images(5, 32, 2, blur=6)
     save_folder(tmp_path / "a", a)
     np.savez(tmp_path / "a.npz", arr_0=a)
@@ -246,7 +249,8 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
     found, with_inception = {}, ("--inception-weights", inception_file, *FLAGS)
     command("fid", "a", "--save-stats", "stats.npz", *with_inception)
     for ref, size, metrics in (("a.npz", 3, "sfid,is,kid,precision,recall"), ("stats.npz", 11, "fid")):
-        command("fid", ref, "b.npz", "--batch-size", size, "--metrics", metrics, "--json", "out.json", *with_inception)
+        command("fid", ref, "b.npz", "--batch-size", size, "--metrics", metrics, "--json", "out.json",
+                *with_inception)
         found |= json.loads((tmp_path / "out.json").read_text())
         assert (found["n_reference"], found["n_samples"], found["resolution"]) == (6, 5, [32, 32])
     with torch.no_grad():
@@ -254,7 +258,7 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
     x, y = (f["pool"] for f in features)
     stats = np.load(tmp_path / "stats.npz")
     for mu, sigma, key, name in (("mu", "sigma", "pool", "fid"), ("mu_s", "sigma_s", "spatial", "sfid")):
-        assert np.array_equal(stats[mu], stats[f"{inception.id} {mu}"])                      # also ADM's names
+        assert np.array_equal(stats[mu], stats[f"{inception.id} {mu}"])                     # also ADM's names
         p, q = (f[key].double() for f in features)
         close(stats[mu], p.mean(0), 1e-4)
         close(stats[sigma], torch.cov(p.T), 1e-3)
@@ -272,7 +276,8 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
 def test_reconstructions_of_a_run(image_dir, short_run, command):
     """Against its own data."""
     ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    printed = command("fid", "--reconstruct", "--ckpt", ckpt, "--features", repa.LITE2, *FLAGS, "--json", "out.json",
+    printed = command("fid", "--reconstruct", "--ckpt", ckpt, "--features", repa.LITE2, *FLAGS, "--json",
+                      "out.json",
                       cwd=short_run)
     found, model = json.loads((short_run / "out.json").read_text()), sample.load_checkpoint(ckpt)
     images = torch.stack([read_image(path, 32) for path in list_images(image_dir)])
@@ -282,7 +287,7 @@ def test_reconstructions_of_a_run(image_dir, short_run, command):
         features = [net(x)["pool"].double() for x in (images, y)]
     distance = fid.frechet_distance(*[(f.mean(0), torch.cov(f.T)) for f in features])
     assert " rfd_efficientnet-lite2 " in printed and (found["n_reference"], found["n_samples"]) == (24, 24)
-    assert found["fd_efficientnet-lite2"] == pytest.approx(distance, rel=1e-3)
+    assert found["rfd_efficientnet-lite2"] == pytest.approx(distance, rel=1e-3)
     x, y = to_float(images), to_float(y)
     assert found["psnr"] == pytest.approx(vae.psnr(x, y).mean().item(), abs=0.01)
     assert found["ssim"] == pytest.approx(vae.ssim(x, y).mean().item(), abs=1e-4)
@@ -310,7 +315,8 @@ def test_bad_input_is_one_clear_line(tmp_path, command, monkeypatch, small):
     state = torch.load(small[3])
     state["conv1.0.weight"][0, 0, 0, 0] = math.nan
     torch.save(state, tmp_path / "nan.pth")
-    fails("features not finite", "good", good, "--features", "test_resnet", "--features-weights", "nan.pth", *FLAGS)
+    fails("features not finite", "good", good, "--features", "test_resnet", "--features-weights", "nan.pth",
+          *FLAGS)
 
 
 def test_reconstructions_that_are_not_finite_are_refused(short_run, command):
@@ -318,19 +324,21 @@ def test_reconstructions_that_are_not_finite_are_refused(short_run, command):
     ckpt["vae"]["decoder.conv_out.weight"][:] = 3e38                                     # finite, still
     torch.save(ckpt, short_run / "overflow.pt")
     flags = ["--ckpt", "overflow.pt", "--reconstruct", "--features", repa.LITE2, *FLAGS]
-    one_line(command("fid", *flags, cwd=short_run, code=2), "overflow.pt: the reconstruction of image 0 is not finite")
+    one_line(command("fid", *flags, cwd=short_run, code=2),
+             "overflow.pt: the reconstruction of image 0 is not finite")
 
 
 def test_few_samples_are_spread_over_the_classes(monkeypatch):
     """In any batches and processes, as by sample.py."""
     model, classes = SimpleNamespace(args=dict(resolution=8), sit=SimpleNamespace(num_classes=10)), {}
-    monkeypatch.setattr(fid, "sample_images", lambda model, indices, labels, **kw: classes.update(zip(indices, labels)))
+    monkeypatch.setattr(fid, "sample_images", lambda model, indices, labels,
+                        **kw: classes.update(zip(indices, labels, strict=True)))
     for shard in (range(2, 4), range(2)):
         list(fid.Samples(Path("x.pt"), model, 4, {}).batches(shard, 1))
     assert classes == {0: 0, 1: 2, 2: 5, 3: 7}
 
 
-# --- Images and statistics in files -----------------------------------------------------------------------------------
+# --- Images and statistics in files -------------------------------------------------------------------------
 
 def test_jpegs_are_cropped_exactly_as_in_adm(tmp_path):
     """Not by the JPEG decoder's own shrinking."""
@@ -357,7 +365,8 @@ def test_npz_with_fewer_images_than_its_header_says(tmp_path):
 
 
 def test_statistics_of_unknown_origin(tmp_path):
-    """They are assumed to be ADM's; other arrays in the file are not read. Beside images they count only if as wide."""
+    """They are assumed to be ADM's; other arrays in the file are not read. Beside images they count only if
+    as wide."""
     def check(net, **arrays):
         np.savez(tmp_path / "x.npz", **arrays)
         source = fid.ImageSet(tmp_path / "x.npz")
@@ -368,7 +377,7 @@ def test_statistics_of_unknown_origin(tmp_path):
     other = SimpleNamespace(name="resnet50", id="resnet50 a", outputs=dict(pool=2048))
     wide = dict(mu=np.ones(2048), sigma=np.eye(2048), names=np.array([{"pickled": 1}], dtype=object))
     adm = wide | dict(mu_s=np.zeros(2023), sigma_s=np.eye(2023))
-    assert check(inception, **adm)[1] == "" and "inception's (as ADM)" in check(inception, **wide)[1]
+    assert check(inception, **adm)[1] == "" and "assumed to be inception's" in check(inception, **wide)[1]
     both, _ = check(inception, arr_0=noise(4), **adm)
     found = fid.collect(both, [(inception, "pool")], CPU, 4)[inception.id, "pool"]
     assert torch.equal(found[0], torch.ones(2048).double())
@@ -385,11 +394,13 @@ def test_saved_statistics_name_their_network(tmp_path, command, small):
     printed = command("fid", "stats.npz", "samples.npz", "--metrics", "fid", *small)
     assert "unknown origin" not in printed and "stats.npz: 6 images are too few" in printed
     assert "differ in size (height, width): [(16, 16), (24, 24)]" in printed
-    np.savez(tmp_path / "other.npz", **{name.replace("test_resnet ", "test_resnet 0"): a for name, a in stats.items()})
-    np.savez(tmp_path / "two.npz", arr_0=noise(2), **stats)                # two images: only the statistics count
+    np.savez(tmp_path / "other.npz",
+             **{name.replace("test_resnet ", "test_resnet 0"): a for name, a in stats.items()})
+    np.savez(tmp_path / "two.npz", arr_0=noise(2), **stats)            # two images: only the statistics count
     out = command("fid", "two.npz", "ref", *small)
     assert "fd_test_resnet " in out and "kid" not in out and "recall" not in out
-    for words, flags in (("other.npz: 0 image(s), statistics of test_resnet 0|of test_resnet ", ["other.npz", "ref"]),
+    for words, flags in (("other.npz: 0 image(s), statistics of test_resnet 0|of test_resnet ",
+                          ["other.npz", "ref"]),
                          ("--metrics kid", ["two.npz", "ref", "--metrics", "kid"]),
                          ("--save-stats: |and 2 images", ["two.npz", "--save-stats", "x.npz"])):
         one_line(command("fid", *flags, *small, code=2), *words.split("|"))

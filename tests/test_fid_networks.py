@@ -1,4 +1,5 @@
-"""fid.py over several networks: one pass, statistics in one file, MIND, the ratio to held-out images, LPIPS."""
+"""fid.py over several networks: one pass, statistics in one file, MIND, the ratio to held-out images,
+LPIPS."""
 import json
 import sys
 
@@ -34,7 +35,8 @@ def weights(tmp_path_factory):
 def images(tmp_path):
     """train.npz, val.npz and samples.npz in tmp_path: 12, 8 and 8 images."""
     for seed, (name, n) in enumerate((("train", 12), ("val", 8), ("samples", 8))):
-        np.savez(tmp_path / f"{name}.npz", arr_0=smooth_images(n, 32, seed, blur=6 if name == "samples" else 4))
+        np.savez(tmp_path / f"{name}.npz",
+                 arr_0=smooth_images(n, 32, seed, blur=6 if name == "samples" else 4))
     return tmp_path
 
 
@@ -60,7 +62,8 @@ def test_several_networks_give_what_each_gives_alone(images, numbers, weights, m
         alone |= numbers("train.npz", "samples.npz", "--features", name, "--features-weights", file)
     monkeypatch.setattr(fid.ImageSet, "batches", counted)
     names = f"test_resnet,{repa.LITE2},test_vit"
-    together = numbers("train.npz", "samples.npz", "--features", names, "--features-weights", ",".join(weights))
+    together = numbers("train.npz", "samples.npz", "--features", names, "--features-weights",
+                       ",".join(weights))
     assert together["features"] == names and sorted(read) == ["samples.npz", "train.npz"]
     measured = [key for key in alone if key.startswith(("fd_", "kid_", "mind_", "precision_", "recall_"))]
     assert len(measured) == 15
@@ -77,7 +80,8 @@ def test_statistics_of_several_networks_in_one_file(images, numbers, command, we
     assert stored["fd_test_vit"] == expected["fd_test_vit"] and "kid_test_vit" not in stored
     assert stored["fd_test_resnet"] == expected["fd_test_resnet"] and stored["n_reference"] == 12
     swapped = ["--features", "test_vit", "--features-weights", weights[1]]
-    assert numbers("stats.npz", "samples.npz", *swapped)["fd_test_vit"] == pytest.approx(expected["fd_test_vit"])
+    assert numbers("stats.npz", "samples.npz",
+                   *swapped)["fd_test_vit"] == pytest.approx(expected["fd_test_vit"])
     out = command("fid", "stats.npz", "samples.npz", "--features", repa.LITE2, *FLAGS, code=2)
     one_line(out, "stats.npz: 0 image(s), statistics of test_", f"or statistics of {repa.LITE2} ")
 
@@ -89,14 +93,17 @@ def test_statistics_of_an_older_version_are_read(images, numbers, command, weigh
     (net,) = fid.load_networks("test_resnet", CPU, weights=weights[0])
     mu, sigma = fid.collect(fid.ImageSet(images / "train.npz"), [(net, "pool")], CPU, 64)[net.id, "pool"]
     for file, sha256 in (("older.npz", net.sha256), ("other.npz", "0" * 64)):
-        np.savez(images / file, mu=mu, sigma=sigma, features="test_resnet", sha256=sha256, n=12, shape=(32, 32))
+        np.savez(images / file, mu=mu, sigma=sigma, features="test_resnet", sha256=sha256, n=12,
+                 shape=(32, 32))
     assert numbers("older.npz", "samples.npz", *network)["fd_test_resnet"] == expected["fd_test_resnet"]
-    one_line(command("fid", "other.npz", "samples.npz", *network, *FLAGS, code=2), "test_resnet 00000000 (96 features)")
+    one_line(command("fid", "other.npz", "samples.npz", *network, *FLAGS, code=2),
+             "test_resnet 00000000 (96 features)")
 
 
 def test_ratio_to_held_out_images(images, numbers, command, weights):
     """FDr: FD(samples, train) / FD(val, train) of each network, and their mean; of val itself 1."""
-    networks = ["--features", "test_resnet,test_vit", "--features-weights", ",".join(weights), "--metrics", "fid"]
+    networks = ["--features", "test_resnet,test_vit", "--features-weights", ",".join(weights), "--metrics",
+                "fid"]
     sampled, val = (numbers("train.npz", f"{name}.npz", *networks) for name in ("samples", "val"))
     found = numbers("train.npz", "samples.npz", "--ratio", "val.npz", *networks)
     ratios = [sampled[key] / val[key] for key in ("fd_test_resnet", "fd_test_vit")]
@@ -110,7 +117,7 @@ def test_ratio_to_held_out_images(images, numbers, command, weights):
     one_line(same, "--ratio", "train.npz")
 
 
-# --- MIND -------------------------------------------------------------------------------------------------------------
+# --- MIND ---------------------------------------------------------------------------------------------------
 
 def gaussians(n, d=64, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
@@ -140,12 +147,12 @@ def test_mind_by_its_formula():
     assert fid.mind(x, y, directions=30) == pytest.approx(15 * np.mean(squares), rel=1e-6)
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
+# --- Checkpoints --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
 def test_evaluation_in_a_program(short_run, image_dir, processes, tmp_path):
-    """As training calls it: the network and the reference are kept, several samplers are compared with it; what
-    fid.py prints, for any number of processes."""
+    """As training calls it: the network and the reference are kept, several samplers are compared with it;
+    what fid.py prints, for any number of processes."""
     program = tmp_path / "program.py"
     program.write_text(f"""
 import json
@@ -176,8 +183,10 @@ for start in range(2):
 """)
     launch = torchrun(processes) if processes > 1 else [sys.executable]
     run(*launch, program, cwd=short_run)
-    run(sys.executable, ROOT / "fid.py", image_dir, "--ckpt", "exps/a/checkpoints/0000004.pt", "--num-samples", "14",
-        "--num-steps", "2", "--features", repa.LITE2, "--metrics", "fid", "--json", "out.json", *FLAGS, cwd=short_run)
+    run(sys.executable, ROOT / "fid.py", image_dir, "--ckpt", "exps/a/checkpoints/0000004.pt",
+        "--num-samples", "14",
+        "--num-steps", "2", "--features", repa.LITE2, "--metrics", "fid", "--json", "out.json", *FLAGS,
+        cwd=short_run)
     key = f"fd_{repa.LITE2}"
     printed = json.loads((short_run / "out.json").read_text())
     for start in range(2):
@@ -190,18 +199,20 @@ def test_lpips_of_reconstructions(short_run, image_dir, numbers, command):
     """With the weights that the run was trained with; without them a line says so."""
     torch.manual_seed(0)
     lpips = vae.LPIPS(random=True)
-    torch.save({f"features.{name}": tensor for name, tensor in lpips.vgg.state_dict().items()}, short_run / "vgg.pth")
+    torch.save({f"features.{name}": tensor for name, tensor in lpips.vgg.state_dict().items()},
+               short_run / "vgg.pth")
     heads = {f"lin{i}.model.1.weight": head for i, head in lpips.heads.state_dict().items()}
     torch.save(heads, short_run / "heads.pth")
     saved = load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
-    files = dict(perceptual="lpips", lpips_ckpt=str(short_run / "heads.pth"), vgg_ckpt=str(short_run / "vgg.pth"))
+    files = dict(perceptual="lpips", lpips_ckpt=str(short_run / "heads.pth"),
+                 vgg_ckpt=str(short_run / "vgg.pth"))
     flags = [image_dir, "--ckpt", "lpips.pt", "--reconstruct", "--features", repa.LITE2, "--batch-size", "5"]
     torch.save(dict(saved, args=saved["args"] | files), short_run / "lpips.pt")
     found = numbers(*flags, cwd=short_run)
     images = torch.stack([read_image(file, 32) for file in list_images(image_dir)])
     x = to_float(images)
     y = to_float(to_uint8(vae.reconstruct(load_checkpoint(short_run / "lpips.pt").vae, images)[1]))
-    expected = np.mean([lpips(a[None], b[None]).item() for a, b in zip(x, y)])
+    expected = np.mean([lpips(a[None], b[None]).item() for a, b in zip(x, y, strict=True)])
     assert found["lpips"] == pytest.approx(expected, rel=1e-3) and found["lpips"] > 0
     (short_run / "vgg.pth").unlink()
     out = command("fid", *flags, *FLAGS, cwd=short_run)

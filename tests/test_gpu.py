@@ -1,4 +1,5 @@
-"""What only a GPU shows; skipped where there is none. Run it before a job: python -m pytest -q tests/test_gpu.py"""
+"""What only a GPU shows; skipped where there is none. Run it before a job: python -m pytest -q
+tests/test_gpu.py"""
 import math
 import re
 import sys
@@ -17,7 +18,8 @@ from support.checkpoints import Saver
 from support.files import load_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-GPU = [*SHORT[:SHORT.index("--mixed-precision")], "--device", "cuda", "--compile", "--mixed-precision", "bf16"]
+GPU = [*SHORT[:SHORT.index("--mixed-precision")], "--device", "cuda", "--compile", "--mixed-precision",
+       "bf16"]
 train_py = (sys.executable, ROOT / "train.py")
 
 
@@ -29,8 +31,10 @@ def test_compiled_steps_agree_with_those_of_a_cpu(tiny):
         _, _, args = tiny("--disc-start", "0")                          # a GPU's generator has other numbers
         args = [v if v is None else v.to(device) for v in args]
         metrics = [train.train_step(m, cfg, step, *args) for step in range(2)]
-        found[device] = [{name: value.item() for name, value in row.items()} for row in metrics], m.sit.bn.running_var
-    for cpu, gpu, slack in zip(found["cpu"][0], found["cuda"][0], (0.02, 0.1)):    # Adam's first step: signs
+        found[device] = [{name: value.item() for name, value in row.items()}
+                         for row in metrics], m.sit.bn.running_var
+    slacks = (0.02, 0.1)                                                                # Adam's first step: signs
+    for cpu, gpu, slack in zip(found["cpu"][0], found["cuda"][0], slacks, strict=True):
         assert cpu.keys() == gpu.keys()
         for name in cpu:
             if "grad_norm" not in name:
@@ -45,7 +49,7 @@ def test_the_vaes_forms_for_cuda_are_as_exact_as_pytorchs(monkeypatch):
     x, errors = torch.rand(2, 3, 64, 64, device="cuda") * 2 - 1, []
     with torch.no_grad():
         for form in (False, True):
-            monkeypatch.setattr(vae, "on_cuda", lambda x: form)
+            monkeypatch.setattr(vae, "on_cuda", lambda x, form=form: form)
             exact = net.decode(net.encode(x).mean)
             with torch.autocast("cuda", torch.bfloat16):
                 errors.append((net.decode(net.encode(x).mean) - exact).norm() / exact.norm())
@@ -58,7 +62,8 @@ def test_a_step_with_nan_is_skipped_without_synchronisation(tiny):
 
     def tensors():
         nets = [t for net in (m.sit, m.vae, m.disc) for t in net.state_dict().values()]
-        return nets + [t for o in m.optimizers.values() for s in o.state_dict()["state"].values() for t in s.values()]
+        return nets + [t for o in m.optimizers.values() for s in o.state_dict()["state"].values()
+                       for t in s.values()]
 
     before = [t.clone() for t in tensors()]
     bad = x.clone()
@@ -68,7 +73,7 @@ def test_a_step_with_nan_is_skipped_without_synchronisation(tiny):
         metrics = train.train_step(m, cfg, 1, bad, y, z, *noise)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert metrics["skipped"].item() == 1 and all(torch.equal(a, b) for a, b in zip(before, tensors()))
+    assert metrics["skipped"].item() == 1 and all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True))
     assert train.train_step(m, cfg, 2, x, y, z, *noise)["loss"].isfinite()
 
 
@@ -101,19 +106,23 @@ def test_attention_over_64_tokens_has_finite_gradients(tiny):
 
 
 def test_training_resuming_profiling_and_sampling(image_dir, tmp_path):
-    flags = ["--data-dir", image_dir, *GPU, "--disc-weight", "0.1", "--disc-start", "0", "--checkpointing-steps", "2"]
+    flags = ["--data-dir", image_dir, *GPU, "--disc-weight", "0.1", "--disc-start", "0",
+             "--checkpointing-steps", "2"]
     run(*train_py, *flags, "--exp-name", "whole", cwd=tmp_path)
     run(*train_py, *flags, "--exp-name", "halves", "--max-train-steps", "2", cwd=tmp_path)
     run(*train_py, *flags, "--exp-name", "halves", "--resume", cwd=tmp_path)
     whole, halves = (metrics_of(tmp_path / f"exps/{name}") for name in ("whole", "halves"))
     assert [row["step"] for row in whole] == [row["step"] for row in halves] == [1, 2, 3, 4]
-    for a, b in zip(whole, halves):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.05) and a["skipped"] == 0 and math.isfinite(a["vae_loss"])
+    for a, b in zip(whole, halves, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"],
+                                          rel=0.05) and a["skipped"] == 0 and math.isfinite(a["vae_loss"])
     out = run(sys.executable, ROOT / "benchmarks/profile_step.py", "2", *flags, cwd=tmp_path)
     assert re.search(r"GPU memory [\d.]+ GiB", out) and "# SiT, alignment pass" in out and "TFLOP/s" in out
     ckpt = tmp_path / "exps/whole/checkpoints/0000004.pt"
-    for extra in (["--mode", "sde"], ["--heun", "--cfg-scale", "2", "--mixed-precision", "bf16", "--compile"]):
-        run(sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--num-samples", "8", "--num-steps", "4", "--out",
+    for extra in (["--mode", "sde"],
+                  ["--heun", "--cfg-scale", "2", "--mixed-precision", "bf16", "--compile"]):
+        run(sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--num-samples", "8", "--num-steps", "4",
+            "--out",
             "x.npz", *extra, cwd=tmp_path)
     a, b = (sample.sample_images(sample.load_checkpoint(ckpt, device), range(4), num_steps=4).cpu().int()
             for device in ("cuda", "cpu"))
@@ -125,9 +134,10 @@ def test_two_nccl_processes_have_the_losses_of_one(image_dir, tmp_path):
     flags = ["--data-dir", image_dir, *GPU, "--no-compile", "--mixed-precision", "no", "--disc-weight", "0"]
     run(*train_py, *flags, "--exp-name", "one", cwd=tmp_path)
     run(*torchrun(2), ROOT / "train.py", *flags, "--exp-name", "two", cwd=tmp_path)
-    for a, b in zip(losses(tmp_path / "exps/one"), losses(tmp_path / "exps/two")):
+    for a, b in zip(losses(tmp_path / "exps/one"), losses(tmp_path / "exps/two"), strict=True):
         assert b == pytest.approx(a, rel=0.02, abs=3e-3)
-    run(*torchrun(2), ROOT / "sample.py", "--ckpt", tmp_path / "exps/two/checkpoints/0000004.pt", "--num-samples", "5",
+    run(*torchrun(2), ROOT / "sample.py", "--ckpt", tmp_path / "exps/two/checkpoints/0000004.pt",
+        "--num-samples", "5",
         "--num-steps", "3", "--out", "x.npz", cwd=tmp_path)
 
 

@@ -16,7 +16,7 @@ from support.checkpoints import checkpoints
 MPS = torch.device("mps")
 
 
-# --- Precision --------------------------------------------------------------------------------------------------------
+# --- Precision ----------------------------------------------------------------------------------------------
 
 def test_auto_precision_is_bf16_where_it_is_faster():
     """Compared with the time of a linear layer; where bf16 is emulated it is never chosen."""
@@ -39,7 +39,8 @@ def test_precision_where_bf16_is_emulated(tmp_path):
     code = ("import torch; from support import devices\n"
             "for asked in ('auto', 'bf16', 'no'):\n"
             "    print(devices.choose_precision(asked, torch.device('cpu'), devices.Processes()))")
-    out = run(sys.executable, "-c", code, cwd=tmp_path, env=dict(ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2"))
+    out = run(sys.executable, "-c", code, cwd=tmp_path,
+              env=dict(ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2"))
     assert out.splitlines() == ["precision: float32 (bf16 is not faster here)", "no",
                                 "warning: bf16 is not faster here than --mixed-precision no", "bf16", "no"]
 
@@ -54,7 +55,7 @@ def test_commands_use_the_chosen_precision(image_dir, command):
     assert "precision: " in command("fid", *sampling, "--features", repa.LITE2, "--num-workers", "0")
 
 
-# --- Wrong kernels, Macs, compilers -----------------------------------------------------------------------------------
+# --- Wrong kernels, Macs, compilers -------------------------------------------------------------------------
 
 def test_cudnn_attention_is_off_where_its_gradients_are_wrong():
     def stays_on(*tokens):
@@ -96,7 +97,7 @@ def test_missing_compiler_is_printed(capsys):
     assert not devices.can_compile(MPS, devices.Processes()) and "MPS" in capsys.readouterr().out
 
 
-# --- Out of memory ----------------------------------------------------------------------------------------------------
+# --- Out of memory ------------------------------------------------------------------------------------------
 
 def test_run_out_of_memory_keeps_its_checkpoints(image_dir, tmp_path, monkeypatch, command):
     """In its third step; it resumes from the second."""
@@ -115,7 +116,7 @@ def test_run_out_of_memory_keeps_its_checkpoints(image_dir, tmp_path, monkeypatc
     assert [path.stem for path in checkpoints(tmp_path / "exps/tiny")] == ["0000003", "0000004"]
 
 
-# --- What is sent once ------------------------------------------------------------------------------------------------
+# --- What is sent once --------------------------------------------------------------------------------------
 
 def test_gradients_are_sent_once_per_step(tiny):
     """With four micro-batches, DDP averages in the last; the gradients are those of plain networks."""

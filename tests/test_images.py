@@ -1,4 +1,5 @@
-"""data/images.py and data/latents.py: pixels, folders, labels, the order of items, damaged files, cached latents."""
+"""data/images.py and data/latents.py: pixels, folders, labels, the order of items, damaged files, cached
+latents."""
 import hashlib
 import json
 import os
@@ -74,7 +75,8 @@ def test_grey_values_of_unknown_range_are_refused(image, tmp_path):
 def test_jpegs_are_read_exactly_unless_fast(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     image.resize((256, 256), Image.BICUBIC).save(tmp_path / "a.jpg", quality=95)
-    exact, fast = (read_image(tmp_path / "a.jpg", 64, fast).permute(1, 2, 0).numpy() for fast in (False, True))
+    exact, fast = (read_image(tmp_path / "a.jpg", 64, fast).permute(1, 2, 0).numpy()
+                   for fast in (False, True))
     decoded = Image.open(tmp_path / "a.jpg").convert("RGB")
     assert np.array_equal(exact, decoded.resize((128, 128), Image.BOX).resize((64, 64), Image.BOX))
     assert 0.05 < abs(fast.astype(int) - exact).mean() < 10
@@ -88,8 +90,8 @@ def test_exif_does_not_rotate(tmp_path):
 
 
 def test_center_crop():
-    """16x8 to 2: box-halved to 8x4 and to 4x2 (both sides still >= 2 * 2), then the middle 2 columns; 24x30 to
-    16: nothing to halve, bicubic to 16x20, rows 2 to 18."""
+    """16x8 to 2: box-halved to 8x4 and to 4x2 (both sides still >= 2 * 2), then the middle 2 columns; 24x30
+    to 16: nothing to halve, bicubic to 16x20, rows 2 to 18."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (8, 16, 3), np.uint8)
     halved = np.floor(pixels.reshape(4, 2, 8, 2, 3).mean((1, 3)) + 0.5)
@@ -108,14 +110,15 @@ def test_suffixes_of_images(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == ["0.png", "1.JPG", "2.webp"]
     for name in ("0.png", "1.JPG", "2.webp"):
         (tmp_path / name).unlink()
-    for folder, words in ((tmp_path, "no images in it, 2 of .npz, 1 of .txt"), (tmp_path / "x", "no such folder")):
+    for folder, words in ((tmp_path, "no images in it, 2 of .npz, 1 of .txt"),
+                          (tmp_path / "x", "no such folder")):
         with pytest.raises(UserError, match=words):
             list_images(folder)
 
 
 def test_files_are_sorted_and_links_followed(tmp_path):
-    """By the parts of their paths; each folder is read once; links to nothing, to themselves and up the tree are no
-    harm."""
+    """By the parts of their paths; each folder is read once; links to nothing, to themselves and up the tree
+    are no harm."""
     names = ["a/b/0.png", "a/b.png", "a b/0.png", "a-b/0.png", "a.png", "B.png"]
     for name in (*(f"data/{name}" for name in names), "store/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -164,13 +167,13 @@ def test_order_does_not_depend_on_the_number_of_processes():
         return list(step_batches(10, cfg, step, rank, world))
 
     batches = order()
-    assert batches == [a + b for a, b in zip(order(0, 0, 2), order(0, 1, 2))]
-    assert batches[5:] == order(5)                                           # a resumed run sees the same batches
+    assert batches == [a + b for a, b in zip(order(0, 0, 2), order(0, 1, 2), strict=True)]
+    assert batches[5:] == order(5)                                       # a resumed run sees the same batches
     seen = [i for batch in batches for i, _ in batch]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))       # each epoch has each image once
     assert seen[:10] != seen[10:20]
     assert sum(flip for batch in batches for _, flip in batch) == pytest.approx(1000, abs=80)
-    assert batches[0] == [(5, True), (0, False), (3, True), (2, False)]      # as ever: old runs resume exactly
+    assert batches[0] == [(5, True), (0, False), (3, True), (2, False)]     # as ever: old runs resume exactly
     cfg.flip, cfg.seed = False, 2
     assert [i for batch in order() for i, _ in batch][:10] != seen[:10]
     assert not any(flip for batch in order() for _, flip in batch)
@@ -206,8 +209,10 @@ def test_lost_disk_is_one_line(tmp_path, monkeypatch):
     image, _, error = data[0, False]
     assert "000.png: cannot be read" in error and image.float().std() > 0
     shutil.rmtree(tmp_path / "data")
-    monkeypatch.setattr(images, "read_image", lambda *args, **flags: opened.append(1) or read_image(*args, **flags))
-    with pytest.raises(UserError, match="none of 20 images tried is readable, the first one .*007.png: cannot be"):
+    monkeypatch.setattr(images, "read_image", lambda *args,
+                        **flags: opened.append(1) or read_image(*args, **flags))
+    with pytest.raises(UserError,
+                       match="none of 20 images tried is readable, the first one .*007.png: cannot be"):
         data[7, False]
     assert len(opened) == 20
 
@@ -239,7 +244,8 @@ def saved_args(folder):
 
 
 def test_classes_are_counted_and_remembered(image_dir, tmp_path, command):
-    """As many labels as the data has; a flag that disagrees is refused; so is other data under the same labels."""
+    """As many labels as the data has; a flag that disagrees is refused; so is other data under the same
+    labels."""
     shutil.copytree(image_dir, tmp_path / "data")
     flags = ["--data-dir", tmp_path / "data", *ONE_STEP]
     one_line(command("train", *flags, "--num-classes", "10", code=2), "--num-classes 10", "has 2")
@@ -257,7 +263,8 @@ def test_folder_without_classes_is_one_class(image_dir, tmp_path, command):
     flags = ["--data-dir", image_dir / "one", *SHORT, "--cfg-scale", "2.5"]
     assert "12 images in 1 classes" in command("train", *flags, "--max-train-steps", "1")
     args = saved_args(tmp_path)
-    assert (args["num_classes"], args["classes"], args["cfg_prob"], args["cfg_scale"]) == (1, ["all"], 0.0, 1.0)
+    assert (args["num_classes"], args["classes"], args["cfg_prob"], args["cfg_scale"]) == (1, ["all"], 0.0,
+                                                                                           1.0)
     command("sample", "--num-samples", "2", "--num-steps", "2", "--device", "cpu")
 
 
@@ -266,16 +273,18 @@ def write_table(folder, labels):
 
 
 def test_dataset_json(tmp_path):
-    """EDM's and StyleGAN's layout: shard folders are no classes, the table's labels count; `null`: no labels."""
+    """EDM's and StyleGAN's layout: shard folders are no classes, the table's labels count; `null`: no
+    labels."""
     for seed, shard in enumerate(("00000", "00001")):
         noise_images(tmp_path / shard, 4, seed=seed)
     files = [f"{shard}/{i:03d}.png" for shard in ("00000", "00001") for i in range(4)]
     labels = [2, 0, 10, 2, 0, 0, 10, 2]
-    write_table(tmp_path, [list(pair) for pair in zip(files, labels)])
+    write_table(tmp_path, [list(pair) for pair in zip(files, labels, strict=True)])
     data = ImageFolder(tmp_path, 32)
     assert data.classes == ["0", "2", "10"]                          # numbers are sorted as numbers
-    of = {os.path.relpath(os.fsdecode(f), tmp_path): data.classes[k] for f, k in zip(data.files, data.labels)}
-    assert of == {file: str(label) for file, label in zip(files, labels)}
+    of = {os.path.relpath(os.fsdecode(f), tmp_path): data.classes[k]
+          for f, k in zip(data.files, data.labels, strict=True)}
+    assert of == {file: str(label) for file, label in zip(files, labels, strict=True)}
     write_table(tmp_path, None)
     assert {name: len(paths) for name, paths in list_classes(tmp_path).items()} == {"0": 8}
     for text, word in (('{"labels": [["00000/000.png", 1]]}', "00000/001.png"), ("[1, 2]", "labels"),
@@ -314,7 +323,8 @@ def test_cached_latents(image_dir, tmp_path, monkeypatch, capsys):
 
     def cached(vae=b"a VAE"):
         data = ImageFolder(folder, 32)
-        return Path(latents.cache_latents(data, tmp_path / "exps", hashlib.sha256(vae), encode, 0, Processes()))
+        return Path(latents.cache_latents(data, tmp_path / "exps", hashlib.sha256(vae), encode, 0,
+                                          Processes()))
 
     def read(files):
         return torch.cat([torch.load(file, weights_only=True) for file in files])
@@ -326,7 +336,7 @@ def test_cached_latents(image_dir, tmp_path, monkeypatch, capsys):
     assert rows[0].isnan().all() and torch.equal(rows[23], encode(data[23, False][0][None])[0].half())
 
     before, written = files[1].read_bytes(), files[0].stat().st_mtime_ns
-    files[1].write_bytes(before[:500] + bytes(200) + before[700:])           # such as a crash of the machine leaves
+    files[1].write_bytes(before[:500] + bytes(200) + before[700:])     # such as a crash of the machine leaves
     files[2].write_bytes(before[:len(before) // 2])
     files[3].unlink()
     assert cached() == where and files[0].stat().st_mtime_ns == written      # what is right stays
@@ -344,7 +354,7 @@ def test_cached_latents(image_dir, tmp_path, monkeypatch, capsys):
     data.with_images = True
     assert torch.equal(data[5, False][0], ImageFolder(folder, 32)[5, False][0])
 
-    victim = folder / "one/001.png"                     # another image of the same name, size and time of change
+    victim = folder / "one/001.png"                  # another image of the same name, size and time of change
     old = victim.stat()
     victim.write_bytes(b"\x89PNG" + bytes(old.st_size - 4))
     os.utime(victim, ns=(old.st_atime_ns, old.st_mtime_ns))

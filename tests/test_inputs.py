@@ -33,15 +33,17 @@ def test_thin_image_is_unreadable_in_one_line(tmp_path):
     for name, size in (("thin", (65000, 1)), ("wide", (65000, 300))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     assert images.read_image(tmp_path / "wide.png", 256).shape == (3, 256, 256)
-    with pytest.raises(UserError, match=r"thin.png: cannot be read \(so thin that it is enlarged to 16640000 x"):
+    with pytest.raises(UserError,
+                       match=r"thin.png: cannot be read \(so thin that it is enlarged to 16640000 x"):
         images.read_image(tmp_path / "thin.png", 256)
 
 
 def test_bombs_are_one_line_each(tmp_path, image_dir):
-    """Above Pillow's warning and above its error: unreadable, and no warning of the library from any process."""
+    """Above Pillow's warning and above its error: unreadable, and no warning of the library from any
+    process."""
     folder = tmp_path / "data"
     shutil.copytree(image_dir, folder)
-    for rows, name in ((9000, "one/big.png"), (18000, "two words/bigger.png")):          # 90 and 180 million pixels
+    for rows, name in ((9000, "one/big.png"), (18000, "two words/bigger.png")):    # 90 and 180 million pixels
         Image.new("1", (10000, rows)).save(folder / name)
     for i in range(200):
         shutil.copy(image_dir / "one/000.png", folder / f"one/more{i}.png")

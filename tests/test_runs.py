@@ -14,8 +14,19 @@ import torch
 
 import train
 import vae
-from conftest import (CPU, ROOT, SHORT, flatten, losses, metrics_of, noise_images, one_line, run, slow,
-                      tiny_config, torchrun)
+from conftest import (
+    CPU,
+    ROOT,
+    SHORT,
+    flatten,
+    losses,
+    metrics_of,
+    noise_images,
+    one_line,
+    slow,
+    tiny_config,
+    torchrun,
+)
 from data.images import list_images, read_image
 from support.checkpoints import checkpoints, resume
 from support.commands import UserError
@@ -27,15 +38,16 @@ def newest(run):
     return load_tensors(checkpoints(run)[-1])
 
 
-# --- Whole runs -------------------------------------------------------------------------------------------------------
+# --- Whole runs ---------------------------------------------------------------------------------------------
 
 def test_frozen_regimes_train_on_a_vae_from_vae_only(image_dir, tmp_path, command):
-    exps, common = tmp_path / "exps", ["--data-dir", image_dir, "--disc-weight", "0", *SHORT, "--max-train-steps", "2"]
+    exps, common = tmp_path / "exps", ["--data-dir", image_dir, "--disc-weight", "0", *SHORT,
+                                       "--max-train-steps", "2"]
     command("train", "--exp-name", "v", "--vae-only", *common)
     ckpt, first = exps / "v/checkpoints/0000002.pt", newest(exps / "v")
     assert set(first) == {"model", "ema", "vae", "opt_vae", "args", "steps"} and len(first["model"]) < 5
     for name, flags in dict(plain=["--sampling-steps", "2"], cached=["--cache-latents"], unaligned=[
-            "--cache-latents", "--proj-coeff", "0", "--sampling-steps", "2"]).items():     # it reads no images
+            "--cache-latents", "--proj-coeff", "0", "--sampling-steps", "2"]).items():    # it reads no images
         command("train", "--exp-name", name, "--vae-grad", "none", "--vae-ckpt", ckpt, *common, *flags)
         last = newest(exps / name)
         assert all(torch.equal(t, last["vae"][key]) for key, t in first["vae"].items())
@@ -65,9 +77,12 @@ def test_log_and_grids_of_a_run(image_dir, tmp_path, command):
 
 
 def test_gradients_that_stay_bad_end_the_run(image_dir, tmp_path, command):
-    out = command("train", "--data-dir", image_dir, *SHORT, "--vae-only", "--max-train-steps", "60", "--log-steps", "3",
-                  "--checkpointing-steps", "10", "--vae-learning-rate", "1e38", "--lr-warmup-steps", "0", code=2)
-    one_line(out, "step 24: gradients not finite for 21 consecutive steps", "last good checkpoint: 0000020.pt")
+    out = command("train", "--data-dir", image_dir, *SHORT, "--vae-only", "--max-train-steps", "60",
+                  "--log-steps", "3",
+                  "--checkpointing-steps", "10", "--vae-learning-rate", "1e38", "--lr-warmup-steps", "0",
+                  code=2)
+    one_line(out, "step 24: gradients not finite for 21 consecutive steps",
+             "last good checkpoint: 0000020.pt")
     assert [row["skipped"] for row in metrics_of(tmp_path / "exps/tiny")] == list(range(2, 24, 3))
 
 
@@ -75,13 +90,14 @@ def test_failed_grids_cost_no_checkpoint(image_dir, tmp_path, command):
     """One class and an EMA over too few steps are printed, too."""
     (tmp_path / "exps/tiny").mkdir(parents=True)
     (tmp_path / "exps/tiny/images").write_text("not a folder")
-    out = command("train", "--data-dir", image_dir / "one", *SHORT, "--sampling-steps", "4", "--ema-decay", "0.9999",
+    out = command("train", "--data-dir", image_dir / "one", *SHORT, "--sampling-steps", "4", "--ema-decay",
+                  "0.9999",
                   "--disc-weight", "0")
     assert "step 4: no images (cannot write" in out and len(checkpoints(tmp_path / "exps/tiny")) == 1
     assert "is one class" in out and "only 0.0% trained ones; see sample.py --no-ema" in out
 
 
-# --- Stopped, killed, resumed -----------------------------------------------------------------------------------------
+# --- Stopped, killed, resumed -------------------------------------------------------------------------------
 
 def wait_for_step(folder, step, alive):
     metrics, deadline = folder / "metrics.jsonl", time.time() + 120
@@ -99,7 +115,8 @@ def test_lost_disk_costs_no_step(tmp_path, command):
 
     thread = threading.Thread(target=lose)
     thread.start()
-    out = command("train", "--data-dir", data, *SHORT, "--vae-only", "--max-train-steps", "2000", "--num-workers", "1",
+    out = command("train", "--data-dir", data, *SHORT, "--vae-only", "--max-train-steps", "2000",
+                  "--num-workers", "1",
                   code=2)
     thread.join()
     one_line(out, "none of 12 images tried is readable")
@@ -153,10 +170,11 @@ def test_signal_saves_a_checkpoint_to_resume_from(image_dir, tmp_path, processes
 def test_resume_is_exact_after_25_kills(image_dir, tmp_path):
     """Every process with one thread: with two, sums round in another order."""
     whole, killed, rng = tmp_path / "exps/whole", tmp_path / "exps/killed", np.random.default_rng(0)
-    flags = ["--data-dir", image_dir, *SHORT, "--disc-weight", "0.1", "--disc-start", "0", "--max-train-steps", "150",
+    flags = ["--data-dir", image_dir, *SHORT, "--disc-weight", "0.1", "--disc-start", "0",
+             "--max-train-steps", "150",
              "--checkpointing-steps", "3", "--resume", "--exp-name"]
     assert start(*flags, "whole", cwd=tmp_path).wait() == 0
-    for _ in range(25):                                             # each within a second after the first step
+    for _ in range(25):                                            # each within a second after the first step
         if any(int(path.stem) > 140 for path in checkpoints(killed)):
             break
         process = start(*flags, "killed", cwd=tmp_path)
@@ -171,10 +189,11 @@ def test_resume_is_exact_after_25_kills(image_dir, tmp_path):
     assert not list(killed.glob("checkpoints/*.damaged"))
 
 
-# --- Resuming with other settings -------------------------------------------------------------------------------------
+# --- Resuming with other settings ---------------------------------------------------------------------------
 
 IMMUTABLE = dict(                                              # they would train something else
-    model="SiT-S/2", vae="f4d32", resolution=64, num_classes=3, qk_norm=True, cfg_prob=0.2, path_type="cosine",
+    model="SiT-S/2", vae="f4d32", resolution=64, num_classes=3, qk_norm=True, cfg_prob=0.2,
+    path_type="cosine",
     enc_type="resnet18", projector="conv", projector_dim=64, encoder_depth=3, vae_grad="both", vae_only=True,
     fixed_latent_stats=True)
 
@@ -184,7 +203,8 @@ def test_resuming_with_other_settings(short_run):
     m, printed = train.build(cfg, CPU), []
 
     def load(**changed):
-        return resume(short_run / "exps/a/checkpoints/0000004.pt", m.parts(), vars(cfg) | changed, train.IMMUTABLE,
+        return resume(short_run / "exps/a/checkpoints/0000004.pt", m.parts(), vars(cfg) | changed,
+                      train.IMMUTABLE,
                       ["one", "two words"], printed.append)
 
     assert load() == 4 and "resuming with a changed learning_rate: 0.002 -> 1e-05" in printed
@@ -193,7 +213,8 @@ def test_resuming_with_other_settings(short_run):
     assert set(IMMUTABLE) == set(train.IMMUTABLE)
     for name, value in IMMUTABLE.items():
         flag, before = name.replace("_", "-"), getattr(cfg, name)
-        with pytest.raises(UserError, match=f"trained with --{flag} {before}; it cannot be resumed with {value}$"):
+        with pytest.raises(UserError,
+                           match=f"trained with --{flag} {before}; it cannot be resumed with {value}$"):
             load(**{name: value})
 
 
@@ -209,6 +230,7 @@ def test_old_vae_only_checkpoints_are_resumed(short_run, tmp_path):
 
 def test_run_is_not_overwritten(short_run, image_dir, command):
     before = {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}
-    out = command("train", "--data-dir", image_dir, "--exp-name", "a", "--device", "cpu", cwd=short_run, code=2)
+    out = command("train", "--data-dir", image_dir, "--exp-name", "a", "--device", "cpu", cwd=short_run,
+                  code=2)
     one_line(out, "holds checkpoints: --resume resumes", "--exp-name NAME", "remove the folder")
     assert before == {p: p.stat().st_mtime for p in (short_run / "exps/a").rglob("*")}

@@ -44,10 +44,11 @@ def test_ode_solvers_reach_the_closed_form_at_their_order(path_type):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
     exact = MEAN + STD * x                                              # the flow of a Gaussian is affine
     for heun, order in ((False, 1), (True, 2)):
-        ends = [sample.integrate(gaussian_velocity(path_type), x, "ode", n, heun, path_type) for n in (40, 80, 160)]
+        ends = [sample.integrate(gaussian_velocity(path_type), x, "ode", n, heun, path_type)
+                for n in (40, 80, 160)]
         errors = [(end - exact).abs().max().item() for end in ends]
         assert errors[-1] < 2e-2
-        for coarse, fine in zip(errors, errors[1:]):
+        for coarse, fine in zip(errors, errors[1:], strict=False):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 
@@ -81,7 +82,7 @@ def test_images_equal_those_of_manual_steps(tiny):
 
     noise = [np.random.default_rng((5, i)).standard_normal((8, 8, 8), np.float32) for i in (3, 11)]
     z, times = torch.from_numpy(np.stack(noise)).double(), [1, 0.75, 0.5, 0.25, 0]
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in zip(times, times[1:], strict=False):
         guided = 0.25 <= t <= 0.75                           # by the step's start, so 0.25 -> 0 as well
         v = velocity(z, t, guided)
         v_next = v if t_next == 0 else velocity(z + (t_next - t) * v, t_next, guided)
@@ -89,7 +90,8 @@ def test_images_equal_those_of_manual_steps(tiny):
     images = ((m.vae.decode(z.float() * std + mean) + 1) * 127.5).round().clamp(0, 255)
     settings = dict(num_steps=4, cfg_scale=2.5, guidance_low=0.25, guidance_high=0.75, seed=5)
     got = sample.sample_images(sampler, [3, 11], [3, 1], heun=True, **settings)
-    assert got.dtype == torch.uint8 and (got - images).abs().max() <= 1 and (got == images).float().mean() > 0.95
+    assert got.dtype == torch.uint8 and (got - images).abs().max() <= 1 and (got
+                                                                             == images).float().mean() > 0.95
     assert images.std() > 5
 
     settings["mode"] = "sde"                                 # an image depends on seed and index alone
@@ -103,7 +105,8 @@ def test_images_equal_those_of_manual_steps(tiny):
 def release(short_run, file, **changes):
     """One of our checkpoints in the form of the authors' release, written to `file`."""
     ckpt = load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
-    args = {k: ckpt["args"][k] for k in ("model", "vae", "resolution", "cfg_prob", "path_type", "encoder_depth")}
+    args = {k: ckpt["args"][k]
+            for k in ("model", "vae", "resolution", "cfg_prob", "path_type", "encoder_depth")}
     ckpt |= dict(args=argparse.Namespace(**args)) | changes
     torch.save({k: v for k, v in ckpt.items() if v is not None}, file)
     return ckpt
@@ -149,7 +152,8 @@ def test_sizes_and_qk_norm_come_from_the_tensors(tmp_path, short_run):
 def test_averaged_weights_or_those_of_the_last_step(tmp_path):
     """Of a checkpoint saved from under DDP and torch.compile."""
     ckpt = load_tensors(save_checkpoint(tmp_path / "x.pt", prefix="module._orig_mod."))
-    last = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in ckpt["ema"].items()}
+    last = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name,
+            tensor in ckpt["ema"].items()}
     torch.save(ckpt | dict(model=last), tmp_path / "y.pt")
     for ema, saved in ((True, ckpt["ema"]), (False, last)):
         net = sample.load_checkpoint(tmp_path / "y.pt", ema=ema).sit
@@ -165,7 +169,8 @@ def test_checkpoint_of_a_vae_alone_is_not_sampled(tmp_path):
         sample.sample_images(sampler, [0], [0])
 
 
-@pytest.mark.parametrize("steps, decay, trained", [(6931, None, "50.0%"), (6932, None, ""), (30, 0.99, "26.0%")])
+@pytest.mark.parametrize("steps, decay, trained",
+                         [(6931, None, "50.0%"), (6932, None, ""), (30, 0.99, "26.0%")])
 def test_average_of_few_steps_is_warned_of(steps, decay, trained):
     args = {} if decay is None else dict(ema_decay=decay)
     warning = sample.warn_of_short_average(sample.Sampler(None, None, args, steps, CPU))
@@ -177,7 +182,7 @@ def test_average_of_few_steps_is_warned_of(steps, decay, trained):
 def test_labels_are_equal_or_random():
     label = sample.class_for_sample
     assert [label(i, 0, [4, 2, 9], n=5) for i in range(5)] == [4, 2, 9, 4, 2]
-    assert [label(i, 0, range(1000), n=10) for i in range(10)] == list(range(0, 1000, 100))    # few are spread
+    assert [label(i, 0, range(1000), n=10) for i in range(10)] == list(range(0, 1000, 100))   # few are spread
     labels = [label(i, 5, range(3), "random") for i in range(600)]
     assert all(150 < labels.count(k) < 250 for k in range(3)) and labels[:300] != labels[300:]
     assert labels[:8] == [2, 2, 1, 0, 1, 1, 2, 1]                           # as ever: the same for a seed
@@ -191,9 +196,9 @@ def arr_0(file):
 
 def test_classes_are_taken_by_name_before_number(tmp_path, command):
     names = sorted(str(k) for k in range(12))                           # 0 1 10 11 2 3 ...: as folders sort
-    for names, words, labels in ((names, "2,9", [4, 11]), (["zebra", "cafe\u0301"], "caf\u00e9,0", [1, 0]),
+    for classes, words, labels in ((names, "2,9", [4, 11]), (["zebra", "cafe\u0301"], "caf\u00e9,0", [1, 0]),
                                  (None, "2,1", [2, 1])):                # None: an older one, of numbers alone
-        ckpt = save_checkpoint(tmp_path / "x.pt", num_classes=len(names or "123"), classes=names)
+        ckpt = save_checkpoint(tmp_path / "x.pt", num_classes=len(classes or "123"), classes=classes)
         command("sample", "--ckpt", ckpt, "--num-samples", 2, "--classes", words, "--out", "y.npz", *FEW)
         expected = sample.sample_images(sample.load_checkpoint(ckpt), [0, 1], labels, num_steps=2)
         assert np.array_equal(arr_0(tmp_path / "y.npz"), expected.permute(0, 2, 3, 1).numpy())
@@ -208,10 +213,11 @@ def test_three_kinds_of_output_hold_the_same_images(tmp_path, command, monkeypat
         assert f"6 samples of {ckpt}, step 7, trained on some/images" in printed
     images = arr_0(tmp_path / "a/b/x.npz")
     sampler = sample.load_checkpoint(ckpt)
-    expected = torch.cat([sample.sample_images(sampler, part, num_steps=2) for part in ([0, 1, 2, 3], [4, 5])])
+    expected = torch.cat([sample.sample_images(sampler, part, num_steps=2)
+                          for part in ([0, 1, 2, 3], [4, 5])])
     assert np.array_equal(images, expected.permute(0, 2, 3, 1).numpy())
     assert np.array_equal(images, np.stack([Image.open(tmp_path / f"folder/{i:06d}.png") for i in range(6)]))
-    grid = np.array(Image.open(tmp_path / "x.png"))                    # 6 columns of 32 pixels, doubled; gap 2
+    grid = np.array(Image.open(tmp_path / "x.png"))                   # 6 columns of 32 pixels, doubled; gap 2
     for i in range(6):
         assert np.array_equal(grid[:64:2, 68 * i:68 * i + 64:2], images[i])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder", "x.png", "x.pt"]
@@ -227,7 +233,8 @@ def test_full_disk_shows_before_any_sampling(tmp_path, command, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate, raising=False)
     monkeypatch.setattr(sample, "sample_images", None)
-    one_line(command("sample", "--ckpt", ckpt, "--num-samples", 3, "--out", "x.npz", *FEW, code=2), "No space left")
+    one_line(command("sample", "--ckpt", ckpt, "--num-samples", 3, "--out", "x.npz", *FEW, code=2),
+             "No space left")
     assert asked[0] >= 3 * 32 * 32 * 3 and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
@@ -258,7 +265,8 @@ def test_failure_while_sampling_leaves_no_file(tmp_path, command, monkeypatch):
 
 
 def test_columns_of_a_grid_are_classes(tmp_path, command, monkeypatch):
-    ckpt = save_checkpoint(tmp_path / "run/checkpoints/0000007.pt", num_classes=3, classes=["cat", "dog", "ox"])
+    ckpt = save_checkpoint(tmp_path / "run/checkpoints/0000007.pt", num_classes=3,
+                           classes=["cat", "dog", "ox"])
     printed = command("sample", "--ckpt", ckpt, "--batch-size", 5, *FEW)
     assert "first row: cat, dog, ox, cat, dog, ox\n" in printed and "24 samples of" in printed
     assert Image.open(tmp_path / "run/samples-0000007.png").size == ((6 * 34 - 2) * 2, (4 * 34 - 2) * 2)
@@ -278,6 +286,7 @@ def test_guidance_needs_classes_and_a_null_class(tmp_path):
         sample.sample_images(sampler, [0], num_steps=1)
 
 
-@pytest.mark.parametrize("flags", ["--cfg-scale 0.5", "--guidance-low 0.9 --guidance-high 0.1", "--heun --mode sde"])
+@pytest.mark.parametrize("flags",
+                         ["--cfg-scale 0.5", "--guidance-low 0.9 --guidance-high 0.1", "--heun --mode sde"])
 def test_sampler_flags_that_do_not_go_together(command, flags):
     one_line(command("sample", "--device", "cpu", *flags.split(), code=2), flags.split()[0])

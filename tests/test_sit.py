@@ -19,7 +19,8 @@ def test_state_dicts_are_the_released_ones():
         xl1 = sit.SiT("SiT-XL/1", 16, 32, 1000, projectors=[repa.projector("mlp", 1152, 768)])
         assert sum(p.numel() for p in xl2.parameters()) == 683_242_512
         assert sum(p.numel() for p in xl1.parameters()) == 683_279_392
-        assert sit.SiT("SiT-B/2", 32, 4, 1000, cfg_prob=0).y_embedder.embedding_table.weight.shape == (1000, 768)
+        assert sit.SiT("SiT-B/2", 32, 4, 1000, cfg_prob=0).y_embedder.embedding_table.weight.shape == (1000,
+                                                                                                       768)
 
 
 def test_initialization():
@@ -27,7 +28,8 @@ def test_initialization():
     net = sit.SiT("SiT-T/2", 8, 8, 1000, encoder_depth=2, projectors=[repa.projector("mlp", 256, 112, 64)])
     assert net(torch.randn(2, 8, 8, 8), torch.rand(2), torch.tensor([1, 2]))[0].abs().max() == 0  # zero head
     zeros = [block.adaLN_modulation[1] for block in (*net.blocks, net.final_layer)] + [net.final_layer.linear]
-    normals = [net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight]
+    normals = [net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight,
+               net.t_embedder.mlp[2].weight]
     for p in normals:
         assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean()) < 2e-3
     for module in net.modules():

@@ -1,4 +1,5 @@
-"""VAEs of text-to-image models: architecture, subfolders of the hub, a discriminator trained beside a fixed VAE."""
+"""VAEs of text-to-image models: architecture, subfolders of the hub, a discriminator trained beside a fixed
+VAE."""
 import json
 
 import pytest
@@ -32,8 +33,10 @@ def change_config(folder, **changes):
 def test_architecture_of_sd35_and_flux():
     from diffusers import AutoencoderKL
     with torch.device("meta"):                                        # the values of both config.json
-        theirs = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                               block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
+        theirs = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4,
+                               up_block_types=["UpDecoderBlock2D"] * 4,
+                               block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+                               latent_channels=16,
                                norm_num_groups=32, use_quant_conv=False, use_post_quant_conv=False)
         ours = vae.AutoencoderKL("f8d16")
     renamed = {vae.rename(name, 4, vae.RENAMED): tensor.numel() for name, tensor in ours.state_dict().items()}
@@ -72,18 +75,22 @@ def test_flux2_is_read_without_its_batch_norm(folder):
 def test_a_discriminator_for_a_vae_without_one(folder, image_dir, tmp_path, command):
     """--vae-only --vae-learning-rate 0 trains the discriminator alone; REPA-E then starts from it."""
     flags = ["--data-dir", image_dir, "--vae-ckpt", folder, *SHORT, "--disc-weight", "0.1"]
-    command("train", *flags, "--exp-name", "disc", "--vae-only", "--vae-learning-rate", "0", "--disc-start", "0")
+    command("train", *flags, "--exp-name", "disc", "--vae-only", "--vae-learning-rate", "0", "--disc-start",
+            "0")
     file = tmp_path / "exps/disc/checkpoints/0000004.pt"
     trained, before = load_tensors(file), vae.load_vae(folder)[0].state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained["vae"].items())
     start = train.build(train.parse_config([str(flag) for flag in [*flags, "--vae-only"]]), CPU).disc
-    assert not any(torch.equal(tensor, trained["discriminator"][name]) for name, tensor in start.named_parameters())
+    assert not any(torch.equal(tensor, trained["discriminator"][name]) for name,
+                   tensor in start.named_parameters())
 
-    cfg = train.parse_config([str(flag) for flag in [*flags, "--disc-pretrained-ckpt", file, "--num-classes", "2"]])
+    cfg = train.parse_config([str(flag)
+                              for flag in [*flags, "--disc-pretrained-ckpt", file, "--num-classes", "2"]])
     assert cfg.disc_start == 0
     disc = train.build(cfg, CPU).disc.state_dict()
     assert all(torch.equal(tensor, trained["discriminator"][name]) for name, tensor in disc.items())
 
     command("train", *flags[:-1], "0", "--exp-name", "no-disc", "--vae-only")
     without = tmp_path / "exps/no-disc/checkpoints/0000004.pt"
-    one_line(command("train", *flags, "--disc-pretrained-ckpt", without, code=2), "no discriminator in this checkpoint")
+    one_line(command("train", *flags, "--disc-pretrained-ckpt", without, code=2),
+             "no discriminator in this checkpoint")

@@ -38,11 +38,11 @@ def fail(error):
     raise error
 
 
-# --- Commands ---------------------------------------------------------------------------------------------------------
+# --- Commands -----------------------------------------------------------------------------------------------
 
 def test_names_that_are_not_utf8_are_printed(tmp_path, monkeypatch):
     name = os.fsdecode(b"caf\xe9.png")
-    file = open(tmp_path / "stderr", "w", encoding="utf-8", errors="strict")
+    file = open(tmp_path / "stderr", "w", encoding="utf-8", errors="strict")    # noqa: SIM115 (for the test)
     monkeypatch.setattr(sys, "stderr", file)
     monkeypatch.setattr(sys, "__stderr__", file)
     with pytest.raises(SystemExit):
@@ -53,14 +53,15 @@ def test_names_that_are_not_utf8_are_printed(tmp_path, monkeypatch):
 CUDA = ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.20 GiB is "
         "free. Including non-PyTorch memory, this process has 22.43 GiB memory in use.\nmore")
 WORKER = "DataLoader worker (pid 77) is killed by signal: "
-BUS_ERROR = RuntimeError("DataLoader worker (pid(s) 77) exited unexpectedly")        # PyTorch 2.6: see its cause
+BUS_ERROR = RuntimeError("DataLoader worker (pid(s) 77) exited unexpectedly")     # PyTorch 2.6: see its cause
 BUS_ERROR.__cause__ = RuntimeError(WORKER + "Bus error. It is possible that ... are out of shared memory.")
 
 
 @pytest.mark.parametrize("error, words", [
     (UserError("a word"), "a word"),
     (OSError(errno.ENOSPC, "full"), "full"),
-    (torch.OutOfMemoryError(CUDA), "CUDA out of memory: tried to allocate 2.50 GiB of 23.64 GiB total; try LESS"),
+    (torch.OutOfMemoryError(CUDA),
+     "CUDA out of memory: tried to allocate 2.50 GiB of 23.64 GiB total; try LESS"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "try LESS"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GiB)"), "17.9 GiB); try LESS"),
     (BUS_ERROR, "shared memory: try --num-workers 0, or give it more (docker run --shm-size=8g)"),
@@ -75,7 +76,8 @@ def test_errors_in_one_line(error, words, capsys):
 def test_cpu_out_of_memory_in_one_line(capsys):
     with pytest.raises(SystemExit):
         commands.run_command(lambda: torch.empty(1 << 50))
-    one_line(capsys.readouterr().err, "out of memory: tried to allocate 4194304.00 GiB; try a smaller --batch-size")
+    one_line(capsys.readouterr().err,
+             "out of memory: tried to allocate 4194304.00 GiB; try a smaller --batch-size")
 
 
 @pytest.mark.parametrize("error", [OSError("a bug"), RuntimeError(
@@ -130,7 +132,7 @@ def test_output_without_a_reader_is_dropped(tmp_path):
     def child():
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(writer, number)
-            setattr(sys, name, open(number, "w"))
+            setattr(sys, name, open(number, "w"))                      # noqa: SIM115 (until the end)
             setattr(sys, f"__{name}__", getattr(sys, name))
         commands.run_command(main)
 
@@ -138,7 +140,7 @@ def test_output_without_a_reader_is_dropped(tmp_path):
     os.close(writer)
 
 
-# --- Metrics ----------------------------------------------------------------------------------------------------------
+# --- Metrics ------------------------------------------------------------------------------------------------
 
 def test_metrics_are_json_and_cut_back(tmp_path, capsys):
     file = tmp_path / "metrics.jsonl"
@@ -148,7 +150,8 @@ def test_metrics_are_json_and_cut_back(tmp_path, capsys):
     assert "step 1: loss nan, psnr -inf, skipped 1\nstep 2: loss 1.235\n" in capsys.readouterr().out
     first, second = file.read_text().splitlines()
     row = json.loads(first, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert row == dict(step=1, loss=None, psnr=None, skipped=1) and json.loads(second) == dict(step=2, loss=1.23456)
+    assert row == dict(step=1, loss=None, psnr=None, skipped=1) and json.loads(second) == dict(step=2,
+                                                                                               loss=1.23456)
     with open(file, "a") as f:
         f.write('{"step": 3, "lo')                                      # killed
     start_metrics(tmp_path, 1, "", "run", {})(2, dict(loss=3.0))
@@ -157,7 +160,8 @@ def test_metrics_are_json_and_cut_back(tmp_path, capsys):
 
 @pytest.mark.parametrize("rows, problem", [
     ([(10, 9, 0), (30, 29, 0)], "not finite for 20 consecutive"), ([(19, 19, 0)], ""),
-    ([(10, 10, 0), (11, 10, 0), (21, 20, 0)], ""), ([(99, 0, 99), (100, 0, 100)], "exactly zero for 100 consecutive")])
+    ([(10, 10, 0), (11, 10, 0), (21, 20, 0)], ""),
+    ([(99, 0, 99), (100, 0, 100)], "exactly zero for 100 consecutive")])
 def test_consecutive_bad_steps_are_a_problem(rows, problem):
     bad_steps = BadSteps(1000)
     for step, skipped, zeros in rows:
@@ -165,7 +169,7 @@ def test_consecutive_bad_steps_are_a_problem(rows, problem):
     assert problem in found and bool(problem) == bool(found)
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Files --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", ["/proc/nowhere/out.png", "{tmp}/file/out.png", "{tmp}/folder"])
 def test_files_that_cannot_be_written(path, tmp_path):
@@ -199,7 +203,7 @@ def test_target_of_a_link_is_written(tmp_path):
     target, link = tmp_path / "there/target", tmp_path / "link"
     link.symlink_to("there/target")
     for text in ("new", "replaced"):
-        write_atomic(link, lambda tmp: tmp.write_text(text))
+        write_atomic(link, lambda tmp, text=text: tmp.write_text(text))
         assert link.is_symlink() and target.read_text() == text and len(list(target.parent.iterdir())) == 1
     commands.check_output(tmp_path / "other", [link])
     for inputs in (target, target.parent):
@@ -228,7 +232,8 @@ def test_pickled_code_is_refused(tmp_path):
 
 
 def test_wrappers_prefixes_are_stripped():
-    state = {"module.a.weight": 1, "b._orig_mod.c": 2, "_orig_mod.module.d": 3, "submodule.e": 4, "modules.f": 5}
+    state = {"module.a.weight": 1, "b._orig_mod.c": 2, "_orig_mod.module.d": 3, "submodule.e": 4,
+             "modules.f": 5}
     assert files.strip_wrappers(state) == {"a.weight": 1, "b.c": 2, "d": 3, "submodule.e": 4, "modules.f": 5}
 
 
@@ -254,7 +259,7 @@ def test_folder_in_use_is_refused(tmp_path, monkeypatch, capsys):
         assert "this file system has no locks (No locks available)" in capsys.readouterr().out
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
+# --- Checkpoints --------------------------------------------------------------------------------------------
 
 def test_damaged_checkpoints_are_renamed(tmp_path, capsys):
     folder = tmp_path / "checkpoints"
@@ -293,7 +298,8 @@ def test_checkpoints_that_are_kept(tmp_path, monkeypatch):
 
 def test_files_that_are_not_checkpoints(tmp_path):
     file, whole = tmp_path / "x.pt", dict(model={}, ema={}, args={}, steps=1)
-    for wrong in ([1], whole | dict(args=[1]), *({k: v for k, v in whole.items() if k != key} for key in whole)):
+    for wrong in ([1], whole | dict(args=[1]),
+                  *({k: v for k, v in whole.items() if k != key} for key in whole)):
         torch.save(wrong, file)
         with pytest.raises(UserError, match="not a training checkpoint|no state dict in it"):
             checkpoints.read_checkpoint(file)
@@ -301,12 +307,12 @@ def test_files_that_are_not_checkpoints(tmp_path):
     assert checkpoints.read_checkpoint(file)["args"] == dict(cfg_prob=0.1, fixed_latent_stats=True)
 
 
-# --- Processes --------------------------------------------------------------------------------------------------------
+# --- Processes ----------------------------------------------------------------------------------------------
 
 def test_environment_of_torchrun(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "1")                               # some platforms set it without a group
+    monkeypatch.setenv("WORLD_SIZE", "1")                              # some platforms set it without a group
     assert start_processes(CPU) == Processes(0, 1) and not torch.distributed.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -314,7 +320,7 @@ def test_environment_of_torchrun(monkeypatch):
         start_processes(CPU)
 
 
-# --- Grids ------------------------------------------------------------------------------------------------------------
+# --- Grids --------------------------------------------------------------------------------------------------
 
 def test_pixels_round_trip_and_round():
     levels = torch.arange(256, dtype=torch.uint8)
@@ -332,4 +338,4 @@ def test_pca_rgb_is_the_principal_components():
     found = rgb[:, :, ::2, ::2].permute(0, 2, 3, 1).reshape(-1, 3).numpy()
     assert np.abs(found * np.sign((found * expected).sum(0)) - expected).max() < 0.01
     assert torch.equal(rgb, rgb[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3))
-    assert (pca_rgb(torch.tensor(z[:, :1]))[:, 1:] == 128).all()                     # one channel: two are missing
+    assert (pca_rgb(torch.tensor(z[:, :1]))[:, 1:] == 128).all()                # one channel: two are missing

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics_of, noise_images, needs, one_line, run, slow
 from PIL import Image
 
+from conftest import ROOT, metrics_of, needs, noise_images, one_line, run, slow
 from vae import load_vae
 
 
@@ -38,14 +38,16 @@ def test_tour_sh_at_toy_size(tmp_path):
                    for key, t in load_vae(out / name / "checkpoints/0000002.pt")[0].state_dict().items()]
         assert not any(changed) if name == "repa" else all(changed), name
         last = metrics_of(out / name)[-1]
-        cells = " | ".join(f"{last[key]:.4g}" for key in ("latent_variance", "proj_loss", "denoising_loss", "val_psnr"))
+        cells = " | ".join(f"{last[key]:.4g}"
+                           for key in ("latent_variance", "proj_loss", "denoising_loss", "val_psnr"))
         assert f"{name}:\n" in table and f"| 2 | {cells} |" in table
     assert table.count("effective dimensions") == 3 and table in printed              # base's VAE is repa's
     assert all(Image.open(out / f"{name}.png").width > 600 for name in ("latents", "curves", "samples"))
 
     (out / "mine/checkpoints/0000002.pt").unlink()
     assert start("naive mine")[1] == ["mine"]
-    for runs, settings, words in (("naive", dict(STEPS="4"), "has other settings"), ("repea", {}, "repea: unknown"),
+    for runs, settings, words in (("naive", dict(STEPS="4"), "has other settings"),
+                                  ("repea", {}, "repea: unknown"),
                                   ("mine", dict(MINE="--qk-norm"), "has other settings")):
         one_line(start(runs, 2, **settings)[0], words)
 
@@ -63,6 +65,6 @@ def test_strips_are_the_tops_of_the_last_grids(tmp_path):
     printed = run(sys.executable, script, "first", "second", "--out", "strips.png", cwd=tmp_path)
     assert "2 runs -> strips.png" in printed
     column = np.asarray(Image.open(tmp_path / "strips.png").convert("RGB"))[:, 700].tolist()
-    colours = [colour for colour, before in zip(column, [None, *column]) if colour != before]
+    colours = [colour for colour, before in zip(column, [None, *column], strict=False) if colour != before]
     assert [c for c in colours if c != [255, 255, 255]] == [[255, 0, 0], [0, 0, 255]]
     one_line(run(sys.executable, script, tmp_path, cwd=tmp_path, code=2), "no images/samples-")

@@ -17,11 +17,12 @@ from support.grids import to_float
 compiled = pytest.mark.skipif(bool(why_no_compile(CPU)), reason="nothing to compile with")
 
 
-# --- What a run starts from -------------------------------------------------------------------------------------------
+# --- What a run starts from ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_latent_statistics_are_those_of_posterior_samples(image_dir):
-    """The law of total variance: samples vary as the posteriors' means do, plus the mean of their variances."""
+    """The law of total variance: samples vary as the posteriors' means do, plus the mean of their
+    variances."""
     m, dataset = train.build(tiny_config(), CPU), ImageFolder(image_dir, 32)
     m.vae.quant_conv.bias[8:] = -1                          # a posterior about as wide as its means are apart
     posterior = m.vae.encode(to_float(dataset.some(24)[0]))
@@ -75,11 +76,11 @@ def test_frozen_latents_are_float32_with_and_without_a_cache(tiny, frozen_vae, i
     assert types == {torch.float32}
 
 
-# --- Memory, and waiting ----------------------------------------------------------------------------------------------
+# --- Memory, and waiting ------------------------------------------------------------------------------------
 
 def test_recomputing_changes_no_gradient_and_keeps_less(tiny):
-    """Metrics, AdamW's first moments (which are the clipped gradients) and statistics are equal. Kept are the bytes
-    that autograd holds for the VAE's backward pass, parameters aside."""
+    """Metrics, AdamW's first moments (which are the clipped gradients) and statistics are equal. Kept are the
+    bytes that autograd holds for the VAE's backward pass, parameters aside."""
     def step(*flags):
         m, cfg, args = tiny("--disc-weight", "0", *flags)
         held = {p.data_ptr(): 0 for net in (m.vae, m.sit, m.perceptual) for p in net.parameters()}
@@ -118,7 +119,7 @@ def test_step_never_waits_for_the_device(tiny):
     assert not called & {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"}
 
 
-# --- Machines that are not here: a Mac, another device than the CPU ---------------------------------------------------
+# --- Machines that are not here: a Mac, another device than the CPU -----------------------------------------
 
 def test_step_on_a_mac_equals_that_of_the_fused_kernels(tiny):
     """Without fused AdamW, as on a Mac; a step that is not finite changes nothing there, either."""
@@ -128,11 +129,13 @@ def test_step_on_a_mac_equals_that_of_the_fused_kernels(tiny):
     (fused, cfg, args), (mac, _, _) = tiny("--disc-start", "0"), tiny("--disc-start", "0")
     for name, optimizer in mac.optimizers.items():
         group = optimizer.param_groups[0]
-        mac.optimizers[name] = torch.optim.AdamW(group["params"], group["lr"], betas=group["betas"], weight_decay=0.0,
+        mac.optimizers[name] = torch.optim.AdamW(group["params"], group["lr"], betas=group["betas"],
+                                                 weight_decay=0.0,
                                                  fused=False)
     for m in (fused, mac):
         train.train_step(m, cfg, 0, *args)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(weights(fused), weights(mac), strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a,
+               b in zip(weights(fused), weights(mac), strict=True))
     before = weights(mac)
     mac.keep_statistics()
     assert train.train_step(mac, cfg, 1, args[0] * float("nan"), *args[1:])["skipped"] == 1
@@ -140,13 +143,13 @@ def test_step_on_a_mac_equals_that_of_the_fused_kernels(tiny):
 
 
 def test_step_and_sampling_keep_to_their_device(monkeypatch):
-    """All on the device "meta", where nothing is computed: a tensor left on the CPU ends in an error, and so does a
-    value that is read back."""
+    """All on the device "meta", where nothing is computed: a tensor left on the CPU ends in an error, and so
+    does a value that is read back."""
     plain = torch.optim.AdamW, torch.Generator
     monkeypatch.setattr(torch.optim, "AdamW", lambda params, fused, **kwargs: plain[0](params, **kwargs))
-    monkeypatch.setattr(torch, "Generator", lambda device: plain[1]())               # meta has neither of the three
+    monkeypatch.setattr(torch, "Generator", lambda device: plain[1]())         # meta has neither of the three
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
-    monkeypatch.setattr(sample, "check_finite", lambda *args: None)                  # which reads a value back
+    monkeypatch.setattr(sample, "check_finite", lambda *args: None)                 # which reads a value back
     cfg = tiny_config("--disc-start", "0", "--perceptual", "lpips", "--allow-random-weights")
     device = torch.device("meta")
     m = train.build(cfg, device)
@@ -168,7 +171,7 @@ def test_step_and_sampling_keep_to_their_device(monkeypatch):
         step()
 
 
-# --- Compiling --------------------------------------------------------------------------------------------------------
+# --- Compiling ----------------------------------------------------------------------------------------------
 
 @slow
 @compiled
@@ -183,7 +186,8 @@ def test_compiled_step_breaks_no_graph_and_compiles_once(tiny, flags):
     for step in range(4):
         losses.append(train.train_step(m, cfg, step, *args)["loss"].item())
         graphs.append(counters["stats"]["unique_graphs"])
-    # VAE encoder, VAE decoder, the target encoder (or its block), SiT's block with its weights frozen and trained
+    # VAE encoder, VAE decoder, the target encoder (or its block), SiT's block with its weights frozen and
+    # trained
     assert graphs == [5] * 4 and not counters["graph_break"]
     m, cfg, args = tiny(*flags)
     eager = [train.train_step(m, cfg, step, *args)["loss"].item() for step in range(4)]

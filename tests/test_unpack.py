@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import needs, one_line
 from data import images, unpack
 from support.commands import run_command
-from conftest import needs, one_line
 
 
 def encoded(k, kind="PNG"):
@@ -41,7 +41,7 @@ def read(folder):
     """{class: sorted bytes of its files} as the data set of train.py sees a folder."""
     data = images.ImageFolder(folder, 8)
     found = {name: [] for name in data.classes}
-    for path, label in zip(data.files, data.labels):
+    for path, label in zip(data.files, data.labels, strict=True):
         found[data.classes[label]].append(Path(os.fsdecode(path)).read_bytes())
     return {name: sorted(files) for name, files in found.items()}
 

@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 import repa
 import vae
-from conftest import close, digest, needs, nchw, smooth_images
+from conftest import close, digest, nchw, needs, smooth_images
 from support.commands import UserError
 
 
@@ -36,7 +36,8 @@ def test_discriminator_initialization():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
         elif isinstance(module, nn.BatchNorm2d):
-            assert abs(module.weight.mean() - 1) < 0.01 and module.weight.std().item() == pytest.approx(0.02, rel=0.3)
+            assert abs(module.weight.mean() - 1) < 0.01 and module.weight.std().item() == pytest.approx(0.02,
+                                                                                                        rel=0.3)
 
 
 def test_smallest_image_of_the_discriminator():
@@ -58,7 +59,7 @@ def test_lpips_equals_the_package(tmp_path):
     x.requires_grad_()
     random_state = torch.get_rng_state()
     ours = vae.LPIPS(vgg=tmp_path / "vgg.pth")
-    assert torch.equal(torch.get_rng_state(), random_state)            # the file's weights are not initialized first
+    assert torch.equal(torch.get_rng_state(), random_state)     # the file's weights are not initialized first
     distances = ours(x, y), theirs(x, y).mean()
     assert distances[0].item() == pytest.approx(distances[1].item(), rel=1e-5)
     ours_x, theirs_x = (torch.autograd.grad(distance, x)[0] for distance in distances)
@@ -71,7 +72,8 @@ def test_lpips_is_compiled_as_one_graph(tiny):
     x.requires_grad_()
     m, _, _ = tiny("--perceptual", "lpips", "--allow-random-weights", "--compile", "--gradient-checkpointing")
     graphs, results = [], []
-    for stance in (dict(stance="force_eager"), dict(force_backend=lambda g, args: graphs.append(g) or g.forward)):
+    for stance in (dict(stance="force_eager"),
+                   dict(force_backend=lambda g, args: graphs.append(g) or g.forward)):
         with torch.compiler.set_stance(**stance):
             distance = m.perceptual(x, y)
         results.append([distance.item(), *torch.autograd.grad(distance, x)[0].flatten().tolist()])
@@ -89,7 +91,7 @@ def test_perceptual_features_are_float32_of_unit_length_under_bf16():
         for f, g in zip(maps, exact, strict=True):
             lengths = f.norm(dim=1)
             assert f.dtype == torch.float32 and ((lengths - 1).abs() < 1e-5).logical_or(lengths == 0).all()
-            assert not torch.equal(f, g)                                               # the layers ran in bf16
+            assert not torch.equal(f, g)                                              # the layers ran in bf16
 
 
 def test_ssim_equals_gaussian_filters():

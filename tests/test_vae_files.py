@@ -1,4 +1,5 @@
-"""VAE files as others saved them: CompVis, diffusers, checkpoints, wrapped, half precision, damaged; export."""
+"""VAE files as others saved them: CompVis, diffusers, checkpoints, wrapped, half precision, damaged;
+export."""
 import argparse
 import hashlib
 import json
@@ -35,7 +36,7 @@ def change_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-# --- State dicts ------------------------------------------------------------------------------------------------------
+# --- State dicts --------------------------------------------------------------------------------------------
 
 WRAPPED = {
     "state_dict": lambda s: {"epoch": 3, "state_dict": s | {
@@ -59,8 +60,10 @@ def test_vae_is_found_in_a_file(form, small, tmp_path):
 
 
 def test_groups_are_those_of_the_named_architecture_or_the_checkpoint(tmp_path):
-    """No tensor shows the groups of a norm: f4d8's shapes have 1, other VAEs 32, unless the checkpoint has them."""
-    for config, args in (("f4d8", {}), (SMALL, argparse.Namespace()), (SMALL | dict(groups=16), dict(vae_groups=16))):
+    """No tensor shows the groups of a norm: f4d8's shapes have 1, other VAEs 32, unless the checkpoint has
+    them."""
+    for config, args in (("f4d8", {}), (SMALL, argparse.Namespace()),
+                         (SMALL | dict(groups=16), dict(vae_groups=16))):
         net = vae.AutoencoderKL(config)
         torch.save(dict(ema={}, model={}, args=args, steps=0, vae=net.state_dict()), tmp_path / "a.pt")
         assert vae.load_vae(tmp_path / "a.pt")[0].config == net.config
@@ -71,7 +74,7 @@ def test_statistics_are_read_with_the_weights(tmp_path, frozen_vae):
     assert torch.allclose(torch.stack(stats), torch.stack(statistics(8)))
     vae.save_file(net.state_dict(), tmp_path / "other.safetensors")
     vae.export_vae(net, stats, 32, tmp_path / "folder")
-    words = dict(to_q="query", to_k="key", to_v="value") | {"to_out.0": "proj_attn"}        # diffusers before 0.18
+    words = dict(to_q="query", to_k="key", to_v="value") | {"to_out.0": "proj_attn"}   # diffusers before 0.18
     older = {re.sub(r"to_[qkv]|to_out\.0", lambda m: words[m[0]], name): t
              for name, t in load_file(tmp_path / "folder" / vae.WEIGHTS[0]).items()}
     torch.save(older, tmp_path / "older.pt")
@@ -82,18 +85,20 @@ def test_statistics_are_read_with_the_weights(tmp_path, frozen_vae):
 
 
 def test_training_starts_from_saved_networks(tmp_path, short_run, frozen_vae):
-    """--vae-ckpt takes VAE and latent statistics of a checkpoint; --init-from its SiT, with another VAE that VAE's
-    statistics; a pretrained discriminator is used from the first step."""
+    """--vae-ckpt takes VAE and latent statistics of a checkpoint; --init-from its SiT, with another VAE that
+    VAE's statistics; a pretrained discriminator is used from the first step."""
     ckpt = short_run / "exps/a/checkpoints/0000004.pt"
     saved = load_tensors(ckpt)
     m = train.build(tiny_config("--vae-ckpt", str(ckpt), "--num-classes", "2"), CPU)
     assert same(m.vae, saved["vae"]) and torch.equal(m.sit.bn.running_mean, saved["ema"]["bn.running_mean"])
     assert torch.allclose(m.ema.bn.running_var, saved["ema"]["bn.running_var"], rtol=1e-4)
-    m = train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "2", "--vae-ckpt", str(frozen_vae)), CPU)
+    m = train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "2", "--vae-ckpt",
+                                str(frozen_vae)), CPU)
     assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
     mean, std = statistics(8)
     for net in (m.sit, m.ema):
-        assert torch.allclose(net.bn.running_mean, mean) and torch.allclose(net.bn.running_var, std ** 2 - 1e-4)
+        assert torch.allclose(net.bn.running_mean, mean) and torch.allclose(net.bn.running_var,
+                                                                            std ** 2 - 1e-4)
     saved = vae.Discriminator().state_dict()
     torch.save(saved, tmp_path / "disc.pt")
     cfg = train.parse_config(["--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1"])
@@ -101,11 +106,12 @@ def test_training_starts_from_saved_networks(tmp_path, short_run, frozen_vae):
     assert cfg.disc_start == 0 and torch.equal(m.disc.main[0].weight, saved["main.0.weight"])
 
 
-# --- diffusers --------------------------------------------------------------------------------------------------------
+# --- diffusers ----------------------------------------------------------------------------------------------
 
 def test_diffusers_names_are_the_published_ones():
     with torch.device("meta"):
-        state = {vae.rename(name, 4, vae.RENAMED): t for name, t in vae.AutoencoderKL("f8d4").state_dict().items()}
+        state = {vae.rename(name, 4, vae.RENAMED): t for name,
+                 t in vae.AutoencoderKL("f8d4").state_dict().items()}
     lines = sorted(f"{name} {tuple(t.squeeze().shape) if 'attentions' in name else tuple(t.shape)}"
                    for name, t in state.items())
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "600696bc94ffc80f"
@@ -114,12 +120,15 @@ def test_diffusers_names_are_the_published_ones():
 OURS = dict(groups=32, mid_attention=True, quant_conv=True, post_quant_conv=True)
 CONFIGS = {                                                # diffusers' settings, how it saves, our config
     "sd3-like": (dict(block_out_channels=(32, 64, 64, 128), layers_per_block=1, latent_channels=16,
-                      use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609),
+                      use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
+                      shift_factor=0.0609),
                  dict(variant="fp16"),
-                 OURS | dict(ch=32, ch_mult=(1, 2, 2, 4), num_res_blocks=1, attn_levels=(), latent_channels=16,
+                 OURS | dict(ch=32, ch_mult=(1, 2, 2, 4), num_res_blocks=1, attn_levels=(),
+                             latent_channels=16,
                              quant_conv=False, post_quant_conv=False)),
     "attention": (dict(block_out_channels=(32, 64, 96), layers_per_block=2, latent_channels=4), {},
-                  OURS | dict(ch=32, ch_mult=(1, 2, 3), num_res_blocks=2, attn_levels=(1, 2), latent_channels=4)),
+                  OURS | dict(ch=32, ch_mult=(1, 2, 3), num_res_blocks=2, attn_levels=(1, 2),
+                              latent_channels=4)),
     "plain middle": (dict(block_out_channels=(64, 96), layers_per_block=1, latent_channels=3,
                           mid_block_add_attention=False, use_post_quant_conv=False, norm_num_groups=16),
                      dict(safe_serialization=False),
@@ -147,7 +156,8 @@ def test_diffusers_autoencoders_are_read_and_exported(name, tmp_path):
     kinds = ["Attn" if i in config["attn_levels"] else "" for i in range(len(config["ch_mult"]))]
     torch.manual_seed(1)
     theirs = AutoencoderKL(down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
-                           up_block_types=[f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]], **settings).eval()
+                           up_block_types=[f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]],
+                           **settings).eval()
     for parameter in theirs.parameters():
         if parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
@@ -172,7 +182,8 @@ def test_diffusers_autoencoders_are_read_and_exported(name, tmp_path):
 
 
 def test_config_of_a_diffusers_folder(small, tmp_path):
-    """What it lacks is as in diffusers: sd-vae-ft-mse's config.json has no scaling_factor, and SD's is 0.18215."""
+    """What it lacks is as in diffusers: sd-vae-ft-mse's config.json has no scaling_factor, and SD's is
+    0.18215."""
     folder = tmp_path / "out"
     vae.export_vae(small, (torch.zeros(4), torch.ones(4)), 32, folder)
     change_config(folder, scaling_factor=None, latents_mean=None, latents_std=None, norm_num_groups=None,
@@ -181,7 +192,8 @@ def test_config_of_a_diffusers_folder(small, tmp_path):
     assert same(net, small.state_dict()) and mean.tolist() == [0] * 4
     assert std.tolist() == pytest.approx([1 / 0.18215] * 4)
     good = (folder / "config.json").read_text()
-    for change, message in ((dict(_class_name="AutoencoderDC"), "AutoencoderDC"), (dict(act_fn="relu"), "relu"),
+    for change, message in ((dict(_class_name="AutoencoderDC"), "AutoencoderDC"),
+                            (dict(act_fn="relu"), "relu"),
                             (dict(scaling_factor=0), "not 4 finite"),
                             (dict(norm_num_groups=12), "do not divide into 12 groups")):
         change_config(folder, **change)
@@ -193,7 +205,7 @@ def test_config_of_a_diffusers_folder(small, tmp_path):
         vae.load_vae(folder)
 
 
-# --- The command; files without a VAE ---------------------------------------------------------------------------------
+# --- The command; files without a VAE -----------------------------------------------------------------------
 
 def test_export_command(small, tmp_path, command):
     ema = {"bn.running_mean": torch.arange(4.0), "bn.running_var": torch.ones(4)}

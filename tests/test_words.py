@@ -1,18 +1,25 @@
-"""Words that the texts no longer use: README, docs, help texts, and the code's docstrings, comments and messages."""
+"""Words that the texts no longer use: README, docs, help texts, and the code's docstrings, comments and
+messages."""
 import re
 
 import pytest
+
 from conftest import ROOT
 
 OLD = re.compile(r"\b(" + "|".join([
-    "pictures?", r"judge[sd]?(?!\.json)", "judging", "teach(es|ers?)?", "taught",  # images, evaluate, target encoder
-    "memory (ends|ended|is not enough)", "afresh", "anew", "(go|goes|going) on",        # OOM, from scratch, resumes
-    "least to greatest", "FD of these", "their PSNR", "in a row", "error of chroma",     # min-max, rFD, consecutive
-    "(latents|them|pictures) in colour", "stand-ins?", "rehears\\w*", "hold (it |them )?against",    # PCA, dummy data
-    "reckon\\w*", "without network", "not to be had", "package index", "whole or not at all",     # offline, PyPI
-    "images an? (GPU|second|step)", "learn(s|t|ed)? nothing", "the same holds for", "the other way round"]) + r")\b",
+    # images, evaluate, target encoder
+    "pictures?", r"judge[sd]?(?!\.json)", "judging", "teach(es|ers?)?", "taught",
+    "memory (ends|ended|is not enough)", "afresh", "anew", "(go|goes|going) on",  # OOM, from scratch, resumes
+    # min-max, rFD, consecutive
+    "least to greatest", "FD of these", "their PSNR", "in a row", "error of chroma",
+    # PCA, dummy data
+    "(latents|them|pictures) in colour", "stand-ins?", "rehears\\w*", "hold (it |them )?against",
+    "reckon\\w*", "without network", "not to be had", "package index", "whole or not at all",  # offline, PyPI
+    "images an? (GPU|second|step)", "learn(s|t|ed)? nothing", "the same holds for",
+    "the other way round"]) + r")\b",
     re.IGNORECASE)
-PLACES = ["README.md CONTRIBUTING.md docs/*.md", "train.py vae.py sit.py repa.py sample.py fid.py", "data/*.py",
+PLACES = ["README.md CONTRIBUTING.md docs/*.md", "train.py vae.py sit.py repa.py sample.py fid.py",
+          "data/*.py",
           "support/*.py", "experiments/*.py experiments/*.sh", "benchmarks/*.py benchmarks/*.sh"]
 
 
