@@ -594,7 +594,7 @@ def load_lpips(model, processes):
         try:
             lpips = LPIPS(trained.get("lpips_ckpt"), trained.get("vgg_ckpt")).to(model.device)
         except UserError as e:
-            processes.say(f"LPIPS is left out: {e} (flags of train.py)")
+            processes.log(f"LPIPS is left out: {e} (flags of train.py)")
     if processes.any(not lpips):
         return {}
     return dict(lpips=lambda x, y: len(x) * lpips(y.to(model.device), x.to(model.device)))
@@ -691,9 +691,9 @@ def main():
             f"--save-stats: {ref.path} holds statistics already, and {ref.n} images")
     check_same(nets, sources, processes)
     for line in find_warnings(sources, nets):
-        processes.say(line)
+        processes.log(line)
     if not args.features and nets[0].name == LITE2:
-        processes.say(f"features: {LITE2}; Inception's weights are not here (see --download)")
+        processes.log(f"features: {LITE2}; Inception's weights are not here (see --download)")
 
     needs = [(net, METRICS[metric][0]) for net, metric in metrics if metric != "is"]
     if args.save_stats:

@@ -238,7 +238,7 @@ def open_sampler(args, device, processes):
     sampler = load_checkpoint(ckpt, device, args.vae_ckpt, compile, args.ema)
     warning = args.ema and warn_of_short_average(sampler)
     if warning:
-        processes.say(warning)
+        processes.log(warning)
     names = "num_steps mode heun cfg_scale guidance_low guidance_high seed"
     settings = {name: getattr(args, name) for name in names.split()}
     settings["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)

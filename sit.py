@@ -225,7 +225,7 @@ class SiT(nn.Module):
 
 def infer_sit(tensors, args, what):
     """A new SiT whose sizes are inferred from a state dict without projectors (its weights are not loaded).
-    args: settings of its training, which say how many label rows are classes. Raises UserError."""
+    args: settings of its training, which show how many label rows are classes. Raises UserError."""
     names = {(blocks, width): size for size, (blocks, width, _) in SIZES.items()}
     try:
         width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape

@@ -389,11 +389,11 @@ def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
         step += 1
         bar.update()
         last = step == cfg.max_train_steps
-        draw = cfg.sampling_steps > 0 and (step % cfg.sampling_steps == 0 or last)
+        make_grids = cfg.sampling_steps > 0 and (step % cfg.sampling_steps == 0 or last)
         save = step % cfg.checkpointing_steps == 0 or last
         evaluate = cfg.eval_steps > 0 and (step % cfg.eval_steps == 0 or last)
-        write_row = step % cfg.log_steps == 0 or draw or evaluate or last
-        if draw or save or evaluate:
+        write_row = step % cfg.log_steps == 0 or make_grids or evaluate or last
+        if make_grids or save or evaluate:
             next_check = step                   # there the others wait, hours if necessary, for process 0
 
         if write_row:
@@ -413,13 +413,13 @@ def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
                     sampler = Sampler(m.ema, m.vae, vars(cfg), step, m.device)
                     row |= evaluation.run(sampler, cfg.cfg_scale, shown)
             if main_process:
-                log(step, row | (save_grids(m, cfg, folder, step, shown[0]) if draw else {}))
+                log(step, row | (save_grids(m, cfg, folder, step, shown[0]) if make_grids else {}))
             saver.check()
             since, since_step = time.time(), step
     if step < cfg.max_train_steps:
         if main_process and saved < step:
             saver.save(step, m.parts(), settings)
-        processes.say(f"stopped after step {step}; resume with the same command and --resume")
+        processes.log(f"stopped after step {step}; resume with the same command and --resume")
     bar.close()
     saver.wait()
     processes.wait()
@@ -634,17 +634,17 @@ def load_run(m, cfg, dataset, step, processes):
     return images.load_batches(dataset, batches, cfg.num_workers, pin_memory=m.device.type == "cuda")
 
 
-def use_classes(cfg, dataset, say):
+def use_classes(cfg, dataset, log):
     """What the data's classes mean for the settings. Raises UserError."""
     n = len(dataset.classes)
     if cfg.num_classes not in (0, n):
         raise UserError(f"--num-classes {cfg.num_classes}: {cfg.data_dir} has {n} classes; leave it out")
     cfg.num_classes = n
     if 2 * n > len(dataset):
-        say(f"warning: {n} classes for {len(dataset)} images; is every folder in it a class?")
+        log(f"warning: {n} classes for {len(dataset)} images; is every folder in it a class?")
     if n == 1:
         cfg.cfg_prob, cfg.cfg_scale = 0.0, 1.0
-        say(f"{cfg.data_dir} is one class: no label dropout, no guidance (--cfg-prob 0 --cfg-scale 1)")
+        log(f"{cfg.data_dir} is one class: no label dropout, no guidance (--cfg-prob 0 --cfg-scale 1)")
 
 
 def use_cached_latents(m, cfg, dataset, processes):
@@ -729,7 +729,7 @@ def main():
 
 def run(cfg, device, folder, processes):
     """A training run, on this process; process 0 holds the lock of the folder."""
-    say, first = processes.say, processes.rank == 0
+    log, first = processes.log, processes.rank == 0
     cfg.mixed_precision = devices.choose_precision(cfg.mixed_precision, device, processes)
     if cfg.compile:                             # the compiler's cache lasts longer there than under /tmp
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.abspath(f"{cfg.output_dir}/.compiled"))
@@ -738,7 +738,7 @@ def run(cfg, device, folder, processes):
 
     # Data
     dataset, shown, evaluation = images.open_data(cfg, processes), None, None
-    use_classes(cfg, dataset, say)
+    use_classes(cfg, dataset, log)
     resume_from = checkpoints.find_newest(folder, processes) if cfg.resume else None
     if first and (cfg.sampling_steps > 0 or cfg.eval_steps > 0):
         held_out = images.ImageFolder(cfg.val_dir or cfg.data_dir, cfg.resolution)
@@ -755,12 +755,12 @@ def run(cfg, device, folder, processes):
     # Networks
     m, step = build(cfg, device), 0
     if resume_from:
-        step = checkpoints.resume(resume_from, m.parts(), vars(cfg), IMMUTABLE, dataset.classes, say)
+        step = checkpoints.resume(resume_from, m.parts(), vars(cfg), IMMUTABLE, dataset.classes, log)
     elif not m.has_statistics:
-        say(f"latent statistics: measured over {measure_latents(m, dataset)} images")
+        log(f"latent statistics: measured over {measure_latents(m, dataset)} images")
     trained = 1 - cfg.ema_decay ** cfg.max_train_steps
     if trained < 0.5 and m.train_sit:
-        say(f"warning: after {cfg.max_train_steps} steps of --ema-decay {cfg.ema_decay} the averaged weights "
+        log(f"warning: after {cfg.max_train_steps} steps of --ema-decay {cfg.ema_decay} the averaged weights "
             f"are only {trained:.1%} trained ones; see sample.py --no-ema")
     wrap(m, cfg, processes.world)
 
@@ -774,7 +774,7 @@ def run(cfg, device, folder, processes):
     if first:
         checkpoints.write_settings(folder, vars(cfg) | dict(classes=dataset.classes))
     sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (m.sit, m.vae)]
-    say(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} {sizes[0]:.1f} M, "
+    log(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} {sizes[0]:.1f} M, "
         f"VAE {cfg.vae} {sizes[1]:.1f} M, {processes.world} x {device.type}, step {step}")
     torch.backends.cudnn.benchmark = True                             # the shapes from here on are the steps'
     train(m, cfg, folder, dataset, shown, evaluation, step, processes)

@@ -76,7 +76,7 @@ def main():
     cfg.compile = cfg.compile and devices.can_compile(device, processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dataset = images.open_data(cfg, processes)
-    train.use_classes(cfg, dataset, processes.say)
+    train.use_classes(cfg, dataset, processes.log)
     m = train.build(cfg, device)
     train.wrap(m, cfg, processes.world)
     mark_sections(m)                                                  # outside of what is compiled
@@ -93,7 +93,7 @@ def main():
     seconds_per_step(step, range(3))
     seconds = seconds_per_step(step, range(3, 3 + args.steps))
     peak = peak_flops(device, cfg.mixed_precision)
-    processes.say(f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, "
+    processes.log(f"step {seconds * 1e3:.1f} ms, {cfg.batch_size / seconds:.1f} images/s, "
                   f"GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB\n"
                   f"{flops / 1e12:.4f} TFLOP per step and process: {flops / seconds / 1e12:.3f} TFLOP/s, "
                   f"{flops / seconds / peak:.1%} of a matrix product's {peak / 1e12:.3f}")
@@ -103,7 +103,7 @@ def main():
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = profiler.key_averages()                       # sections (and AdamW, which PyTorch marks) first
     rows.sort(key=lambda row: ("#" not in row.key, -getattr(row, order)))
-    processes.say(rows.table(row_limit=40, max_name_column_width=50))
+    processes.log(rows.table(row_limit=40, max_name_column_width=50))
     sys.stdout.flush()
     os._exit(0)                                                       # at once, loader processes included
 

@@ -54,5 +54,5 @@ def cache_latents(dataset, output_dir, digest, encode, num_workers, processes):
             write_latents(dataset, folder, missing, encode, num_workers, show)
         whole.update(mine)
         processes.wait()
-    processes.say(f"latents: read from {folder}")
+    processes.log(f"latents: read from {folder}")
     return folder

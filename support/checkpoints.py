@@ -133,10 +133,10 @@ def read_checkpoint(file):
     return plain_checkpoint(load_tensors(file), file)
 
 
-def check_settings(path, old, new, immutable, classes, say):
+def check_settings(path, old, new, immutable, classes, log):
     """Whether a run with the settings `old`, those of the checkpoint `path`, can resume with `new`. Raises
     UserError if one of `immutable` or a class name (in any Unicode form) has changed; other changes are
-    printed by say(line)."""
+    logged by log(line)."""
     trained = [unicodedata.normalize("NFC", name) for name in old.get("classes", classes)]
     for label, (before, now) in enumerate(itertools.zip_longest(trained, classes)):
         require(before == now, f"{path} was trained with {before} as class {label}; in {new['data_dir']} "
@@ -146,14 +146,14 @@ def check_settings(path, old, new, immutable, classes, say):
         require(before == now or name not in immutable,
                 f"{path} was trained with --{flag} {before}; it cannot be resumed with {now}")
         if before != now and name not in ("resume", "output_dir", "exp_name"):
-            say(f"resuming with a changed {name}: {before} -> {now}")
+            log(f"resuming with a changed {name}: {before} -> {now}")
 
 
-def resume(path, parts, settings, immutable, classes, say):
+def resume(path, parts, settings, immutable, classes, log):
     """Load a checkpoint into `parts`, {key: network or optimizer}; returns its step. The other arguments are
     those of `check_settings`. Raises UserError."""
     ckpt = read_checkpoint(path)
-    check_settings(path, ckpt["args"], settings, immutable, classes, say)
+    check_settings(path, ckpt["args"], settings, immutable, classes, log)
     for key, part in parts.items():
         require(key in ckpt, f"{path}: no {key} in it; it cannot be resumed")
         state = ckpt[key]

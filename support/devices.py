@@ -85,9 +85,9 @@ def choose_precision(asked, device, processes):
     slow = processes.any(not bf16_is_faster(device))
     if asked == "auto":
         asked = "no" if slow else "bf16"
-        processes.say("precision: float32 (bf16 is not faster here)" if slow else "precision: bf16")
+        processes.log("precision: float32 (bf16 is not faster here)" if slow else "precision: bf16")
     elif slow:
-        processes.say("warning: bf16 is not faster here than --mixed-precision no")
+        processes.log("warning: bf16 is not faster here than --mixed-precision no")
     return asked
 
 
@@ -122,7 +122,7 @@ def can_compile(device, processes):
     """Whether torch.compile works on all processes. Prints why not."""
     reason = why_no_compile(device)
     if processes.any(reason):
-        processes.say(f"{reason or 'torch.compile: not on another machine'}; running eagerly (--no-compile)")
+        processes.log(f"{reason or 'torch.compile: not on another machine'}; running eagerly (--no-compile)")
         return False
     return True
 
@@ -147,7 +147,7 @@ class Processes:
     world: int = 1
     host: dist.ProcessGroup = None
 
-    def say(self, line):
+    def log(self, line):
         """Print a line once, above the progress bars."""
         if self.rank == 0:
             tqdm.write(line)
