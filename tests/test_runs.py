@@ -168,7 +168,8 @@ def test_signal_saves_a_checkpoint_to_resume_from(image_dir, tmp_path, processes
 
 @slow
 def test_resume_is_exact_after_25_kills(image_dir, tmp_path):
-    """Every process with one thread: with two, sums round in another order."""
+    """Every process with one thread: with two, sums round in another order. A kill between a checkpoint and
+    its row of the log costs that row."""
     whole, killed, rng = tmp_path / "exps/whole", tmp_path / "exps/killed", np.random.default_rng(0)
     flags = ["--data-dir", image_dir, *SHORT, "--disc-weight", "0.1", "--disc-start", "0",
              "--max-train-steps", "150",
@@ -185,7 +186,11 @@ def test_resume_is_exact_after_25_kills(image_dir, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert start(*flags, "killed", cwd=tmp_path).wait() == 0
-    assert_same(whole, killed)
+    rows = {row["step"]: row for row in losses(killed)}
+    assert all(row["step"] % 3 == 0 or row["step"] in rows for row in losses(whole))
+    assert all(row == rows.get(row["step"], row) for row in losses(whole))
+    for (name, x), (_, y) in zip(flatten(newest(whole)), flatten(newest(killed)), strict=True):
+        assert torch.equal(x, y), name
     assert not list(killed.glob("checkpoints/*.damaged"))
 
 
