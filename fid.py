@@ -717,8 +717,9 @@ def main():
     if processes.rank == 0:
         names = [f"{source.path} ({source.n or 'statistics'})" for source in sources]
         print(", ".join(net.id for net in nets) + ":", " against ".join(names[1::-1]))
+        width = 2 + max(map(len, results), default=0)
         for name, value in results.items():
-            print(f"  {name:<28}{value:.6g}")
+            print(f"  {name:<{width}}{value:.6g}")
     if processes.rank == 0 and args.json:
         record = dict(n_reference=count_images(ref), n_samples=count_images(samples) if samples else 0,
                       features=",".join(net.name for net in nets),

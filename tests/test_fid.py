@@ -293,6 +293,14 @@ def test_reconstructions_of_a_run(image_dir, short_run, command):
     assert found["ssim"] == pytest.approx(vae.ssim(x, y).mean().item(), abs=1e-4)
 
 
+def test_long_names_are_printed_apart_from_their_values(tmp_path, command):
+    np.savez(tmp_path / "a.npz", arr_0=noise(5))
+    np.savez(tmp_path / "b.npz", arr_0=noise(5, seed=1))
+    printed = command("fid", "a.npz", "b.npz", "--metrics", "precision", "--features", repa.LITE2, *FLAGS)
+    name, value = next(line.split() for line in printed.splitlines() if " precision" in line)
+    assert name == "precision_efficientnet-lite2" and 0 <= float(value) <= 1
+
+
 def test_bad_input_is_one_clear_line(tmp_path, command, monkeypatch, small):
     good = save_folder(tmp_path / "good", smooth_images(4, 32))
 
