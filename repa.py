@@ -199,11 +199,16 @@ def projector(kind, width, channels, hidden=2048):
                          nn.Linear(hidden, channels))
 
 
-def alignment_loss(projected, features):
-    """Minus the mean of cos(projected, feature) over tokens, images and encoders.
+def alignment_loss(projected, features, kind="cosine"):
+    """Minus the mean of cos(projected, feature) over tokens, images and encoders (REPA, arXiv 2410.06940), or
+    with kind="mse" the mean squared error.
     projected, features: lists of [B, N, C_i], one per encoder."""
-    pairs = zip(projected, features, strict=True)
-    losses = [-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in pairs]
+    losses = []
+    for p, f in zip(projected, features, strict=True):
+        if kind == "mse":
+            losses.append(F.mse_loss(p.float(), f.float()))
+        else:
+            losses.append(-F.cosine_similarity(p.float(), f.float(), dim=-1).mean())
     return sum(losses) / len(losses)
 
 

@@ -131,6 +131,9 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
     features = [encoder(x) for encoder in m.encoders]
     alpha, sigma, d_alpha, d_sigma = interpolant(t, cfg.path_type)
 
+    def distance(p, f):
+        return -cosine(p, f) if cfg.align_loss == "cosine" else (p - f).pow(2).mean()
+
     def normalise(z, mean, var):
         return (z - mean.view(1, -1, 1, 1)) / torch.sqrt(var.view(1, -1, 1, 1) + 1e-4)
 
@@ -139,7 +142,7 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
         velocity, _ = s(alpha * z + sigma * eps, t, labels)
         denoising = (velocity - d_alpha * z - d_sigma * eps).pow(2).mean()
         h = hidden.pop()
-        align = [-cosine(project(net, h), f) for net, f in zip(s.projectors, features, strict=True)]
+        align = [distance(project(net, h), f) for net, f in zip(s.projectors, features, strict=True)]
         return denoising, sum(align) / max(len(align), 1)
 
     def differentiate(net, module, loss):
@@ -150,12 +153,15 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
 
     # 1. z ~ q(z|x), x^ = decode(z); the VAE's loss
     mu, logvar = v.quant_conv(v.encoder(x)).split(v.latent_channels, 1)
+    if cfg.posterior_std:
+        logvar = torch.full_like(mu, 2 * math.log(cfg.posterior_std))
     z = mu + torch.exp(logvar / 2) * posterior_noise
     if cfg.vae_grad != "none":
         rec = v.decoder(v.post_quant_conv(z))
-        kl = (mu ** 2 / 2 + (torch.exp(logvar) - 1 - logvar) / 2).sum() / len(x)
+        prior = (mu ** 2 + torch.exp(logvar) + math.log(2 * math.pi)).sum() / 2 / len(x)
+        entropy = (logvar + math.log(2 * math.pi * math.e)).sum() / 2 / len(x)
         l1, perceptual = torch.abs(x - rec).mean(), m.perceptual(rec, x)
-        loss = l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl
+        loss = l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * prior - cfg.entropy_weight * entropy
         if cfg.disc_weight > 0 and step >= cfg.disc_start:
             losses["gan_loss"] = -d(rec).mean()
             loss = loss + cfg.disc_weight * losses["gan_loss"]
@@ -164,8 +170,8 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
             if cfg.vae_grad != "diffusion":
                 loss, losses["vae_align_loss"] = loss + cfg.vae_align_proj_coeff * align, align
             if cfg.vae_grad != "repa":
-                loss, losses["vae_denoising_loss"] = loss + denoising, denoising
-        losses |= dict(vae_loss=loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl)
+                loss, losses["vae_denoising_loss"] = loss + cfg.vae_denoising_coeff * denoising, denoising
+        losses |= dict(vae_loss=loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=prior - entropy)
         differentiate("vae", v, loss)
         # 2. the discriminator
         if cfg.disc_weight > 0:
@@ -217,7 +223,9 @@ REGIMES = {                                                         # flags, mic
     "repa, two micro-batches": ("--vae-grad none", 2),
     "sit, cosine path": ("--vae-grad none --proj-coeff 0 --path-type cosine", 1),
     "naive, cosine path, no GAN": ("--vae-grad diffusion --path-type cosine --disc-weight 0", 1),
-    "both": ("--vae-grad both", 1),
+    "both, entropy's own weight": ("--vae-grad both --entropy-weight 3e-3 --vae-denoising-coeff 0.3", 1),
+    "naive, fixed posterior": ("--vae-grad diffusion --posterior-std 0.5", 1),
+    "repae, squared error": ("--align-loss mse", 1),
     "fixed statistics, two micro-batches": ("--fixed-latent-stats", 2),
     "vae alone": ("--vae-only", 1)}
 RATES = dict(vae=2e-3, sit=1e-3, disc=3e-3)
@@ -334,6 +342,7 @@ PAPER = dict(batch_size=256, max_train_steps=400_000, resolution=256, learning_r
              qk_norm=False,
              enc_type="vit_base_patch14_dinov2.lvd142m", encoder_depth=8, projector="mlp", projector_dim=2048,
              spatial_norm=0.0, proj_coeff=0.5, vae_align_proj_coeff=1.5, vae_grad="repa",
+             align_loss="cosine", vae_denoising_coeff=1.0, posterior_std=None,
              fixed_latent_stats=False,
              perceptual="lpips", perceptual_weight=1.0, kl_weight=1e-6, disc_weight=0.1, seed=0,
              mixed_precision="auto", gradient_accumulation_steps=1, vae_only=False)
@@ -413,7 +422,8 @@ def test_routing_table(small):
 
     def gradients(**settings):
         m, cfg, batch = small("--disc-weight", str(settings.get("disc_weight", 0.0)))
-        for name in ("perceptual_weight", "kl_weight", "vae_align_proj_coeff", "proj_coeff"):
+        for name in ("perceptual_weight", "kl_weight", "entropy_weight", "vae_align_proj_coeff",
+                     "proj_coeff"):
             setattr(cfg, name, settings.get(name, 0.0))
         return take_step(m, cfg, 0, batch)[1]
 
@@ -421,7 +431,8 @@ def test_routing_table(small):
     for term, columns in ((dict(), {"encoder", "decoder", "early", "later"}),               # L1; diffusion
                           (dict(perceptual_weight=1.0), {"encoder", "decoder"}),
                           (dict(disc_weight=0.1), {"encoder", "decoder", "D"}),
-                          (dict(kl_weight=1e-2), {"encoder"}), (dict(vae_align_proj_coeff=1.5), {"encoder"}),
+                          (dict(kl_weight=1e-2), {"encoder"}), (dict(entropy_weight=1e-2), {"encoder"}),
+                          (dict(vae_align_proj_coeff=1.5), {"encoder"}),
                           (dict(proj_coeff=0.5), {"early", "projector"})):
         size = dict.fromkeys(("encoder", "decoder", "early", "later", "projector", "D"), 0.0)
         for net, grads in (gradients(**term) if term else plain).items():

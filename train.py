@@ -121,12 +121,20 @@ class Config:
                                commands.non_negative)
     vae_align_proj_coeff: float = option(1.5, "weight of the alignment in the VAE's pass",
                                          commands.non_negative)
+    align_loss: str = option("cosine", "minus the cosine similarity, or the mean squared error",
+                             choices=["cosine", "mse"])
+    vae_denoising_coeff: float = option(1.0, "weight of the diffusion loss in the VAE's pass, with --vae-grad "
+                                        "diffusion or both", commands.non_negative)
     # the VAE's other losses
     perceptual: str = option("lpips", "perceptual distance, over VGG16 or this", choices=["lpips", LITE0])
     lpips_ckpt: str = option("", "LPIPS' heads (vgg.pth), not the lpips package's", commands.existing_path)
     vgg_ckpt: str = option("", "torchvision's VGG16 weights, in place of the hub", commands.existing_path)
     perceptual_weight: float = option(1.0, "of the perceptual distance", commands.non_negative)
     kl_weight: float = option(1e-6, "of the KL term (nats per image)", commands.non_negative)
+    entropy_weight: float = option(None, "of the posterior's entropy in the KL term (default: --kl-weight)",
+                                   commands.non_negative)
+    posterior_std: float = option(None, "fix the posterior's standard deviation (default: the encoder's)",
+                                  commands.positive)
     disc_weight: float = option(0.1, "of the GAN term; 0: no discriminator", commands.non_negative)
     disc_pretrained_ckpt: str = option("", "the discriminator to start from: the release's file or a "
                                        "training checkpoint", commands.existing_path)
@@ -193,8 +201,8 @@ def train_step(m, cfg, step, x, y, frozen_z, posterior_noise, eps, t, drop, last
         with frozen(m.sit, m.disc):
             with m.autocast():
                 posterior, z, x_rec = m.ddp_vae(x, posterior_noise)         # q(z|x), z ~ q, x^ = decode(z)
-                l1, kl = (x - x_rec).abs().mean(), posterior.kl().mean()
-                perceptual = m.perceptual(x_rec, x)
+                l1, perceptual = (x - x_rec).abs().mean(), m.perceptual(x_rec, x)
+                kl, entropy = posterior.kl().mean(), posterior.entropy().mean()
                 x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)   # running stats
                 gan = align = diffusion = 0.0
                 if m.train_disc and step >= cfg.disc_start:
@@ -205,13 +213,14 @@ def train_step(m, cfg, step, x, y, frozen_z, posterior_noise, eps, t, drop, last
                 elif aligned:                                 # blocks 1..depth, without label dropout
                     projected = m.sit.forward_projections(x_t, t, y)
                 if cfg.vae_grad in ("repa", "both") and aligned:
-                    align = alignment_loss(projected, f)
+                    align = alignment_loss(projected, f, cfg.align_loss)
                 vae_loss = (l1                                                        # encoder, decoder
                             + cfg.perceptual_weight * perceptual                      # encoder, decoder
-                            + cfg.kl_weight * kl                                      # encoder
+                            + cfg.kl_weight * (kl + entropy)                          # encoder: -E[log p(z)]
+                            - cfg.entropy_weight * entropy                            # encoder
                             + cfg.disc_weight * gan                                   # encoder, decoder
                             + cfg.vae_align_proj_coeff * align                        # encoder
-                            + diffusion)                                              # encoder: not in REPA-E
+                            + cfg.vae_denoising_coeff * diffusion)                    # encoder: not in REPA-E
             vae_loss.backward()
         log |= tensors(vae_loss=vae_loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=kl, gan_loss=gan,
                        vae_align_loss=align, vae_denoising_loss=diffusion)
@@ -231,7 +240,7 @@ def train_step(m, cfg, step, x, y, frozen_z, posterior_noise, eps, t, drop, last
             x_t, velocity = interpolate(u, t, eps, cfg.path_type)               # the same t and eps
             v, projected = m.ddp_sit(x_t, t, y.masked_fill(drop, m.sit.num_classes))
             denoising = (v - velocity).square().mean()
-            align = alignment_loss(projected, f) if aligned else 0.0
+            align = alignment_loss(projected, f, cfg.align_loss) if aligned else 0.0
             loss = (denoising                                          # all blocks and the head
                     + cfg.proj_coeff * align)                          # blocks 1..depth, projectors
         loss.backward()
@@ -512,6 +521,9 @@ def build(cfg, device):
     if cfg.vae not in ("", found):
         raise UserError(f"--vae {cfg.vae}: {source} is an {found}; leave --vae out, or give another file")
     cfg.vae = found
+    if cfg.posterior_std:
+        vae.fix_posterior_std(cfg.posterior_std)
+        stats = None                                                          # they include its variance
     disc = Discriminator()                # always built: SiT's random weights are then the same without it
     if cfg.disc_pretrained_ckpt:
         state = files.load_tensors(cfg.disc_pretrained_ckpt)
@@ -665,7 +677,8 @@ def use_cached_latents(m, cfg, dataset, processes):
 
 # What --resume must not change.
 IMMUTABLE = ("model", "vae", "resolution", "num_classes", "qk_norm", "cfg_prob", "path_type", "enc_type",
-             "projector", "projector_dim", "encoder_depth", "vae_grad", "vae_only", "fixed_latent_stats")
+             "projector", "projector_dim", "encoder_depth", "vae_grad", "vae_only", "fixed_latent_stats",
+             "posterior_std", "align_loss")
 
 
 def parse_config(argv=None):
@@ -674,6 +687,8 @@ def parse_config(argv=None):
         Config, PRESETS, "Train REPA-E. In brackets: the defaults (the paper's values, where it has them); a "
         "preset changes some.", argv)
     cfg.exp_name = cfg.exp_name or cfg.preset
+    if cfg.entropy_weight is None:
+        cfg.entropy_weight = cfg.kl_weight
     if cfg.disc_pretrained_ckpt and "disc_start" not in typed:
         cfg.disc_start = 0
     pretrained, vae_frozen = cfg.vae_ckpt or cfg.init_from, cfg.vae_grad == "none"

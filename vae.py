@@ -16,6 +16,7 @@ The other files use of a tokenizer (images: float [B, 3, H, W] in [-1, 1]; laten
 """
 import importlib.util
 import json
+import math
 import re
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -228,6 +229,10 @@ class DiagonalGaussian:
         """KL(q || N(0, I)) in nats, summed over the latent's dimensions: [B]."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
+    def entropy(self):
+        """H(q) in nats: [B]. KL(q || p) = -E_q[log p(z)] - H(q)."""
+        return 0.5 * (math.log(2 * math.pi) + 1 + self.logvar).sum(dim=(1, 2, 3))
+
 
 class AutoencoderKL(nn.Module):
     """The VAE of latent diffusion (arXiv 2112.10752). config: a name in VAES, or a dict like its rows; the
@@ -260,8 +265,22 @@ class AutoencoderKL(nn.Module):
                 nn.init.zeros_(module.bias)
                 if name.endswith(("conv2", "proj_out")):
                     nn.init.zeros_(module.weight)
-        last = self.quant_conv if self.config["quant_conv"] else self.encoder.conv_out
-        nn.init.constant_(last.bias[self.latent_channels:], -6)                                      # logvar
+        nn.init.constant_(self.last_convolution().bias[self.latent_channels:], -6)                   # logvar
+
+    def last_convolution(self):
+        """The one that gives the posterior's moments."""
+        return self.quant_conv if self.config["quant_conv"] else self.encoder.conv_out
+
+    def fix_posterior_std(self, std):
+        """From now on the posterior's standard deviation is `std` everywhere and does not train, as in SimFlow
+        (arXiv 2512.04084). It is in the weights: the last convolution's rows for logvar are 0, their bias is
+        2 log std, and no gradient reaches them."""
+        last, c = self.last_convolution(), self.latent_channels
+        with torch.no_grad():
+            last.weight[c:] = 0
+            last.bias[c:] = 2 * math.log(std)
+        for parameter in (last.weight, last.bias):
+            parameter.register_hook(lambda grad: torch.cat([grad[:c], torch.zeros_like(grad[c:])]))
 
     def latent_size(self, resolution):
         """Height = width of the latents of square images. Raises UserError for a resolution that the stride

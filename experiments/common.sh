@@ -38,6 +38,14 @@ regime_flags() {
         lite0)   echo --enc-type efficientnet-lite0 ;;                  # another target encoder
         weight)  echo --vae-align-proj-coeff 1.5 ;;                     # the paper's weight in the VAE's pass
         float32) echo --mixed-precision no ;;
+        fixed-noise)       echo --vae-grad diffusion --posterior-std 0.5 ;;             # as in SimFlow
+        fixed-noise-repae) echo --posterior-std 0.5 ;;
+        gen-first)         echo --vae-grad diffusion --entropy-weight 5e-5 --vae-denoising-coeff 0.1 ;;  # as in GenFirst
+        gen-first-repae)   echo --entropy-weight 5e-5 ;;
+        gen-first-second)  echo --vae-grad none ;;                      # REPA with the VAE that gen-first has trained
+        less-noise | more-noise) echo --vae-grad none ;;                # REPA, second: with the posterior's noise of the other
+        mse)      echo --align-loss mse --proj-coeff 0.1 --vae-align-proj-coeff 0.1 ;;      # alignment by squared error
+        repa-mse) echo --vae-grad none --align-loss mse --proj-coeff 0.1 ;;
         mine)    [ -n "${MINE:-}" ] || fail "mine: set MINE to its flags of train.py"
                  echo $MINE ;;                                          # a run of your own
         *)       fail "$1: unknown regime; experiments/common.sh lists them" ;;

@@ -51,20 +51,35 @@ train() {
     [ -f "$file" ] || fail "$run: stopped before step $steps"
 }
 
+# scaled_noise RUN OTHER NAME: the VAE of RUN with as much posterior noise as OTHER's; prints the file
+scaled_noise() {
+    local file=$OUT/$3-vae.pt
+    [ -f "$file" ] || python experiments/analyze.py noise "$DATA/train" "$(checkpoint $1 $STEPS)" "$2" \
+        --resolution $RESOLUTION --out "$file" >&2
+    echo "$file"
+}
+
 # run_regime REGIME SEED: train and evaluate it
 run_regime() {
     set -euo pipefail
     local run=$1-$2 flags vae
     [ ! -f "$OUT/$run/evaluation-$(printf %07d $STEPS).json" ] || return 0                  # the last file of a run
     case $1 in
-        sit | repa) vae=$(checkpoint vae $STEPS) ;;
+        sit | repa | repa-mse) vae=$(checkpoint vae $STEPS) ;;
         second)     vae=$(checkpoint repae-$2 $STEPS) ;;
         control)    vae=$(checkpoint noalign-$2 $STEPS) ;;
+        gen-first-second) vae=$(checkpoint gen-first-$2 $STEPS) ;;
+        less-noise) vae=$(scaled_noise vae $(checkpoint repae-$2 $STEPS) $run) ;;
+        more-noise) vae=$(scaled_noise repae-$2 $(checkpoint vae $STEPS) $run) ;;
         scratch)    vae= ;;
         *)          vae=$(checkpoint base $BASE_STEPS) ;;
     esac
     flags=$(regime_flags $1)
     [[ $flags != *"--vae-grad none"* ]] || flags+=" --cache-latents"
+    case $1 in gen-first | gen-first-repae)                 # the first half: ten times these weights
+        train $run $((STEPS / 2)) $2 --vae-ckpt "$vae" $flags --entropy-weight 5e-4 --vae-denoising-coeff 1 \
+            --lr-decay-steps 0 ;;
+    esac
     train $run $STEPS $2 ${vae:+--vae-ckpt "$vae"} $flags
     python experiments/evaluate.py "$OUT/$run" --points $POINTS --samples $SAMPLES --num-steps $SAMPLER_STEPS \
         --features $FEATURES
@@ -80,7 +95,7 @@ log_regime() {
         echo "$(date +%H:%M) $1-$2 failed: see $OUT/logs/$1-$2.log; rerun this script to resume"
     fi
 }
-export -f fail checkpoint regime_flags train run_regime log_regime
+export -f fail checkpoint regime_flags train scaled_noise run_regime log_regime
 
 # run_all "SEED..." REGIME...: every seed of each regime, PROCESSES at a time
 run_all() {
@@ -105,7 +120,7 @@ main() {                                                    # parsed as a whole,
     OMP_NUM_THREADS=$threads
     early= late=                                                        # the late ones need the VAE of another run
     for regime in $REGIMES; do
-        case $regime in second | control) late+=" $regime" ;; *) early+=" $regime" ;; esac
+        case $regime in second | control | gen-first-second | *-noise) late+=" $regime" ;; *) early+=" $regime" ;; esac
     done
     seed=${SEEDS%% *}
     run_all "$SEEDS" $early

@@ -189,7 +189,7 @@ def parse_settings(config_class, presets, description, argv=None):
         arguments = dict(f.metadata)
         if f.type is bool:
             arguments = dict(help=f.metadata["help"], action=argparse.BooleanOptionalAction)
-        if f.default != "":
+        if f.default not in ("", None):
             arguments["help"] += f" ({f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
     typed = vars(parser.parse_args(argv))
