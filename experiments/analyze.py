@@ -3,10 +3,11 @@
     python experiments/analyze.py evaluate CKPT [CKPT ...]           CKNNA by block, denoising loss by t
     python experiments/analyze.py latents IMAGES VAE [VAE ...] --resolution 32 --out latents.png
     python experiments/analyze.py reconstruct VAE IMAGES             reconstructions, PSNR, SSIM, LPIPS
+    python experiments/analyze.py noise IMAGES CKPT OTHER --out NEW.pt       CKPT with OTHER's posterior noise
 
 `evaluate` writes evaluation-STEP.json into the run's folder. `latents` draws images above the PCA of their
 latents by each VAE, and the spectra of these latents. `reconstruct` draws originals beside their
-reconstructions.
+reconstructions. `noise` changes nothing of a VAE but its posterior's standard deviation, by one factor.
 """
 import json
 import math
@@ -162,6 +163,26 @@ def vae_title(path, taken):
     return str(path) if name in taken else name
 
 
+def encode_images(path, files, args):
+    """A VAE's posteriors of image files: means [N, C, h, w] and variances of the noise around them [C] (mean
+    over images and positions); and the VAE."""
+    vae, device = open_vae(path, args)
+    means, noise = [], []
+    for chunk in tqdm(np.array_split(files, math.ceil(len(files) / 16)), desc=str(path)):
+        x = to_float(torch.stack([read_image(file, args.resolution) for file in chunk]))
+        posterior = vae.encode(x.to(device))
+        means.append(posterior.mean.cpu())
+        noise.append(posterior.logvar.exp().mean((2, 3)).cpu())
+    return torch.cat(means), torch.cat(noise).mean(0), vae
+
+
+def some_files(folder, count=256):
+    """At most `count` of a folder's images, evenly spaced."""
+    files = list_images(folder)
+    count = min(len(files), count)
+    return [files[i * len(files) // count] for i in range(count)]
+
+
 def draw_latents(rows, spectra, path):
     """One row of images per name, and below them the spectra. rows: {name: uint8 [n, 3, R, R]}; spectra:
     {name: variances [C], largest first}."""
@@ -192,16 +213,12 @@ def latents_command(args):
     and what sampling from the posterior adds to it, averaged over channels."""
     load_matplotlib()
     check_output(args.out, [args.images, *args.vaes])
-    files = list_images(args.images)
-    count = min(len(files), 256)
-    images = torch.stack([read_image(files[i * len(files) // count], args.resolution) for i in range(count)])
-    shown = list(range(0, count, math.ceil(count / 12)))
-    rows, spectra = {"images": images[shown]}, {}
+    files = some_files(args.images)
+    shown = list(range(0, len(files), math.ceil(len(files) / 12)))
+    rows = {"images": torch.stack([read_image(files[i], args.resolution) for i in shown])}
+    spectra = {}
     for path in args.vaes:
-        vae, device = open_vae(path, args)
-        posteriors = [vae.encode(x.to(device)) for x in tqdm(to_float(images).split(16), desc=path)]
-        z = torch.cat([posterior.mean.cpu() for posterior in posteriors])
-        noise = torch.cat([posterior.logvar.exp().cpu() for posterior in posteriors]).mean((0, 2, 3))    # [C]
+        z, noise, vae = encode_images(path, files, args)
         covariance = torch.cov(z.transpose(0, 1).flatten(1), correction=0)     # [C, C]
         variances = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)     # largest first
         name = vae_title(path, rows)
@@ -212,7 +229,31 @@ def latents_command(args):
         print(f"{path}: variance {variances.mean():.4g}, {dimensions:.2f} effective dimensions of "
               f"{len(variances)}; sampling adds {added:.2%}")
     draw_latents(rows, spectra, args.out)
-    print(f"{count} images -> {args.out}")
+    print(f"{len(files)} images -> {args.out}")
+
+
+@torch.no_grad()
+def noise_command(args):
+    """Write a copy of CKPT whose posterior's standard deviation is multiplied by one factor, so that its noise
+    is as large a share of the latents' variance as OTHER's, averaged over channels. The latent statistics in
+    the copy are those with the new noise."""
+    check_output(args.out, [args.ckpt, args.other])
+    shares, files = [], some_files(args.images)
+    for path in (args.ckpt, args.other):
+        z, noise, vae = encode_images(path, files, args)
+        shares.append((noise / z.var((0, 2, 3), correction=0)).mean())
+        if path == args.ckpt:
+            own, key = noise, "quant_conv.bias" if vae.config["quant_conv"] else "encoder.conv_out.bias"
+    factor = (shares[1] / shares[0]).sqrt()
+    ckpt = read_checkpoint(args.ckpt)
+    bias = ckpt["vae"][key]
+    bias[len(bias) // 2:] += 2 * factor.log()                                        # of the log-variance
+    for net in ("model", "ema"):
+        if "bn.running_var" in ckpt[net]:
+            ckpt[net]["bn.running_var"] += (factor.square() - 1) * own
+    write_atomic(args.out, lambda tmp: torch.save(ckpt, tmp))
+    print(f"sampling adds {shares[0]:.2%} to the variance of {args.ckpt}, {shares[1]:.2%} to that of "
+          f"{args.other}; in {args.out} the standard deviation is multiplied by {factor:.3f}")
 
 
 @torch.no_grad()
@@ -247,7 +288,7 @@ def reconstruct_command(args):
 
 def main():
     parser = Parser(description="What a checkpoint has learned.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="evaluate|latents|reconstruct")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="evaluate|latents|reconstruct|noise")
 
     def add_command(run, name, help):
         command = commands.add_parser(name, help=help)
@@ -273,6 +314,12 @@ def main():
     add("--out", type=path_name, default="reconstructions.png", help="the image (reconstructions.png)")
     add("--lpips-ckpt", type=path_name, help="LPIPS' linear heads, instead of the lpips package's")
     add("--vgg-ckpt", type=path_name, help="torchvision's VGG16 weights, instead of the hub's")
+    add("--resolution", type=positive_int, default=256, help="pixels (256)")
+    add = add_command(noise_command, "noise", "a checkpoint with the posterior noise of another")
+    add("images", type=path_name, help="a folder of images, on which the noise is measured")
+    add("ckpt", metavar="CKPT", type=existing_path, help="a training checkpoint")
+    add("other", metavar="OTHER", type=path_name, help="the VAE with the wanted noise")
+    add("--out", type=path_name, required=True, help="the new file")
     add("--resolution", type=positive_int, default=256, help="pixels (256)")
     args = parser.parse_args()
     args.run(args)
