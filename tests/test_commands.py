@@ -30,6 +30,8 @@ BAD_COMMANDS = [
     ("train", "--data-dir empty", "no images in it"),
     ("train", "--data-dir few --num-classes 12", "few has 1"),
     ("train", "--vae-ckpt nowhere.pt --data-dir few", "no such file"),
+    ("train", "--posterior-std 0", "must be a number above 0"),
+    ("train", "--entropy-weight -1", "must be a number, 0 or more"),
     ("train", "--init-from nowhere.pt", "must be a file or folder that exists"),
     ("train", "--init-from good.pt --data-dir few", "not a training checkpoint"),
     ("train", "--preset sdvae-xl2", "needs --data-dir"),

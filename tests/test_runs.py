@@ -200,7 +200,7 @@ IMMUTABLE = dict(                                              # they would trai
     model="SiT-S/2", vae="f4d32", resolution=64, num_classes=3, qk_norm=True, cfg_prob=0.2,
     path_type="cosine",
     enc_type="resnet18", projector="conv", projector_dim=64, encoder_depth=3, vae_grad="both", vae_only=True,
-    fixed_latent_stats=True)
+    fixed_latent_stats=True, posterior_std=0.5, align_loss="mse")
 
 
 def test_resuming_with_other_settings(short_run):
