@@ -54,8 +54,8 @@ from vae import LPIPS, Normalize, psnr, reconstruct, ssim
 
 SPATIAL = 17 * 17 * 7                                  # sFID's features: 7 channels of a 17 x 17 map
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}         # arrays in an ADM-format .npz
-WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS[0]}"
+INCEPTION = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION[0]}"
 
 
 # --- Feature networks: uint8 images [B, 3, H, W] -> {output: [B, D]} in full float32 ------------------------
@@ -95,7 +95,7 @@ class FIDPoolBranch(nn.Module):
 class Inception(nn.Module):
     """The Inception-v3 of FID (TensorFlow graph of 2015-12-05), from timm's blocks. Differences from timm's:
     resize and scaling, 1008 logits, average pools that do not count the padding, a max pool in the last
-    block. file: one of the public weights files (WEIGHTS). Raises UserError."""
+    block. file: one of the public weights files (INCEPTION). Raises UserError."""
     name, outputs = "inception", dict(pool=2048, spatial=SPATIAL, logits=1008)
 
     def __init__(self, file):
@@ -172,7 +172,7 @@ def load_networks(names, device, inception_weights="", weights=""):
     """The feature networks of these names, a list, on the device. names: as in --features; "": Inception if
     its weights are here, else LITE2. weights: files of the timm models among them, in their order; models
     without a file get the hub's. Raises UserError."""
-    cached = [Path(torch.hub.get_dir()) / "checkpoints" / name for name in WEIGHTS]
+    cached = [Path(torch.hub.get_dir()) / "checkpoints" / name for name in INCEPTION]
     inception_weights = inception_weights or next(filter(Path.is_file, cached), "")
     files, nets = weights.split(",") if weights else [], []
     for name in (names or ("inception" if inception_weights else LITE2)).split(","):
@@ -523,7 +523,7 @@ def parse_args(argv=None):
         "5,000 images, an .npz in its order, a folder shuffled")
     add("--ratio", metavar="VAL", type=existing_path, help="held-out images, as for REF: divide each Frechet "
         "distance by theirs (FDr), and average over the networks")
-    add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(WEIGHTS))
+    add("--inception-weights", metavar="FILE", type=existing_path, help=" or ".join(INCEPTION))
     add("--download", action="store_true", help="download the Inception weights once (95 MB)")
     add("--features-weights", metavar="FILE,...", default="", help="of the timm models, not the hub's")
     add("--resolution", type=positive_int, help="centre-crop the images of folders to this size, as ADM does")

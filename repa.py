@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from support.commands import UserError, one_line
 from support.files import HUB_ERRORS, load_into, load_tensors
-from vae import Normalize, PerceptualDistance, unit_length
+from vae import Normalize, squared_differences, unit_length
 
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 LITE0 = "efficientnet-lite0"
@@ -212,7 +212,7 @@ def alignment_loss(projected, features, kind="cosine"):
     return sum(losses) / len(losses)
 
 
-class EncoderDistance(PerceptualDistance):
+class EncoderDistance(nn.Module):
     """LPIPS-like distance without VGG weights: over EfficientNet-Lite0's feature maps of stride 2, 4, 8 and
     16, averaged over the four. Raises UserError where the package with its weights is missing."""
 
@@ -229,4 +229,4 @@ class EncoderDistance(PerceptualDistance):
 
     def forward(self, x, target):
         """Distance [] of images x from images `target`."""
-        return sum(square.sum(1).mean() for square in self.squared_differences(x, target)) / 4
+        return sum(square.sum(1).mean() for square in squared_differences(self.features, x, target)) / 4

@@ -160,13 +160,12 @@ def load_checkpoint(file, device="cpu", vae_ckpt=None, compile=False, ema=True):
     return Sampler(sit, vae, args, ckpt["steps"], torch.device(device))
 
 
-def warn_of_short_average(sampler):
-    """A warning where less than half of the averaged weights comes from the steps trained, else ''."""
-    decay = sampler.args.get("ema_decay", 0.9999)
-    trained = 1 - decay ** sampler.step
-    return "" if trained >= 0.5 else (
-        f"warning: only {trained:.1%} of the averaged weights come from the {sampler.step} steps trained "
-        f"(decay {decay}); --no-ema samples the weights of the last step")
+def warn_of_short_average(decay, steps, log):
+    """Log a warning where less than half of the averaged weights comes from the steps trained."""
+    trained = 1 - decay ** steps
+    if trained < 0.5:
+        log(f"warning: after {steps} steps only {trained:.1%} of the averaged weights come from training "
+            f"(decay {decay}); sample.py --no-ema samples the weights of the last step")
 
 
 def check_finite(images, what, numbers):
@@ -236,9 +235,8 @@ def open_sampler(args, device, processes):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     ckpt, compile = Path(args.ckpt or newest_checkpoint()), args.compile and can_compile(device, processes)
     sampler = load_checkpoint(ckpt, device, args.vae_ckpt, compile, args.ema)
-    warning = args.ema and warn_of_short_average(sampler)
-    if warning:
-        processes.log(warning)
+    if args.ema:
+        warn_of_short_average(sampler.args.get("ema_decay", 0.9999), sampler.step, processes.log)
     names = "num_steps mode heun cfg_scale guidance_low guidance_high seed"
     settings = {name: getattr(args, name) for name in names.split()}
     settings["mixed_precision"] = choose_precision(args.mixed_precision, device, processes)

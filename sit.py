@@ -34,8 +34,8 @@ class LatentNorm(nn.BatchNorm2d):
     --fixed-latent-stats) it always normalises with the running ones, and these do not move. z must carry no
     graph: then it equals SyncBatchNorm(affine=False), and also runs on gloo."""
 
-    def __init__(self, channels, momentum=0.1, fixed=False):
-        super().__init__(channels, LATENT_EPS, momentum, affine=False)
+    def __init__(self, channels, fixed=False):
+        super().__init__(channels, LATENT_EPS, affine=False)                      # momentum: 0.1
         self.fixed = fixed
         self.moments = []                       # of the micro-batches since the last update, [2, C] each
         self.values = 0                         # in them, per channel, over all processes
@@ -153,7 +153,7 @@ class SiT(nn.Module):
     of range."""
 
     def __init__(self, model, size, channels, num_classes, cfg_prob=0.1, qk_norm=False, encoder_depth=8,
-                 projectors=(), bn_momentum=0.1, fixed_stats=False):
+                 projectors=(), fixed_stats=False):
         super().__init__()
         depth, width, heads, patch = parse_model(model)
         if size % patch:
@@ -173,7 +173,7 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.projectors = nn.ModuleList(projectors)
         self.final_layer = FinalLayer(width, patch * patch * channels)
-        self.bn = LatentNorm(channels, bn_momentum, fixed_stats)
+        self.bn = LatentNorm(channels, fixed_stats)
         self.initialize()
 
     def initialize(self):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import images, latents
 from fid import RunEvaluation
 from repa import DINOV2_B, LITE0, EncoderDistance, PatchFeatures, alignment_loss, projector, timm_name
-from sample import Sampler, save_sample_grid
+from sample import Sampler, save_sample_grid, warn_of_short_average
 from sit import LatentNorm, SiT, SiTBlock, interpolate, parse_model, sample_timesteps
 from support import checkpoints, commands, devices, files, grids, metrics
 from support.commands import UserError, option
@@ -87,7 +87,6 @@ class Config:
     resolution: int = option(256, "pixels", commands.positive_int)
     num_classes: int = option(0, "0: as many as the data has; label N stands for none", commands.count)
     batch_size: int = option(256, "global, over all processes", commands.positive_int)
-    flip: bool = option(False, "random horizontal flips (the release trains without)")
     # the models
     model: str = option("SiT-XL/2", "SiT-SIZE/PATCH, SIZE of T S B L XL")
     qk_norm: bool = option(False, "normalise queries and keys")
@@ -97,7 +96,6 @@ class Config:
                             choices=["uniform", "lognormal"])
     fixed_latent_stats: bool = option(False, "the latent norm keeps the statistics of the start (the paper's "
                                       "ablation)")
-    bn_momentum: float = option(0.1, "of the latent norm's running statistics", commands.positive_fraction)
     vae: str = option("f8d4", "architecture: one of vae.py's VAES; with --vae-ckpt, that of the file")
     vae_ckpt: str = option("", "the VAE to start from: weights, checkpoint, diffusers directory or hub id",
                            commands.path_name)
@@ -123,8 +121,8 @@ class Config:
                                          commands.non_negative)
     align_loss: str = option("cosine", "minus the cosine similarity, or the mean squared error",
                              choices=["cosine", "mse"])
-    vae_denoising_coeff: float = option(1.0, "weight of the diffusion loss in the VAE's pass, with --vae-grad "
-                                        "diffusion or both", commands.non_negative)
+    vae_denoising_coeff: float = option(1.0, "weight of the diffusion loss in the VAE's pass (--vae-grad "
+                                        "diffusion, both)", commands.non_negative)
     # the VAE's other losses
     perceptual: str = option("lpips", "perceptual distance, over VGG16 or this", choices=["lpips", LITE0])
     lpips_ckpt: str = option("", "LPIPS' heads (vgg.pth), not the lpips package's", commands.existing_path)
@@ -544,20 +542,23 @@ def build(cfg, device):
     if train_sit:
         projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders]
         sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes or 1, cfg.cfg_prob, cfg.qk_norm,
-                  cfg.encoder_depth, projectors, cfg.bn_momentum, fixed)
+                  cfg.encoder_depth, projectors, fixed)
     else:
         sit = nn.Module()
-        sit.bn = LatentNorm(vae.latent_channels, cfg.bn_momentum, fixed)
+        sit.bn = LatentNorm(vae.latent_channels, fixed)
     if train_vae and cfg.perceptual == LITE0:
         perceptual = EncoderDistance()
     elif train_vae:
         perceptual = LPIPS(cfg.lpips_ckpt, cfg.vgg_ckpt, cfg.allow_random_weights)
-    if stats:
-        sit.bn.set_statistics(*stats)
     sit.to(device)
     ema = copy.deepcopy(sit).requires_grad_(False)                           # on the device: faster
     if cfg.init_from and train_sit:
-        load_init_from(cfg, sit, ema)
+        ckpt = checkpoints.read_checkpoint(cfg.init_from)
+        files.load_into(sit, ckpt["model"], cfg.init_from)
+        files.load_into(ema, ckpt["ema"], cfg.init_from)
+    if stats:
+        for net in (sit, ema):
+            net.bn.set_statistics(*stats)
     for net in (vae, disc, perceptual, *encoders):
         if net is not None:
             net.to(device, memory_format=devices.memory_format(device))
@@ -574,15 +575,6 @@ def build(cfg, device):
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
     return Networks(vae, sit, ema, disc, encoders, perceptual, optimizers, autocast, device,
                     (vae.latent_channels, size, size), has_statistics=bool(stats))
-
-
-def load_init_from(cfg, sit, ema):
-    """--init-from: SiT and EMA of another run; the latent norm only if its VAE is taken as well."""
-    may_differ = {"projectors", "y_embedder", "pos_embed", "bn"}          # other encoders, classes, sizes
-    leave_out = {"bn"} if cfg.vae_ckpt else set()
-    fresh = checkpoints.start_from(cfg.init_from, dict(model=sit, ema=ema), may_differ, leave_out) - {"bn"}
-    if fresh and int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"{cfg.init_from}: its {', '.join(sorted(fresh))} do not fit here and are re-initialized")
 
 
 @torch.no_grad()
@@ -710,8 +702,7 @@ def parse_config(argv=None):
     require(not cfg.vae_only or cfg.eval_steps == 0, "--eval-steps: --vae-only trains no SiT to sample from")
     require(cfg.vae_grad not in ("repa", "both") or cfg.proj_coeff > 0 or cfg.vae_only,
             "--proj-coeff 0 leaves no alignment for the VAE; take --vae-grad none or diffusion")
-    require(not cfg.cache_latents or vae_frozen and not cfg.flip,
-            "--cache-latents needs latents that do not change: --vae-grad none and no --flip")
+    require(not cfg.cache_latents or vae_frozen, "--cache-latents needs a frozen VAE: --vae-grad none")
     require(pretrained or not vae_frozen, "--vae-grad none freezes the VAE: give a trained one by --vae-ckpt")
     require(pretrained or cfg.vae_from_scratch, "the VAE needs --vae-ckpt FILE, or --vae-from-scratch")
     require(cfg.disc_weight == 0 or vae_frozen or cfg.resolution >= Discriminator.MIN_SIZE,
@@ -773,10 +764,8 @@ def run(cfg, device, folder, processes):
         step = checkpoints.resume(resume_from, m.parts(), vars(cfg), IMMUTABLE, dataset.classes, log)
     elif not m.has_statistics:
         log(f"latent statistics: measured over {measure_latents(m, dataset)} images")
-    trained = 1 - cfg.ema_decay ** cfg.max_train_steps
-    if trained < 0.5 and m.train_sit:
-        log(f"warning: after {cfg.max_train_steps} steps of --ema-decay {cfg.ema_decay} the averaged weights "
-            f"are only {trained:.1%} trained ones; see sample.py --no-ema")
+    if m.train_sit:
+        warn_of_short_average(cfg.ema_decay, cfg.max_train_steps, log)
     wrap(m, cfg, processes.world)
 
     if cfg.eval_steps > 0:

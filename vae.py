@@ -272,9 +272,9 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv if self.config["quant_conv"] else self.encoder.conv_out
 
     def fix_posterior_std(self, std):
-        """From now on the posterior's standard deviation is `std` everywhere and does not train, as in SimFlow
-        (arXiv 2512.04084). It is in the weights: the last convolution's rows for logvar are 0, their bias is
-        2 log std, and no gradient reaches them."""
+        """From now on the posterior's standard deviation is `std` everywhere and does not train (as in
+        SimFlow, arXiv 2512.04084). It is in the weights: the last convolution's rows for logvar are 0, their
+        bias is 2 log std, and no gradient reaches them."""
         last, c = self.last_convolution(), self.latent_channels
         with torch.no_grad():
             last.weight[c:] = 0
@@ -365,17 +365,15 @@ def unit_length(f, eps=1e-10):
     return f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + eps)      # its gradient at 0 is 0, not NaN
 
 
-class PerceptualDistance(nn.Module):
-    """Base of LPIPS and repa.EncoderDistance, which have features(images) -> [unit-length feature maps]."""
-
-    def squared_differences(self, x, target):
-        """[(features of x - features of the target)^2, [B, C_i, h_i, w_i]]; no gradient into the target."""
-        with torch.no_grad():
-            target = self.features(target)
-        return [(a - b).square() for a, b in zip(self.features(x), target, strict=True)]
+def squared_differences(features, x, target):
+    """[(a - b)^2] of the feature maps a of x and b of the target, [B, C_i, h_i, w_i]; no gradient into the
+    target. features: images -> [maps]."""
+    with torch.no_grad():
+        target = features(target)
+    return [(a - b).square() for a, b in zip(features(x), target, strict=True)]
 
 
-class LPIPS(PerceptualDistance):
+class LPIPS(nn.Module):
     """Learned perceptual distance (arXiv 1801.03924): squared differences of unit-length VGG16 features,
     weighted by channel, averaged over batch and positions, summed over five layers. heads, vgg: files of the
     channel weights and of torchvision's VGG16; by default those of the `lpips` package and the Hugging Face
@@ -418,7 +416,7 @@ class LPIPS(PerceptualDistance):
 
     def forward(self, x, target):
         """Distance [] of images x from images `target`."""
-        layers = zip(self.squared_differences(x, target), self.heads, strict=True)
+        layers = zip(squared_differences(self.features, x, target), self.heads, strict=True)
         return sum((square * head).sum(1).mean() for square, head in layers)
 
 

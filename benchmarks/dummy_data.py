@@ -27,7 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
 from data.images import ImageFolder, step_batches
-from fid import SPATIAL, WEIGHTS
+from fid import INCEPTION, SPATIAL
 from repa import DINOV2_B
 from support.commands import Parser, run_command
 from support.files import save_npz
@@ -51,9 +51,9 @@ def write_imagenet(root, rng):
         for i in range(IMAGES):
             random_image(rng).convert(("RGB", "L", "CMYK")[k % 3]).save(folder / f"{folder.name}_{i}.JPEG")
     dataset = ImageFolder(root / "train", 256)
-    settings = SimpleNamespace(seed=0, batch_size=1, max_train_steps=1, flip=False)
-    batch, = step_batches(len(dataset), settings, 0, 0, 1)                      # of pairs (number, flipped)
-    damaged = Path(os.fsdecode(dataset.files[batch[0][0]]))
+    settings = SimpleNamespace(seed=0, batch_size=1, max_train_steps=1)
+    batch, = step_batches(len(dataset), settings, 0, 0, 1)
+    damaged = Path(os.fsdecode(dataset.files[batch[0]]))
     damaged.write_bytes(damaged.read_bytes()[:1000])
     intact = [folder for folder in sorted((root / "train").iterdir()) if folder != damaged.parent]
     for folder in intact[:FEW]:
@@ -85,7 +85,7 @@ def write_encoders(folder, hub):
     save({f"lin{k}.model.1.weight": torch.rand(1, channels, 1, 1) / channels
           for k, channels in enumerate(LPIPS.LAYERS.values())}, folder / "lpips-vgg.pth")
     inception = timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
-    save(inception.state_dict(), hub / "checkpoints" / WEIGHTS[0])
+    save(inception.state_dict(), hub / "checkpoints" / INCEPTION[0])
 
 
 def write_reference(file, rng, images=64):

@@ -182,7 +182,7 @@ def read_image(path, size=None, fast=False):
 
 TRIES = 20                                    # files that an item tries before the disk counts as lost
 CHUNK = 1024                                  # images per file of cached latents, written by data/latents.py
-FLIP, SHUFFLE = 2, 3                          # streams of random numbers: default_rng((seed, number, stream))
+SHUFFLE = 3                                   # a stream of random numbers: default_rng((seed, epoch, stream))
 
 
 def chunk_file(folder, k):
@@ -200,7 +200,7 @@ def read_latents(folder, i):
 
 
 class ImageFolder(Dataset):
-    """The images of `list_classes`. Item (index, flip) is (uint8 image [3, R, R], label, error). The error is
+    """The images of `list_classes`. An item is (uint8 image [3, R, R], label, error). The error is
     '' or says why the file is unreadable; the image is then the next readable one of about TRIES evenly
     spaced files. With `cached`, a folder of `cache_latents`, a fourth value is the moments [2C, h, w], and
     the image is empty unless `with_images`. Raises UserError where none of the files is readable."""
@@ -215,8 +215,8 @@ class ImageFolder(Dataset):
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, item):
-        (index, flip), error, n = item, "", len(self)
+    def __getitem__(self, index):
+        error, n = "", len(self)
         tries = range(index, index + n, max(1, n // TRIES))
         for k in tries:
             i = k % n
@@ -228,7 +228,7 @@ class ImageFolder(Dataset):
                                     f"delete {chunk_file(self.cached, i // CHUNK)} and start again")
                 if self.with_images:
                     image = read_image(path, self.resolution, fast=True)
-                return image.flip(2) if flip else image, int(self.labels[i]), error, *moments
+                return image, int(self.labels[i]), error, *moments
             except UserError as e:
                 error = error or str(e)
         raise UserError(f"{self.folder}: none of {len(tries)} images tried is readable, the first one "
@@ -237,7 +237,7 @@ class ImageFolder(Dataset):
     def some(self, n):
         """(n images, uint8 [n, 3, R, R], labels [n]), all where there are fewer; always the same."""
         chosen = np.random.default_rng(0).permutation(len(self))[:n].tolist()
-        items = [self[index, False] for index in chosen]
+        items = [self[index] for index in chosen]
         return torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
 
 
@@ -256,8 +256,8 @@ def open_data(cfg, processes):
 
 
 def step_batches(n, cfg, start, rank, world):
-    """This process's batches from step `start` on, lists of items: the data is one endless stream of epochs,
-    each shuffled by (seed, epoch); step s takes positions s*B to (s+1)*B of it."""
+    """This process's batches from step `start` on, lists of indices: the data is one endless stream of
+    epochs, each shuffled by (seed, epoch); step s takes positions s*B to (s+1)*B of it."""
     local_size = cfg.batch_size // world
 
     @lru_cache(maxsize=1)
@@ -265,11 +265,10 @@ def step_batches(n, cfg, start, rank, world):
         return np.random.default_rng((cfg.seed, epoch, SHUFFLE)).permutation(n)
 
     for step in range(start, cfg.max_train_steps):
-        flips = np.random.default_rng((cfg.seed, step, FLIP)).random(cfg.batch_size) < 0.5 * cfg.flip
         batch = []
         for k in range(rank * local_size, (rank + 1) * local_size):
             epoch, position = divmod(step * cfg.batch_size + k, n)
-            batch.append((int(order(epoch)[position]), bool(flips[k])))
+            batch.append(int(order(epoch)[position]))
         yield batch
 
 

@@ -13,8 +13,7 @@ from support.files import is_whole_archive, write_atomic
 def write_latents(dataset, folder, numbers, encode, num_workers, show):
     """Write the chunk files of these numbers, each atomically; one set of loader processes for all."""
     chunks = [range(k * images.CHUNK, min((k + 1) * images.CHUNK, len(dataset))) for k in numbers]
-    batches = [[(i, False) for i in chunk[start:start + 32]]
-               for chunk in chunks for start in range(0, len(chunk), 32)]
+    batches = [chunk[start:start + 32] for chunk in chunks for start in range(0, len(chunk), 32)]
     loader, known = images.load_batches(dataset, batches, num_workers), set()
     for k, chunk in zip(numbers, tqdm(chunks, "caching latents", disable=not show), strict=True):
         rows = []

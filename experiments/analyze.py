@@ -234,9 +234,9 @@ def latents_command(args):
 
 @torch.no_grad()
 def noise_command(args):
-    """Write a copy of CKPT whose posterior's standard deviation is multiplied by one factor, so that its noise
-    is as large a share of the latents' variance as OTHER's, averaged over channels. The latent statistics in
-    the copy are those with the new noise."""
+    """Write a copy of CKPT whose posterior's standard deviation is multiplied by one factor, so that its
+    noise is as large a share of the latents' variance as OTHER's, averaged over channels. The latent
+    statistics in the copy are those with the new noise."""
     check_output(args.out, [args.ckpt, args.other])
     shares, files = [], some_files(args.images)
     for path in (args.ckpt, args.other):
@@ -288,7 +288,8 @@ def reconstruct_command(args):
 
 def main():
     parser = Parser(description="What a checkpoint has learned.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="evaluate|latents|reconstruct|noise")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="evaluate|latents|reconstruct|noise")
 
     def add_command(run, name, help):
         command = commands.add_parser(name, help=help)

@@ -1,4 +1,4 @@
-"""checkpoints.py: the checkpoints of a run: finding, saving, reading, resuming, starting from one.
+"""checkpoints.py: the checkpoints of a run: finding, saving, reading, resuming.
 
 A checkpoint is a file of torch.save, a dict with the keys of the authors' release: model, ema, vae,
 discriminator (state dicts of networks), opt, opt_vae, opt_disc (of optimizers), args (the settings, a plain
@@ -171,27 +171,3 @@ def resume(path, parts, settings, immutable, classes, log):
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path}: its {key} is of another model; it cannot be resumed") from None
     return ckpt["steps"]
-
-
-def start_from(path, networks, may_differ, leave_out=()):
-    """Load the weights of a checkpoint into networks, {key: network}. Modules of `may_differ` whose tensors
-    do not fit keep their own weights, as do those of `leave_out`. Returns the names of the former. Raises
-    UserError."""
-    ckpt, fresh = read_checkpoint(path), set()
-    for key, net in networks.items():
-        own, state = net.state_dict(), {}
-        for name, tensor in ckpt[key].items():
-            if name in own or module_of(name) not in may_differ:
-                state[name] = tensor
-        for name, tensor in own.items():
-            if name not in state or state[name].shape != tensor.shape:
-                fresh.add(module_of(name))
-        fresh &= may_differ
-        state |= {name: tensor for name, tensor in own.items() if module_of(name) in fresh | set(leave_out)}
-        load_into(net, state, f"{path}: {key}")
-    return fresh
-
-
-def module_of(name):
-    """The first part of a tensor's name."""
-    return name.split(".")[0]

@@ -167,7 +167,6 @@ positive = argument(float, lambda x: 0 < x < math.inf, "a number above 0")
 non_negative = argument(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 fraction = argument(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
 below_one = argument(float, lambda x: 0 <= x < 1, "a number in [0, 1), below 1")
-positive_fraction = argument(float, lambda x: 0 < x <= 1, "a number in (0, 1], above 0")
 existing_path = argument(path_name, os.path.exists, "a file or folder that exists")
 existing_folder = argument(path_name, os.path.isdir, "a folder that exists")
 plain_name = argument(str, lambda name: PureWindowsPath(name).name == name != "" and not name.startswith("."),

@@ -146,22 +146,22 @@ def test_suspicious_folders_are_warned_of(image_dir, tmp_path, capsys):
 
 # --- Items, and their order ---------------------------------------------------------------------------------
 
-def test_items_are_images_with_labels_and_flips(image_dir):
+def test_items_are_images_with_labels(image_dir):
     data = ImageFolder(image_dir, 32)
-    image, label, error = data[13, False]
+    image, label, error = data[13]
     assert torch.equal(image, read_image(image_dir / "two words/001.png", 32)) and (label, error) == (1, "")
-    assert torch.equal(data[13, True][0], image.flip(2)) and data.classes == ["one", "two words"]
-    assert [data[i, False][1] for i in (0, 11, 12, 23)] == [0, 0, 1, 1]
+    assert data.classes == ["one", "two words"]
+    assert [data[i][1] for i in (0, 11, 12, 23)] == [0, 0, 1, 1]
     (some, of_some), (everything, labels) = data.some(16), data.some(256)
     assert torch.equal(some, everything[:16]) and len(everything) == 24
     assert 4 <= of_some.sum() <= 11                                          # of all classes
     for k in (0, 1):
-        images_of_k = torch.stack([data[i, False][0] for i in range(12 * k, 12 * k + 12)])
+        images_of_k = torch.stack([data[i][0] for i in range(12 * k, 12 * k + 12)])
         assert torch.equal(everything[labels == k].sum(), images_of_k.sum())
 
 
 def test_order_does_not_depend_on_the_number_of_processes():
-    cfg = tiny_config("--flip", "--max-train-steps", "500")
+    cfg = tiny_config("--max-train-steps", "500")
 
     def order(step=0, rank=0, world=1):
         return list(step_batches(10, cfg, step, rank, world))
@@ -169,14 +169,12 @@ def test_order_does_not_depend_on_the_number_of_processes():
     batches = order()
     assert batches == [a + b for a, b in zip(order(0, 0, 2), order(0, 1, 2), strict=True)]
     assert batches[5:] == order(5)                                       # a resumed run sees the same batches
-    seen = [i for batch in batches for i, _ in batch]
+    seen = sum(batches, [])
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))       # each epoch has each image once
     assert seen[:10] != seen[10:20]
-    assert sum(flip for batch in batches for _, flip in batch) == pytest.approx(1000, abs=80)
-    assert batches[0] == [(5, True), (0, False), (3, True), (2, False)]     # as ever: old runs resume exactly
-    cfg.flip, cfg.seed = False, 2
-    assert [i for batch in order() for i, _ in batch][:10] != seen[:10]
-    assert not any(flip for batch in order() for _, flip in batch)
+    assert batches[0] == [5, 0, 3, 2]                                   # as ever: old runs resume exactly
+    cfg.seed = 2
+    assert sum(order(), [])[:10] != seen[:10]
 
 
 def test_unreadable_images_are_replaced(tmp_path):
@@ -185,7 +183,7 @@ def test_unreadable_images_are_replaced(tmp_path):
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"rubbish")                       # no UTF-8
     Image.new("1", (14000, 14000)).save(folder / "bomb.png")        # 196 million pixels: Pillow refuses it
     data = ImageFolder(tmp_path, 32)
-    items = {Path(os.fsdecode(path)).name: data[i, False] for i, path in enumerate(data.files)}
+    items = {Path(os.fsdecode(path)).name: data[i] for i, path in enumerate(data.files)}
     assert {name for name, (_, _, error) in items.items() if error} == {"caf\udce9.png", "bomb.png"}
     assert torch.equal(items["caf\udce9.png"][0], items["thin.png"][0])      # the next readable one
     assert "/bomb.png: cannot be read" in items["bomb.png"][2]
@@ -195,7 +193,7 @@ def test_program_that_fails_ends_its_loader_processes(tmp_path):
     """They ignore the signal by which Python would end them at its exit: it would wait for ever."""
     noise_images(tmp_path, 4)
     code = ("from data.images import ImageFolder, load_batches\n"
-            "batches = load_batches(ImageFolder('.', 8), [[(i, False)] for i in range(4)], 1)\n"
+            "batches = load_batches(ImageFolder('.', 8), [[i] for i in range(4)], 1)\n"
             "next(batches)\nraise ValueError('stop')")
     assert "ValueError: stop" in run(sys.executable, "-c", code, cwd=tmp_path, code=1, timeout=60)
 
@@ -206,14 +204,14 @@ def test_lost_disk_is_one_line(tmp_path, monkeypatch):
     for i in range(30):
         (tmp_path / f"data/{i:03d}.png").write_bytes(b"rubbish")
     data, opened = ImageFolder(tmp_path / "data", 8), []
-    image, _, error = data[0, False]
+    image, _, error = data[0]
     assert "000.png: cannot be read" in error and image.float().std() > 0
     shutil.rmtree(tmp_path / "data")
     monkeypatch.setattr(images, "read_image", lambda *args,
                         **flags: opened.append(1) or read_image(*args, **flags))
     with pytest.raises(UserError,
                        match="none of 20 images tried is readable, the first one .*007.png: cannot be"):
-        data[7, False]
+        data[7]
     assert len(opened) == 20
 
 
@@ -221,7 +219,7 @@ def test_lost_disk_is_one_line(tmp_path, monkeypatch):
 def test_temporary_folder_too_long_for_sockets(image_dir, tmp_path):
     """108 bytes with the NUL, of which multiprocessing adds /pymp-12345678/listener-12345678: 75 are left."""
     code = ("import sys; from data.images import ImageFolder, load_batches; from support.commands import run_command\n"
-            "run_command(lambda: print(len(list(load_batches(ImageFolder(sys.argv[1], 32), [[(0, False)]], 1)))))")
+            "run_command(lambda: print(len(list(load_batches(ImageFolder(sys.argv[1], 32), [[0]], 1)))))")
     folder = tmp_path / ("x" * (76 - len(str(tmp_path)) - 1))
     folder.mkdir()
     out = run(sys.executable, "-c", code, image_dir, cwd=ROOT, env={"TMPDIR": str(folder)}, code=2)
@@ -333,7 +331,7 @@ def test_cached_latents(image_dir, tmp_path, monkeypatch, capsys):
     files = sorted(where.iterdir())
     rows = read(files)
     assert where.parent == tmp_path / "exps" and len(files) == 21 and rows.dtype == torch.float16
-    assert rows[0].isnan().all() and torch.equal(rows[23], encode(data[23, False][0][None])[0].half())
+    assert rows[0].isnan().all() and torch.equal(rows[23], encode(data[23][0][None])[0].half())
 
     before, written = files[1].read_bytes(), files[0].stat().st_mtime_ns
     files[1].write_bytes(before[:500] + bytes(200) + before[700:])     # such as a crash of the machine leaves
@@ -344,15 +342,15 @@ def test_cached_latents(image_dir, tmp_path, monkeypatch, capsys):
     assert "2 damaged files, written again: 000001.pt, 000002.pt\n" in capsys.readouterr().out
 
     data.cached, data.with_images = where, False
-    image, _, error, moments = data[0, False]          # 202 // 20 further, as without cache
+    image, _, error, moments = data[0]          # 202 // 20 further, as without cache
     assert image.numel() == 0 and torch.equal(moments, rows[10])
     assert "000.png: unreadable when the latents were cached" in error and f"delete {where}/000000.pt" in error
     for damage in (b"", bytes(len(before))):                                 # while a run reads
         files[1].write_bytes(damage)
         with pytest.raises(UserError, match="000001.pt: these latents cannot be read .*; delete the file"):
-            data[15, False]
+            data[15]
     data.with_images = True
-    assert torch.equal(data[5, False][0], ImageFolder(folder, 32)[5, False][0])
+    assert torch.equal(data[5][0], ImageFolder(folder, 32)[5][0])
 
     victim = folder / "one/001.png"                  # another image of the same name, size and time of change
     old = victim.stat()

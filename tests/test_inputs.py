@@ -48,7 +48,7 @@ def test_bombs_are_one_line_each(tmp_path, image_dir):
     for i in range(200):
         shutil.copy(image_dir / "one/000.png", folder / f"one/more{i}.png")
     code = ("import sys; from data.images import *; data = ImageFolder(sys.argv[1], 32); known = set()\n"
-            "for batch in load_batches(data, [[(i, False)] for i in range(len(data))], 2):\n"
+            "for batch in load_batches(data, [[i] for i in range(len(data))], 2):\n"
             "    report_unreadable(batch[2], known, len(data))\n")
     out = run(sys.executable, "-c", code, folder, cwd=ROOT)
     assert "big.png: cannot be read (10000 x 9000 pixels, above 89478485)" in out

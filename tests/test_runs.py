@@ -94,7 +94,7 @@ def test_failed_grids_cost_no_checkpoint(image_dir, tmp_path, command):
                   "0.9999",
                   "--disc-weight", "0")
     assert "step 4: no images (cannot write" in out and len(checkpoints(tmp_path / "exps/tiny")) == 1
-    assert "is one class" in out and "only 0.0% trained ones; see sample.py --no-ema" in out
+    assert "is one class" in out and "after 4 steps only 0.0% of the averaged weights" in out
 
 
 # --- Stopped, killed, resumed -------------------------------------------------------------------------------

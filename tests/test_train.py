@@ -11,7 +11,6 @@ import train
 from conftest import CPU, slow, tiny_config
 from data.images import ImageFolder
 from support.devices import why_no_compile
-from support.files import load_tensors
 from support.grids import to_float
 
 compiled = pytest.mark.skipif(bool(why_no_compile(CPU)), reason="nothing to compile with")
@@ -47,22 +46,6 @@ def test_losses_and_norms_stay_float32_under_bf16(tiny):
     assert moments.dtype == torch.bfloat16 and x_rec.dtype == m.sit.bn.normalize(z).dtype == torch.float32
     expected = moments[:, :8].double() + (0.5 * moments[:, 8:].double()).exp() * args[3]
     assert z.dtype == torch.float32 and (z - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def test_init_from_another_number_of_classes_and_resolution(short_run, capsys):
-    """New label rows and positional embeddings, in a printed line; all other weights as they were."""
-    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    saved = load_tensors(ckpt)
-    m = train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "7", "--resolution", "64"), CPU)
-    said = [line for line in capsys.readouterr().out.splitlines() if "re-initialized" in line]
-    assert len(said) == 1 and "pos_embed, y_embedder" in said[0] and "projectors" not in said[0]
-    for net, key in ((m.sit, "model"), (m.ema, "ema")):
-        assert net.y_embedder.embedding_table.weight.shape == (8, 256) and net.pos_embed.shape == (1, 64, 256)
-        anew = {name for name, t in net.state_dict().items() if not torch.equal(t, saved[key][name])}
-        assert anew == {"pos_embed", "y_embedder.embedding_table.weight"}
-    assert torch.equal(m.sit.pos_embed, train.SiT("SiT-T/2", 16, 8, 7, encoder_depth=2).pos_embed)
-    train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "2"), CPU)
-    assert "re-initialized" not in capsys.readouterr().out
 
 
 def test_frozen_latents_are_float32_with_and_without_a_cache(tiny, frozen_vae, image_dir):

@@ -85,8 +85,8 @@ def test_statistics_are_read_with_the_weights(tmp_path, frozen_vae):
 
 
 def test_training_starts_from_saved_networks(tmp_path, short_run, frozen_vae):
-    """--vae-ckpt takes VAE and latent statistics of a checkpoint; --init-from its SiT, with another VAE that
-    VAE's statistics; a pretrained discriminator is used from the first step."""
+    """--vae-ckpt takes VAE and latent statistics of a checkpoint; --init-from its SiT and their average, with
+    another VAE that VAE's statistics; a pretrained discriminator is used from the first step."""
     ckpt = short_run / "exps/a/checkpoints/0000004.pt"
     saved = load_tensors(ckpt)
     m = train.build(tiny_config("--vae-ckpt", str(ckpt), "--num-classes", "2"), CPU)
@@ -94,11 +94,14 @@ def test_training_starts_from_saved_networks(tmp_path, short_run, frozen_vae):
     assert torch.allclose(m.ema.bn.running_var, saved["ema"]["bn.running_var"], rtol=1e-4)
     m = train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "2", "--vae-ckpt",
                                 str(frozen_vae)), CPU)
-    assert torch.equal(m.sit.blocks[3].mlp.fc1.weight, saved["model"]["blocks.3.mlp.fc1.weight"])
+    for net, key in ((m.sit, "model"), (m.ema, "ema")):
+        assert torch.equal(net.blocks[3].mlp.fc1.weight, saved[key]["blocks.3.mlp.fc1.weight"])
     mean, std = statistics(8)
     for net in (m.sit, m.ema):
         assert torch.allclose(net.bn.running_mean, mean) and torch.allclose(net.bn.running_var,
                                                                             std ** 2 - 1e-4)
+    with pytest.raises(UserError, match="4.pt: size mismatch for y_embedder.*of another model"):
+        train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "7"), CPU)
     saved = vae.Discriminator().state_dict()
     torch.save(saved, tmp_path / "disc.pt")
     cfg = train.parse_config(["--disc-pretrained-ckpt", str(tmp_path / "disc.pt"), "--disc-weight", "0.1"])
