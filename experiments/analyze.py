@@ -248,9 +248,8 @@ def noise_command(args):
     ckpt = read_checkpoint(args.ckpt)
     bias = ckpt["vae"][key]
     bias[len(bias) // 2:] += 2 * factor.log()                                        # of the log-variance
-    for net in ("model", "ema"):
-        if "bn.running_var" in ckpt[net]:
-            ckpt[net]["bn.running_var"] += (factor.square() - 1) * own
+    for state in (ckpt["model"], ckpt["ema"]):
+        state["bn.running_var"] = state["bn.running_var"] + (factor.square() - 1) * own
     write_atomic(args.out, lambda tmp: torch.save(ckpt, tmp))
     print(f"sampling adds {shares[0]:.2%} to the variance of {args.ckpt}, {shares[1]:.2%} to that of "
           f"{args.other}; in {args.out} the standard deviation is multiplied by {factor:.3f}")

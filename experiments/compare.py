@@ -4,8 +4,7 @@
 
 Prints a markdown table, mean (min-max) over the seeds, and after how many steps REPA-E, and REPA with
 REPA-E's VAE, reach the last values of REPA and SiT, by linear interpolation. Draws the Frechet distance (FD)
-by step, with the seeds' min-max as a band. The ablations, below the regimes, are runs of the first seed.
-Unfinished runs are left out and listed.
+of REGIMES by step, with the seeds' min-max as a band. Unfinished runs are left out and listed.
 """
 import json
 import sys
@@ -27,6 +26,14 @@ ABLATIONS = {"weight": "REPA-E, alignment in the VAE's pass × 1.5, as in the pa
              "both": "diffusion and alignment into the VAE",
              "nonorm": "REPA-E, latent statistics fixed", "irepa": "REPA-E with iREPA's alignment",
              "float32": "REPA-E in float32", "mine": "flags of MINE"}
+OTHERS = {"fixed-noise": "naive, posterior's standard deviation fixed at 0.5",
+          "fixed-noise-repae": "REPA-E, posterior's standard deviation fixed at 0.5",
+          "gen-first": "naive with a weighted entropy, in two phases",
+          "gen-first-repae": "REPA-E with a weighted entropy, in two phases",
+          "gen-first-second": "REPA, VAE of gen-first frozen",
+          "less-noise": "REPA, posterior noise scaled to that of REPA-E's VAE",
+          "more-noise": "REPA, VAE of REPA-E frozen, posterior noise scaled to that of REPA's VAE",
+          "repa-mse": "REPA, alignment by squared error", "mse": "REPA-E, alignment by squared error"}
 COLUMNS = {"to_reconstructions": ("FD to reconstructions", 1), "cknna": ("CKNNA", 3), "rfd": ("rFD", 1),
            "psnr": ("rPSNR, dB", 2)}                                                # title, decimal places
 
@@ -68,8 +75,8 @@ def read_runs(folder, seeds):
     is finished if it has all columns of the run that has most. Raises UserError if there are no results, or
     results that cannot be compared."""
     rows, settings, finished, unfinished = {}, set(), {}, []
-    for regime in REGIMES | ABLATIONS:
-        for seed in seeds if regime in REGIMES else seeds[:1]:
+    for regime in REGIMES | OTHERS | ABLATIONS:
+        for seed in seeds:
             if (folder / f"{regime}-{seed}").is_dir():
                 rows[regime, seed] = read_run(folder / f"{regime}-{seed}", settings)
     columns = max(rows.values(), key=len, default={}).keys()
@@ -102,7 +109,8 @@ def print_table(finished):
     print("|---" * (len(columns) + 2) + "|")
     for regime, runs in finished.items():
         cells = [mean_and_range([run[c] for run in runs], digits) for c, (_, digits) in columns.items()]
-        print(f"| {(REGIMES | ABLATIONS)[regime]} (`{regime}`) | {len(runs)} | {' | '.join(cells)} |")
+        title = (REGIMES | OTHERS | ABLATIONS)[regime]
+        print(f"| {title} (`{regime}`) | {len(runs)} | {' | '.join(cells)} |")
 
 
 def fd_curves(runs, steps):

@@ -145,6 +145,30 @@ def test_latents_prints_the_spectrum(checkpoint, images, tmp_path, call):
 
 
 @torch.no_grad()
+def test_noise_changes_nothing_but_the_posteriors_standard_deviation(checkpoint, images, tmp_path, call):
+    """To the share of another VAE, averaged over channels; latent statistics follow."""
+    def moments(file):
+        autoencoder, stats = vae.load_vae(file)
+        x = torch.stack([to_float(read_image(path)) for path in list_images(images)])
+        mean, logvar = autoencoder.quant_conv(autoencoder.encoder(x)).chunk(2, 1)
+        share = (logvar.exp().mean((0, 2, 3)) / mean.var((0, 2, 3), correction=0)).mean()
+        return autoencoder.state_dict(), mean, logvar, share, stats[1].square()
+
+    other = torch.load(checkpoint, weights_only=True)
+    other["vae"]["quant_conv.weight"][:8] *= 0.5                           # half the latents: four times the share
+    other["vae"]["quant_conv.bias"][:8] *= 0.5
+    torch.save(other, tmp_path / "other.pt")
+    call(analyze.main, "noise", images, checkpoint, tmp_path / "other.pt", "--resolution", 32, "--out",
+         tmp_path / "new.pt")
+    before, mean, logvar, share, variance = moments(checkpoint)
+    after, new_mean, new_logvar, new_share, new_variance = moments(tmp_path / "new.pt")
+    assert {name for name, t in before.items() if not torch.equal(t, after[name])} == {"quant_conv.bias"}
+    assert torch.equal(mean, new_mean) and new_share.item() == pytest.approx(4 * share.item(), rel=1e-4)
+    assert torch.allclose(new_logvar, logvar + math.log(4), atol=1e-4)
+    assert torch.allclose(new_variance - variance, 3 * logvar.exp().mean((0, 2, 3)), atol=1e-4)
+
+
+@torch.no_grad()
 def test_reconstruct_prints_psnr_and_draws_pairs(checkpoint, images, tmp_path, call):
     out = call(analyze.main, "reconstruct", checkpoint, images, "--resolution", 32, "--out",
                tmp_path / "r.png",
@@ -239,13 +263,19 @@ REGIMES = {                                                 # what differs from 
     "scratch": dict(vae_from_scratch=True, vae_ckpt="", vae="f4d8"),
     "both": dict(vae_grad="both"), "irepa": dict(projector="conv", spatial_norm=0.6, proj_coeff=1),
     "lite0": dict(enc_type=LITE0), "weight": dict(vae_align_proj_coeff=1.5),
-    "float32": dict(mixed_precision="no"),
+    "float32": dict(mixed_precision="no"), "fixed-noise": dict(vae_grad="diffusion", posterior_std=0.5),
+    "fixed-noise-repae": dict(posterior_std=0.5), "gen-first-second": dict(vae_grad="none"),
+    "gen-first": dict(vae_grad="diffusion", entropy_weight=5e-5, vae_denoising_coeff=0.1),
+    "gen-first-repae": dict(entropy_weight=5e-5), "less-noise": dict(vae_grad="none"),
+    "more-noise": dict(vae_grad="none"),
+    "mse": dict(align_loss="mse", proj_coeff=0.1, vae_align_proj_coeff=0.1),
+    "repa-mse": dict(vae_grad="none", align_loss="mse", proj_coeff=0.1),
     "mine": dict(qk_norm=True)}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a bash script")
 def test_regimes_differ_from_repae_in_their_flags_only():
-    assert REGIMES.keys() == compare.REGIMES.keys() | compare.ABLATIONS.keys()
+    assert REGIMES.keys() == {*compare.REGIMES, *compare.OTHERS, *compare.ABLATIONS}
     for regime, different in REGIMES.items():
         script = f". experiments/common.sh; MINE=--qk-norm regime_flags {regime}"
         flags = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True,
@@ -272,7 +302,10 @@ case $1 in
     experiments/evaluate.py)
         if [ "$2" = --floor ]; then echo real; else touch "$2/fd.json"; fi ;;
     experiments/analyze.py)
-        [ "$2" = latents ] || touch "${3%/checkpoints/*}/evaluation-$(basename "$3" .pt).json" ;;
+        case $2 in
+            noise) flag=--out; touch "$(value "$@")" ;;
+            evaluate) touch "${3%/checkpoints/*}/evaluation-$(basename "$3" .pt).json" ;;
+        esac ;;
 esac
 '''
 
@@ -320,5 +353,21 @@ def test_compare_sh_trains_each_run_once(tmp_path):
 
     _, trained, evaluated = start()
     assert list(trained) == ["repae-2", "second-2"] and len(evaluated) == 4
+    _, trained, evaluated = start(SEEDS="1", ABLATIONS="",
+                                  REGIMES="gen-first gen-first-second less-noise more-noise mse repa-mse")
+    assert set(trained) == {"gen-first-1", "mse-1", "repa-mse-1", "gen-first-second-1", "less-noise-1",
+                            "more-noise-1"}
+    for run_name, vae_file in (("gen-first-second-1", f"gen-first-1/{last}"), ("repa-mse-1", f"vae/{last}"),
+                               ("less-noise-1", "less-noise-1-vae.pt"), ("more-noise-1", "more-noise-1-vae.pt")):
+        assert f"--vae-ckpt {out}/{vae_file} --vae-grad none" in trained[run_name]
+    commands = log.read_text()
+    for name, ckpt, other in (("less", "vae", "repae-1"), ("more", "repae-1", "vae")):
+        assert (f"noise {tmp_path}/data/train {out}/{ckpt}/{last} {out}/{other}/{last} --resolution 32 "
+                f"--out {out}/{name}-noise-1-vae.pt\n") in commands
+    first, second = [line for line in commands.splitlines() if "--exp-name gen-first-1 " in line]
+    weights = "--entropy-weight 5e-5 --vae-denoising-coeff 0.1"
+    assert second.endswith(weights) and "--max-train-steps 40 " in second and "--max-train-steps 20 " in first
+    assert first.endswith(f"{weights} --entropy-weight 5e-4 --vae-denoising-coeff 1 --lr-decay-steps 0")
+
     printed, *_ = start(code=2, FLAGS="--kl-weight 0")
     assert "has other settings" in printed and "OUT=DIR" in printed
