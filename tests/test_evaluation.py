@@ -6,6 +6,7 @@ import fid
 from conftest import CPU, ROOT, SHORT, metrics_of, one_line, run, torchrun
 from data.images import ImageFolder
 from sample import Sampler
+from support.devices import Processes
 
 FLAGS = [*SHORT, "--disc-weight", "0", "--eval-steps", "3", "--eval-samples", "6", "--log-steps", "4",
          "--sampling-steps", "0", "--checkpointing-steps", "3"]
@@ -65,6 +66,16 @@ def test_resuming_and_two_processes_change_no_value(evaluated, image_dir, tmp_pa
     flags[3] = "two"
     run(*torchrun(2), ROOT / "train.py", *flags, cwd=tmp_path)
     assert list(values_of(tmp_path / "exps/two").values()) == pytest.approx(list(found.values()), rel=1e-2)
+
+
+def test_kept_statistics_are_those_of_the_reference(image_dir, tmp_path):
+    """Another folder and another resolution have their own."""
+    def mean(folder, resolution):
+        evaluation = fid.RunEvaluation(tmp_path, folder, resolution, 4, CPU, 0, Processes())
+        return evaluation.reference[evaluation.nets[0].id, "pool"][0]
+
+    first, *others = [mean(*which) for which in ((image_dir, 32), (image_dir / "one", 32), (image_dir, 16))]
+    assert torch.equal(mean(image_dir, 32), first) and not any(torch.allclose(first, other) for other in others)
 
 
 def test_evaluation_does_not_change_the_training(evaluated, image_dir, command, tmp_path):
