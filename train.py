@@ -6,7 +6,6 @@
 `train_step` is the method. The order: settings, train_step, optimizer_step, loop, building, data, main.
 """
 import copy
-import json
 import logging
 import os
 import time
@@ -215,7 +214,7 @@ def train_step(m, cfg, step, x, y, frozen_z, posterior_noise, eps, t, drop, last
                 vae_loss = (l1                                                        # encoder, decoder
                             + cfg.perceptual_weight * perceptual                      # encoder, decoder
                             + cfg.kl_weight * (kl + entropy)                          # encoder: -E[log p(z)],
-                            - cfg.entropy_weight * entropy                            # and -H: together the KL
+                            - cfg.entropy_weight * entropy                            # - H: with it, the KL
                             + cfg.disc_weight * gan                                   # encoder, decoder
                             + cfg.vae_align_proj_coeff * align                        # encoder
                             + cfg.vae_denoising_coeff * diffusion)                    # encoder: not in REPA-E
@@ -651,20 +650,6 @@ def use_classes(cfg, dataset, log):
         log(f"{cfg.data_dir} is one class: no label dropout, no guidance (--cfg-prob 0 --cfg-scale 1)")
 
 
-def use_cached_latents(m, cfg, dataset, processes):
-    """Let the data set give the frozen VAE's moments, computed first where they are missing."""
-    @torch.no_grad()
-    def encode(pixels):                                # in float32, as in `frozen_latents` and the statistics
-        x = grids.to_float(pixels.to(m.device, memory_format=devices.memory_format(m.device)))
-        return m.vae.encode(x).moments
-
-    digest = files.hash_tensors(m.vae)
-    digest.update(json.dumps([m.vae.config, cfg.resolution]).encode())
-    dataset.cached = latents.cache_latents(dataset, cfg.output_dir, digest, encode, cfg.num_workers,
-                                           processes)
-    dataset.with_images = len(m.encoders) > 0
-
-
 # --- The command --------------------------------------------------------------------------------------------
 
 # What --resume must not change.
@@ -747,16 +732,7 @@ def run(cfg, device, folder, processes):
     use_classes(cfg, dataset, log)
     resume_from = checkpoints.find_newest(folder, processes) if cfg.resume else None
     if first and (cfg.sampling_steps > 0 or cfg.eval_steps > 0):
-        held_out = images.ImageFolder(cfg.val_dir or cfg.data_dir, cfg.resolution)
-        pixels, y = held_out.some(256)
-        if len(dataset.classes) == 1:
-            y = torch.zeros_like(y)
-        elif cfg.eval_steps > 0:                                     # its labels as the data numbers classes
-            unknown = set(held_out.classes) - set(dataset.classes)
-            commands.require(not unknown, f"--eval-steps: --val-dir {cfg.val_dir} has classes that the data "
-                             f"lacks: {', '.join(sorted(unknown)[:5])}; give one with its classes")
-            y = torch.tensor([dataset.classes.index(name) for name in held_out.classes])[y]
-        shown = pixels, y
+        shown = images.held_out_images(cfg, dataset)
 
     # Networks
     m, step = build(cfg, device), 0
@@ -772,7 +748,8 @@ def run(cfg, device, folder, processes):
         evaluation = RunEvaluation(folder, cfg.eval_ref or cfg.data_dir, cfg.resolution, cfg.eval_samples,
                                    device, cfg.num_workers, processes)
     if cfg.cache_latents:
-        use_cached_latents(m, cfg, dataset, processes)
+        latents.use_cached_latents(dataset, m.vae, m.device, cfg, processes)
+        dataset.with_images = len(m.encoders) > 0
 
     # The loop
     if first:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
 import train
 import vae
-from data import images
+from data import images, latents
 from support import devices
 from support.commands import Parser, positive_int, run_command
 
@@ -81,7 +81,8 @@ def main():
     train.wrap(m, cfg, processes.world)
     mark_sections(m)                                                  # outside of what is compiled
     if cfg.cache_latents:
-        train.use_cached_latents(m, cfg, dataset, processes)
+        latents.use_cached_latents(dataset, m.vae, m.device, cfg, processes)
+        dataset.with_images = len(m.encoders) > 0
     torch.backends.cudnn.benchmark = True
     batches = train.load_run(m, cfg, dataset, 0, processes)
     one_image = [values[:1] for values in next(batches)]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.openmoji import render_openmoji
-from support.commands import STOP_SIGNALS, UserError, existing_folder, one_line
+from support.commands import STOP_SIGNALS, UserError, existing_folder, one_line, require
 from support.files import READ_ERRORS
 
 warnings.filterwarnings("ignore", module="PIL")                 # Pillow's warnings, repeated in every process
@@ -253,6 +253,21 @@ def open_data(cfg, processes):
     dataset = processes.from_first(dataset)
     processes.wait()                                         # until every machine has rendered its images
     return dataset
+
+
+def held_out_images(cfg, dataset):
+    """256 images of cfg.val_dir, else of the training data, uint8 [N, 3, R, R], and their labels [N] as the
+    training data numbers its classes. Raises UserError for a class that it lacks, with cfg.eval_steps."""
+    held_out = ImageFolder(cfg.val_dir or cfg.data_dir, cfg.resolution)
+    pixels, y = held_out.some(256)
+    if len(dataset.classes) == 1:
+        y = torch.zeros_like(y)
+    elif cfg.eval_steps > 0:
+        unknown = set(held_out.classes) - set(dataset.classes)
+        require(not unknown, f"--eval-steps: --val-dir {cfg.val_dir} has classes that the data lacks: "
+                f"{', '.join(sorted(unknown)[:5])}; give one with its classes")
+        y = torch.tensor([dataset.classes.index(name) for name in held_out.classes])[y]
+    return pixels, y
 
 
 def step_batches(n, cfg, start, rank, world):

@@ -1,4 +1,5 @@
 """latents.py: the latents of a frozen VAE, written to files once; data/images.py's ImageFolder reads them."""
+import json
 import math
 import os
 from functools import partial
@@ -7,7 +8,9 @@ import torch
 from tqdm import tqdm
 
 from data import images
-from support.files import is_whole_archive, write_atomic
+from support.devices import memory_format
+from support.files import hash_tensors, is_whole_archive, write_atomic
+from support.grids import to_float
 
 
 def write_latents(dataset, folder, numbers, encode, num_workers, show):
@@ -55,3 +58,15 @@ def cache_latents(dataset, output_dir, digest, encode, num_workers, processes):
         processes.wait()
     processes.log(f"latents: read from {folder}")
     return folder
+
+
+def use_cached_latents(dataset, vae, device, cfg, processes):
+    """Let an ImageFolder give the posterior's moments of a frozen VAE (an AutoencoderKL on this device),
+    computed first where they are missing. They are computed in float32, like latents without a cache."""
+    @torch.no_grad()
+    def encode(pixels):
+        return vae.encode(to_float(pixels.to(device, memory_format=memory_format(device)))).moments
+
+    digest = hash_tensors(vae)
+    digest.update(json.dumps([vae.config, cfg.resolution]).encode())
+    dataset.cached = cache_latents(dataset, cfg.output_dir, digest, encode, cfg.num_workers, processes)
