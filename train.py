@@ -213,8 +213,8 @@ def train_step(m, cfg, step, x, y, frozen_z, posterior_noise, eps, t, drop, last
                     align = alignment_loss(projected, f, cfg.align_loss)
                 vae_loss = (l1                                                        # encoder, decoder
                             + cfg.perceptual_weight * perceptual                      # encoder, decoder
-                            + cfg.kl_weight * (kl + entropy)                          # encoder: -E[log p(z)],
-                            - cfg.entropy_weight * entropy                            # - H: with it, the KL
+                            + cfg.kl_weight * kl                                      # encoder
+                            + (cfg.kl_weight - cfg.entropy_weight) * entropy          # encoder: by default 0
                             + cfg.disc_weight * gan                                   # encoder, decoder
                             + cfg.vae_align_proj_coeff * align                        # encoder
                             + cfg.vae_denoising_coeff * diffusion)                    # encoder: not in REPA-E

@@ -230,7 +230,7 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
     def entropy(self):
-        """H(q) in nats: [B]. KL(q || p) = -E_q[log p(z)] - H(q)."""
+        """H(q) in nats: [B]. It is a part of the KL: KL(q || p) = -E_q[log p(z)] - H(q)."""
         return 0.5 * (math.log(2 * math.pi) + 1 + self.logvar).sum(dim=(1, 2, 3))
 
 
