@@ -100,6 +100,10 @@ def test_training_starts_from_saved_networks(tmp_path, short_run, frozen_vae):
     for net in (m.sit, m.ema):
         assert torch.allclose(net.bn.running_mean, mean) and torch.allclose(net.bn.running_var,
                                                                             std ** 2 - 1e-4)
+    m = train.build(tiny_config("--vae-grad", "none", "--vae-ckpt", str(ckpt), "--num-classes", "2",
+                                "--posterior-std", "0.3"), CPU)
+    assert not m.has_statistics                                       # the file's are of another noise
+    assert m.vae.encode(torch.zeros(1, 3, 32, 32)).logvar.unique().item() == pytest.approx(2 * math.log(0.3))
     with pytest.raises(UserError, match="4.pt: size mismatch for y_embedder.*of another model"):
         train.build(tiny_config("--init-from", str(ckpt), "--num-classes", "7"), CPU)
     saved = vae.Discriminator().state_dict()
