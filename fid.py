@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.images import how_to_unpack, list_images, load_batches, read_image
 from repa import EMBEDDED, LITE2, create_encoder, fold_batch_norms, timm_name
-from sample import add_sampler_flags, check_finite, class_for_sample, open_sampler, sample_images
+from sample import add_sampler_flags, check_finite, choose_labels, open_sampler, sample_images
 from sit import interpolate
 from support.commands import (
     Parser,
@@ -165,7 +165,7 @@ def download_inception(processes):
             torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as e:
         raise UserError(f"--download: cannot fetch the weights ({one_line(e)}); {INSTEAD}") from None
-    processes.any(False)
+    processes.wait()
 
 
 def load_networks(names, device, inception_weights="", weights=""):
@@ -195,13 +195,13 @@ def load_networks(names, device, inception_weights="", weights=""):
 class ImageSet:
     """A folder of images (at any depth, sorted), or an .npz with arr_0 uint8 [N, H, W, 3], statistics, or
     both; n is 0 for statistics alone. Statistics without a network's id, as ADM's, are those of the id "".
-    behind: how many images --save-stats' statistics are of. resolution: ADM's centre crop for the files of a
+    stats_n: how many images --save-stats' statistics are of. resolution: ADM's centre crop for the files of a
     folder. Raises UserError."""
 
     def __init__(self, path, resolution=None):
         self.path, self.resolution, self.stream = Path(path), resolution, None
         self.files = [] if self.path.is_file() else list_images(path)
-        self.n, self.behind, self.shape, self.stats = len(self.files), 0, None, {}
+        self.n, self.stats_n, self.shape, self.stats = len(self.files), 0, None, {}
         self.is_folder = bool(self.files)
         if self.is_folder:
             self.shape = read_image(self.files[0], resolution).shape[1:]
@@ -214,7 +214,6 @@ class ImageSet:
 
     def open_npz(self):
         with np.load(self.path) as f:                                    # reads only the arrays asked for
-            own = f"{f['features']} {str(f['sha256'])[:8]}" if "sha256" in f else ""     # an older version's
             ids = {key.rpartition(" ")[0] for key in f.files}        # of networks; "" in a file like ADM's
             for id in ids - {""} or {""}:
                 for output, names in STATISTICS.items():
@@ -224,9 +223,9 @@ class ImageSet:
                         finite = mu.sum().isfinite() and sigma.sum().isfinite()
                         require(finite and mu.ndim == 1 and sigma.shape == (len(mu), len(mu)),
                                 f"{self.path}: mu {[*mu.shape]}, sigma {[*sigma.shape]}; not finite [D, D]")
-                        self.stats[id or own, output] = mu, sigma
+                        self.stats[id, output] = mu, sigma
             if "n" in f:
-                self.behind, self.shape = int(f["n"]), tuple(f["shape"].tolist())
+                self.stats_n, self.shape = int(f["n"]), tuple(f["shape"].tolist())
             if "arr_0" in f:
                 with f.zip.open("arr_0.npy") as array:
                     np.lib.format.read_magic(array)
@@ -262,7 +261,7 @@ class ImageSet:
         return load_batches(self, batches, workers)
 
 
-def given(source, net, need):
+def stored_statistics(source, net, need):
     """The (mean, covariance) of a network's output that came with a source, or None. Statistics without an id
     are taken for the network's if the width fits; 2,048 fits Inception only."""
     plain, own = source.stats.get(("", need)), source.stats.get((net.id, need))
@@ -272,20 +271,17 @@ def given(source, net, need):
 
 
 class Samples:
-    """n samples of a checkpoint, the same as sample.py's. settings: of `sample_images`; labels: "equal" or
-    "random"."""
+    """Samples of a checkpoint with these labels, the same as sample.py's. settings: of `sample_images`."""
     is_folder = False
 
-    def __init__(self, path, model, n, settings, labels="equal"):
-        self.path, self.model, self.n, self.settings, self.labels = path, model, n, settings, labels
-        self.stats, self.shape = {}, (model.args["resolution"],) * 2
+    def __init__(self, path, model, labels, settings):
+        self.path, self.model, self.labels, self.settings = path, model, labels, settings
+        self.n, self.stats, self.shape = len(labels), {}, (model.args["resolution"],) * 2
 
     def batches(self, indices, batch_size, num_workers=0):
-        classes, seed = range(self.model.sit.num_classes), self.settings.get("seed", 0)
         for start in range(0, len(indices), batch_size):
             batch = indices[start:start + batch_size]
-            labels = [class_for_sample(i, seed, classes, self.labels, self.n) for i in batch]
-            yield sample_images(self.model, batch, labels, **self.settings)
+            yield sample_images(self.model, batch, [self.labels[i] for i in batch], **self.settings)
 
 
 class Reconstructions:
@@ -400,7 +396,7 @@ def collect(source, needs, device, batch_size, num_workers=0, processes=Processe
     [N, 1008]. Process 0 gets {(id of the network, need): value}. Raises UserError for features that are not
     finite."""
     rank, world, n = processes.rank, processes.world, source.n
-    values = {(net.id, need): given(source, net, need) for net, need in needs}
+    values = {(net.id, need): stored_statistics(source, net, need) for net, need in needs}
     needs = dict.fromkeys((net, need) for net, need in needs if not values[net.id, need])          # each once
     if not needs:
         return values if rank == 0 else {}
@@ -443,7 +439,9 @@ def evaluate(reference, samples, metrics, device, **settings):
     others. reference: what `collect` returned of the reference; settings: of `collect`."""
     found = collect(samples, [(net, METRICS[metric][0]) for net, metric in metrics], device, **settings)
     place, results = "cpu" if device.type == "mps" else device, {}                    # MPS has no float64
-    for net, metric in metrics if found else []:
+    if not found:
+        return {}
+    for net, metric in metrics:
         need, compute = METRICS[metric]
         a, b = reference.get((net.id, need)), found[net.id, need]
         if need == "features":
@@ -482,7 +480,8 @@ class RunEvaluation:
         """On process 0 a row for the log: the distance; "eval_seconds", the time it took; and of held_out,
         (images uint8 [N, 3, R, R], labels [N]), the `denoising_loss`."""
         start = time.time()
-        samples = Samples(self.folder / "evaluation", sampler, self.n, dict(cfg_scale=cfg_scale))
+        labels = choose_labels(self.n, range(sampler.sit.num_classes))
+        samples = Samples(self.folder / "evaluation", sampler, labels, dict(cfg_scale=cfg_scale))
         values = evaluate(self.reference, samples, [(self.nets[0], "fid")], **self.settings)
         if not values:
             return {}
@@ -582,7 +581,8 @@ def open_sources(args, device, processes):
         require(model.sit,
                 f"{ckpt}: trained with --vae-only, it has no SiT to sample from; see --reconstruct")
         n = args.num_samples or min(count_images(ref) or 50_000, 50_000)
-        samples = Samples(ckpt, model, n, settings, args.label_sampling)
+        labels = choose_labels(n, range(model.sit.num_classes), args.label_sampling, args.seed)
+        samples = Samples(ckpt, model, labels, settings)
     return ref, samples, val
 
 
@@ -602,7 +602,7 @@ def load_lpips(model, processes):
 
 def count_images(source):
     """The number of images, or of those behind a file's statistics (0: unknown)."""
-    return source.n or source.behind
+    return source.n or source.stats_n
 
 
 def check_source(source, nets):
@@ -610,7 +610,7 @@ def check_source(source, nets):
     for net in nets:
         found = ", ".join(f"{id or 'unknown'} ({len(stats[0])} features)"
                           for (id, need), stats in source.stats.items() if need == "pool")
-        require(source.n >= 4 or given(source, net, "pool"),
+        require(source.n >= 4 or stored_statistics(source, net, "pool"),
                 f"{source.path}: {source.n} image(s), statistics of {found or 'no network'}; it takes four "
                 f"images or more, or statistics of {net.id} ({net.outputs['pool']} features)")
 
@@ -628,7 +628,8 @@ def find_warnings(sources, nets):
     for source in sources:
         plain = source.stats.get(("", "pool"))
         for net in nets:                                                                    # ADM's have both
-            if plain and given(source, net, "pool") is plain and ("", "spatial") not in source.stats:
+            unknown = plain and stored_statistics(source, net, "pool") is plain
+            if unknown and ("", "spatial") not in source.stats:
                 lines.append(f"{source.path}: statistics of unknown origin, assumed to be {net.name}'s; of "
                              "tools with another resize, such as pytorch-fid, they are not comparable")
         n = count_images(source)
@@ -650,7 +651,7 @@ def choose_metrics(asked, ref, samples, nets):
     small = max(ref.n, samples.n) <= 100_000
 
     def has(source, net, need):
-        return need in (*net.outputs, "features") if source.n >= 4 else given(source, net, need)
+        return need in (*net.outputs, "features") if source.n >= 4 else stored_statistics(source, net, need)
 
     pairs = [(net, metric) for net in nets for metric, (need, _) in METRICS.items()
              if has(samples, net, need) and (metric == "is" or has(ref, net, need))
@@ -710,13 +711,13 @@ def main():
     if args.reconstruct:
         names = [metric_name(*pair) for pair in distances]
         results = {f"r{name}" if name in names else name: value for name, value in results.items()}
-        sums = processes.gather(samples.sums)
-        for name in samples.sums if sums else []:
-            results[name] = sum(part[name] for part in sums) / samples.n
+        parts = processes.gather(samples.sums)
+        if processes.rank == 0:
+            results |= {name: sum(part[name] for part in parts) / samples.n for name in samples.sums}
 
     if processes.rank == 0:
-        names = [f"{source.path} ({source.n or 'statistics'})" for source in sources]
-        print(", ".join(net.id for net in nets) + ":", " against ".join(names[1::-1]))
+        names = [f"{source.path} ({source.n or 'statistics'})" for source in (samples, ref) if source]
+        print(", ".join(net.id for net in nets) + ":", " against ".join(names))
         width = 2 + max(map(len, results), default=0)
         for name, value in results.items():
             print(f"  {name:<{width}}{value:.6g}")

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data.images import nfc
+from data.images import IMAGE_SUFFIXES, nfc
 from sit import SiT, infer_sit, interpolant
 from support.checkpoints import newest_checkpoint, read_checkpoint
 from support.commands import (
@@ -104,13 +104,13 @@ def guided_velocity(sit, y, cfg_scale=1.0):
 LABEL = 1                                      # a stream of random numbers: default_rng((seed, i, stream))
 
 
-def class_for_sample(i, seed, classes, labels="equal", n=None):
-    """Label of image i of n (None: many) out of `classes`: in turn, or spread evenly where n is fewer; or
+def choose_labels(n, classes, how="equal", seed=0):
+    """Labels of images 0 to n - 1 out of `classes`: in turn, or spread evenly where n is fewer; or
     'random'."""
-    if labels == "random":
-        return classes[np.random.default_rng((seed, i, LABEL)).integers(len(classes))]
-    turn = i if n is None or n >= len(classes) else i * len(classes) // n
-    return classes[turn % len(classes)]
+    k = len(classes)
+    if how == "random":
+        return [classes[np.random.default_rng((seed, i, LABEL)).integers(k)] for i in range(n)]
+    return [classes[i % k if n >= k else i * k // n] for i in range(n)]
 
 
 # --- A checkpoint's images ----------------------------------------------------------------------------------
@@ -177,15 +177,13 @@ def check_finite(images, what, numbers):
 
 
 @torch.no_grad()
-def sample_images(sampler, indices, labels=None, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0,
+def sample_images(sampler, indices, labels, *, num_steps=50, mode="ode", heun=False, cfg_scale=1.0,
                   guidance_low=0.0, guidance_high=1.0, seed=0, mixed_precision="no"):
-    """Images `indices`, uint8 [n, 3, H, W] on the device; labels: by default in turn. Raises UserError."""
+    """Images `indices` of these labels, uint8 [n, 3, H, W] on the device. Raises UserError."""
     sit, vae, args, _, device = sampler
     require(sit, "this checkpoint was trained with --vae-only: it has no SiT to sample from")
     require(cfg_scale <= 1 or sit.null_class is not None and sit.num_classes > 1,
             "--cfg-scale above 1: this model has one class only or no null class (--cfg-prob 0)")
-    if labels is None:
-        labels = [class_for_sample(i, seed, range(sit.num_classes)) for i in indices]
     y = torch.tensor(labels, device=device)
     generators = [np.random.default_rng((seed, i)) for i in indices]
     precision = torch.float32 if device.type == "mps" else torch.float64                # MPS has no float64
@@ -195,8 +193,8 @@ def sample_images(sampler, indices, labels=None, *, num_steps=50, mode="ode", he
         return torch.from_numpy(eps).to(precision).to(device)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-        x = noise(np.float32)              # a generator's float32 and float64 values differ: a seed's images
-        z = integrate(guided_velocity(sit, y, cfg_scale), x, mode, num_steps, heun,       # depend on the two
+        # The first noise is float32, the SDE's float64: a generator's values differ between the two.
+        z = integrate(guided_velocity(sit, y, cfg_scale), noise(np.float32), mode, num_steps, heun,
                       args.get("path_type", "linear"), noise, (guidance_low, guidance_high))
         images = vae.decode(sit.bn.denormalize(z.float()))
     check_finite(images, "sample", indices)
@@ -233,7 +231,8 @@ def open_sampler(args, device, processes):
     require(args.cfg_scale >= 1 and args.guidance_low <= args.guidance_high,
             "--cfg-scale: 1 (no guidance) or more; --guidance-low: at most --guidance-high")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    ckpt, compile = Path(args.ckpt or newest_checkpoint()), args.compile and can_compile(device, processes)
+    ckpt = Path(args.ckpt or processes.from_first(newest_checkpoint()))
+    compile = args.compile and can_compile(device, processes)
     sampler = load_checkpoint(ckpt, device, args.vae_ckpt, compile, args.ema)
     if args.ema:
         warn_of_short_average(sampler.args.get("ema_decay", 0.9999), sampler.step, processes.log)
@@ -307,13 +306,16 @@ def main():
     except KeyError as e:
         raise UserError(f"--classes {e}: take 0 to {len(names) - 1}, or of {', '.join(names[:20])}") from None
     n = args.num_samples or min(8 * len(classes), 80)
-    labels = [class_for_sample(i, args.seed, classes, args.label_sampling, n) for i in range(n)]
+    labels = choose_labels(n, classes, args.label_sampling, args.seed)
     batches = generate(sampler, labels, args.batch_size, processes, **settings)
     if processes.rank > 0:
         list(batches)                                          # samples and sends: process 0 gets the images
     else:
-        out = Path(args.out or ckpt.parent.parent / f"samples-{ckpt.stem}.png")
+        run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
+        out = Path(args.out or run / f"samples-{ckpt.stem}.png")
         is_file = out.suffix in (".png", ".npz")
+        require(is_file or out.suffix.lower() not in IMAGE_SUFFIXES,
+                f"--out {out}: write a .png, a .npz or a folder's name")
         require(not out.is_dir() or not is_file and not any(out.glob("*.png")),
                 f"--out {out}: this folder exists; name another")
         (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class LatentNorm(nn.BatchNorm2d):
         super().__init__(channels, LATENT_EPS, affine=False)                      # momentum: 0.1
         self.fixed = fixed
         self.moments = []                       # of the micro-batches since the last update, [2, C] each
-        self.values = 0                         # in them, per channel, over all processes
+        self.count = 0                          # of the values per channel in them, over all processes
 
     def set_statistics(self, mean, std):
         """Set the running statistics, [C] each."""
@@ -56,7 +56,7 @@ class LatentNorm(nn.BatchNorm2d):
             dist.all_reduce(means)
             means /= world
         self.moments.append(means)
-        self.values += z.numel() // z.shape[1] * world
+        self.count += z.numel() // z.shape[1] * world
         mean, var = means[0], means[1] - means[0].square()
         return (d - mean.view(1, -1, 1, 1)) / (var + self.eps).sqrt().view(1, -1, 1, 1)
 
@@ -65,11 +65,11 @@ class LatentNorm(nn.BatchNorm2d):
         micro-batches (unbiased variance)."""
         if self.moments:
             mean, square = torch.stack(self.moments).mean(0)                # micro-batches are equally large
-            n = self.values
-            self.running_var.lerp_((square - mean.square()) * (n / max(n - 1, 1)), self.momentum)
+            unbiased = (square - mean.square()) * (self.count / max(self.count - 1, 1))
+            self.running_var.lerp_(unbiased, self.momentum)
             self.running_mean.lerp_(self.running_mean + mean, self.momentum)
             self.num_batches_tracked += 1
-        self.moments, self.values = [], 0
+        self.moments, self.count = [], 0
 
     def stats(self):
         """(mean, std) that broadcast over latents."""
@@ -91,13 +91,12 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    """t [B] -> [B, D]: 128 frequencies from 1 to 1/10000, cosines then sines, then an MLP."""
+    """t [B] -> [B, D]: cosines, then sines of 128 frequencies 10000^(-k/128), then an MLP."""
 
-    def __init__(self, width, frequencies=256):
+    def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        half = frequencies // 2
-        freqs = torch.exp(-math.log(10000) * torch.arange(half) / half)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        freqs = torch.exp(-math.log(10000) * torch.arange(128) / 128)
         self.register_buffer("freqs", freqs, persistent=False)
 
     def forward(self, t):

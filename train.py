@@ -198,7 +198,8 @@ def train_step(m, cfg, step, x, y, frozen_z, posterior_noise, eps, t, drop, last
         with frozen(m.sit, m.disc):
             with m.autocast():
                 posterior, z, x_rec = m.ddp_vae(x, posterior_noise)         # q(z|x), z ~ q, x^ = decode(z)
-                l1, perceptual = (x - x_rec).abs().mean(), m.perceptual(x_rec, x)
+                l1 = (x - x_rec).abs().mean()
+                perceptual = m.perceptual(x_rec, x) if m.perceptual else 0.0
                 kl, entropy = posterior.kl().mean(), posterior.entropy().mean()
                 x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)   # running stats
                 gan = align = diffusion = 0.0
@@ -337,8 +338,8 @@ def run_step(m, cfg, step, batch, rank, world):
 
 @torch.no_grad()
 def frozen_latents(m, x, noise, moments=None):
-    """Latents [B, C, h, w] of images x by the frozen VAE, or from its cached moments [B, 2C, h, w]: both in
-    float32, as the statistics at the start, so that a run with and one without the cache are alike."""
+    """Latents [B, C, h, w] of images x by the frozen VAE, or from its cached moments [B, 2C, h, w]. Both are
+    computed in float32, as the statistics at the start; the cache rounds the moments to float16."""
     posterior = m.vae.encode(x) if moments is None else DiagonalGaussian(moments)
     return posterior.sample(noise)
 
@@ -363,34 +364,29 @@ def set_learning_rates(m, cfg, step):
         optimizer.param_groups[0]["lr"] = scale * optimizer.defaults["lr"]
 
 
-def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
+def train(m, cfg, folder, dataset, held_out, evaluation, step, processes):
     """The loop from `step` to the last one, or until a signal arrives or the data cannot be read any more.
-    Process 0 writes the run's folder; shown: images to reconstruct and their labels, uint8 [N, 3, R, R] and
-    [N]; evaluation: a RunEvaluation; both may be None."""
+    Process 0 writes the run's folder; held_out: images, uint8 [N, 3, R, R], and labels [N], for the grids and
+    the evaluation; evaluation: a RunEvaluation; both may be None."""
     main_process, lost, saved = processes.rank == 0, "", step
     settings = vars(cfg) | dict(classes=dataset.classes,
                                 vae_groups=m.vae.config["groups"])       # no tensor's shape shows the groups
     saver, unreadable = checkpoints.Saver(folder, cfg.keep_every), set()
     signals, bad_steps = commands.catch_signals(), metrics.BadSteps(step)
     if main_process:
+        checkpoints.write_settings(folder, settings)
         log = metrics.start_metrics(folder, step, cfg.report_to, cfg.exp_name, vars(cfg))
     bar = tqdm(total=cfg.max_train_steps, initial=step, unit="step", disable=not main_process, smoothing=0.05)
     since, since_step = time.time(), step
-    checked, checked_step, next_check = time.time(), step, step
     batches = load_run(m, cfg, dataset, step, processes)
     while step < cfg.max_train_steps:
         try:
-            if not lost:
-                batch = next(batches)
-                images.report_unreadable(batch[2], unreadable, len(dataset))
-        except UserError as e:                  # until the next check, train on the batch before
+            batch = next(batches)
+            images.report_unreadable(batch[2], unreadable, len(dataset))
+        except UserError as e:
             lost = str(e)
-        if step == next_check:                  # the processes agree on stopping, about every five seconds
-            steps = 5 * (step - checked_step) / (time.time() - checked)
-            stop, steps = processes.agree(signals or lost, steps if processes.world > 1 else 1)
-            if stop:
-                break
-            checked, checked_step, next_check = time.time(), step, step + max(1, int(steps))
+        if processes.any(signals or lost):         # here the others wait for process 0, hours if necessary
+            break
         values = run_step(m, cfg, step, batch, processes.rank, processes.world)
         step += 1
         bar.update()
@@ -399,8 +395,6 @@ def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
         save = step % cfg.checkpointing_steps == 0 or last
         evaluate = cfg.eval_steps > 0 and (step % cfg.eval_steps == 0 or last)
         write_row = step % cfg.log_steps == 0 or make_grids or evaluate or last
-        if make_grids or save or evaluate:
-            next_check = step                   # there the others wait, hours if necessary, for process 0
 
         if write_row:
             row = read_values(m, values, processes.world)
@@ -414,12 +408,14 @@ def train(m, cfg, folder, dataset, shown, evaluation, step, processes):
             saver.save(step, m.parts(), settings)                        # before the images, which may fail
             saved = step
         if write_row:
-            if evaluate:
-                with torch.compiler.set_stance("force_eager"):
-                    sampler = Sampler(m.ema, m.vae, vars(cfg), step, m.device)
-                    row |= evaluation.run(sampler, cfg.cfg_scale, shown)
+            sampler = Sampler(m.ema, m.vae, vars(cfg), step, m.device)
+            with torch.compiler.set_stance("force_eager"):                # other shapes, not worth compiling
+                if evaluate:
+                    row |= evaluation.run(sampler, cfg.cfg_scale, held_out)
+                if main_process and make_grids:
+                    row |= save_grids(m, cfg, folder, sampler, held_out[0])
             if main_process:
-                log(step, row | (save_grids(m, cfg, folder, step, shown[0]) if make_grids else {}))
+                log(step, row)
             saver.check()
             since, since_step = time.time(), step
     if step < cfg.max_train_steps:
@@ -443,21 +439,19 @@ def read_values(m, values, world):
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def save_grids(m, cfg, folder, step, shown):
-    """Samples of the EMA, and `shown` beside their reconstructions and latents. Returns the PSNR for the
-    log: val_psnr of held-out images, train_psnr of training images. A failure is printed."""
-    name = "val_psnr" if cfg.val_dir else "train_psnr"
+def save_grids(m, cfg, folder, sampler, pixels):
+    """Samples of the EMA; images, uint8 [N, 3, R, R], beside their reconstructions and latents. Returns the
+    PSNR for the log: val_psnr of held-out images, train_psnr of training images. A failure is printed."""
+    name, step = "val_psnr" if cfg.val_dir else "train_psnr", sampler.step
     try:
-        with torch.compiler.set_stance("force_eager"):                   # other shapes, not worth compiling
-            if m.train_sit:
-                sampler = Sampler(m.ema, m.vae, vars(cfg), step, m.device)
-                save_sample_grid(sampler, folder / f"images/samples-{step:07d}.png", cfg.cfg_scale,
-                                 cfg.mixed_precision)
-            with m.autocast():
-                z, reconstructions = reconstruct(m.vae, shown)
-            grids.save_reconstructions(shown, reconstructions, grids.pca_rgb(z, m.vae.stride),
-                                       folder / f"images/reconstructions-{step:07d}.png")
-            return {name: psnr(grids.to_float(shown), reconstructions).mean().item()}
+        if m.train_sit:
+            save_sample_grid(sampler, folder / f"images/samples-{step:07d}.png", cfg.cfg_scale,
+                             cfg.mixed_precision)
+        with m.autocast():
+            z, reconstructions = reconstruct(m.vae, pixels)
+        grids.save_reconstructions(pixels, reconstructions, grids.pca_rgb(z, m.vae.stride),
+                                   folder / f"images/reconstructions-{step:07d}.png")
+        return {name: psnr(grids.to_float(pixels), reconstructions).mean().item()}
     except UserError as e:
         tqdm.write(f"step {step}: no images ({e})")
         return {}
@@ -475,7 +469,7 @@ class Networks:
     encoders: list                           # frozen target encoders; [] where nothing is aligned
     perceptual: nn.Module | None
     optimizers: dict                         # of what trains, of "vae", "disc", "sit"
-    autocast: Callable                       # the context of all forward passes
+    autocast: Callable                       # the context of train_step's forward passes but D's
     device: torch.device
     latent_shape: tuple                      # C, h, w
     has_statistics: bool                     # whether latent statistics came with the VAE
@@ -532,7 +526,8 @@ def build(cfg, device):
     if not train_vae or cfg.disc_weight == 0:
         disc = None
 
-    size, (_, width, _, patch) = vae.latent_size(cfg.resolution), parse_model(cfg.model)
+    size = vae.latent_size(cfg.resolution)
+    _, width, _, patch = parse_model(cfg.model)
     encoders, perceptual = [], None
     if train_sit and cfg.proj_coeff > 0:
         encoders = [PatchFeatures(name, size // patch, cfg.enc_ckpt, cfg.allow_random_weights,
@@ -540,15 +535,16 @@ def build(cfg, device):
     fixed = not train_vae or cfg.fixed_latent_stats
     if train_sit:
         projectors = [projector(cfg.projector, width, e.channels, cfg.projector_dim) for e in encoders]
-        sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes or 1, cfg.cfg_prob, cfg.qk_norm,
+        sit = SiT(cfg.model, size, vae.latent_channels, cfg.num_classes, cfg.cfg_prob, cfg.qk_norm,
                   cfg.encoder_depth, projectors, fixed)
     else:
         sit = nn.Module()
         sit.bn = LatentNorm(vae.latent_channels, fixed)
-    if train_vae and cfg.perceptual == LITE0:
-        perceptual = EncoderDistance()
-    elif train_vae:
-        perceptual = LPIPS(cfg.lpips_ckpt, cfg.vgg_ckpt, cfg.allow_random_weights)
+    if train_vae and cfg.perceptual_weight > 0:
+        if cfg.perceptual == LITE0:
+            perceptual = EncoderDistance()
+        else:
+            perceptual = LPIPS(cfg.lpips_ckpt, cfg.vgg_ckpt, cfg.allow_random_weights)
     sit.to(device)
     ema = copy.deepcopy(sit).requires_grad_(False)                           # on the device: faster
     if cfg.init_from and train_sit:
@@ -610,7 +606,9 @@ def wrap(m, cfg, world):
         if isinstance(m.perceptual, LPIPS):                  # EncoderDistance is slower compiled, on a CPU
             m.perceptual.forward = torch.compile(m.perceptual.forward)
     if cfg.gradient_checkpointing:
-        recompute = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+        def recompute(forward):
+            return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
         for module in (*m.sit.modules(), *m.vae.modules()):
             if isinstance(module, (SiTBlock, ResnetBlock, AttnBlock)):
                 module.forward = recompute(module.forward)
@@ -671,11 +669,12 @@ def parse_config(argv=None):
     pretrained, vae_frozen = cfg.vae_ckpt or cfg.init_from, cfg.vae_grad == "none"
     if pretrained and "vae" not in typed:
         cfg.vae = ""                                                  # `build` sets that of the file
-    shares = int(os.environ.get("WORLD_SIZE", 1)) * cfg.gradient_accumulation_steps
+    micro_batches = int(os.environ.get("WORLD_SIZE", 1)) * cfg.gradient_accumulation_steps
     require = commands.require
-    require(cfg.batch_size % shares == 0, f"--batch-size {cfg.batch_size}: not divisible by {shares}, the "
-            "processes times --gradient-accumulation-steps")
-    require(cfg.cfg_scale <= 1 or cfg.cfg_prob > 0, "--cfg-scale above 1 needs label dropout, --cfg-prob")
+    require(cfg.batch_size % micro_batches == 0, f"--batch-size {cfg.batch_size}: not divisible by "
+            f"{micro_batches}, the processes times --gradient-accumulation-steps")
+    require(cfg.cfg_scale >= 1, "--cfg-scale: 1 (no guidance) or more")
+    require(cfg.cfg_scale == 1 or cfg.cfg_prob > 0, "--cfg-scale above 1 needs label dropout, --cfg-prob")
     require(cfg.data_dir or cfg.preset == "tiny", f"--preset {cfg.preset} needs --data-dir DIR, see --help")
     require(not cfg.vae_only or cfg.vae_grad == "repa", "--vae-only trains no SiT: drop it or --vae-grad")
     require(cfg.disc_weight > 0 or not cfg.disc_pretrained_ckpt,
@@ -706,13 +705,13 @@ def parse_config(argv=None):
 
 
 def main():
-    # Settings and folder
     cfg = parse_config()
     device, folder = devices.pick_device(cfg.device), Path(cfg.output_dir) / cfg.exp_name
-    if checkpoints.checkpoints(folder) and not cfg.resume:
+    processes = devices.start_processes(device)
+    taken = processes.any(checkpoints.checkpoints(folder) and not cfg.resume)
+    if taken:
         raise UserError(f"{folder} holds checkpoints: --resume resumes from the newest, --exp-name NAME "
                         "starts another run; to start this one over, remove the folder")
-    processes = devices.start_processes(device)
     with files.lock(folder) if processes.rank == 0 else nullcontext():
         run(cfg, device, folder, processes)
     devices.end_processes(processes)
@@ -728,11 +727,11 @@ def run(cfg, device, folder, processes):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # Data
-    dataset, shown, evaluation = images.open_data(cfg, processes), None, None
+    dataset, held_out, evaluation = images.open_data(cfg, processes), None, None
     use_classes(cfg, dataset, log)
     resume_from = checkpoints.find_newest(folder, processes) if cfg.resume else None
     if first and (cfg.sampling_steps > 0 or cfg.eval_steps > 0):
-        shown = images.held_out_images(cfg, dataset)
+        held_out = images.held_out_images(cfg, dataset)
 
     # Networks
     m, step = build(cfg, device), 0
@@ -752,13 +751,11 @@ def run(cfg, device, folder, processes):
         dataset.with_images = len(m.encoders) > 0
 
     # The loop
-    if first:
-        checkpoints.write_settings(folder, vars(cfg) | dict(classes=dataset.classes))
     sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (m.sit, m.vae)]
     log(f"{folder}: {len(dataset)} images in {len(dataset.classes)} classes, {cfg.model} {sizes[0]:.1f} M, "
         f"VAE {cfg.vae} {sizes[1]:.1f} M, {processes.world} x {device.type}, step {step}")
     torch.backends.cudnn.benchmark = True                             # the shapes from here on are the steps'
-    train(m, cfg, folder, dataset, shown, evaluation, step, processes)
+    train(m, cfg, folder, dataset, held_out, evaluation, step, processes)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from benchmarks.memory import random_batch, read_flags
 from benchmarks.parts import parts
 from benchmarks.profile_step import flops_per_image, peak_flops, seconds_per_step
 from benchmarks.release import release_step
-from sample import Sampler, sample_images
+from sample import Sampler, choose_labels, sample_images
 from support.commands import Parser, oom_message, positive_int, require, run_command
 from support.devices import Processes, can_compile, choose_precision, pick_device
 from support.metrics import read_rows
@@ -68,7 +68,7 @@ def steps(args, cfg, m):
     def step(k):
         train.run_step(m, cfg, k, batch, 0, 1)
 
-    for compiled in [False, True][:1 + cfg.compile]:
+    for compiled in (False, True) if cfg.compile else (False,):
         cfg.batch_size = fits
         while cfg.batch_size <= args.most:
             torch.compiler.reset()                          # or the second size would compile for any size
@@ -106,19 +106,20 @@ def sampling(args, cfg, m):
     """Images/s of sample.py without its files: args.images at a time, args.steps Euler steps."""
     require(not cfg.vae_only, "--vae-only: there is no SiT to sample with")
     sampler = Sampler(m.ema, m.vae, vars(cfg), 0, m.device)
+    labels = choose_labels(args.images, range(m.ema.num_classes))
     if cfg.compile:
         m.ema.compile_blocks()
         m.vae.decoder.compile()
     for scale in (1.0, 2.0):
         torch.compiler.reset()
 
-        def draw(k, scale=scale):
-            sample_images(sampler, range(args.images), num_steps=args.steps, cfg_scale=scale,
+        def generate(k, scale=scale):
+            sample_images(sampler, range(args.images), labels, num_steps=args.steps, cfg_scale=scale,
                           mixed_precision=cfg.mixed_precision)
 
-        seconds_per_step(draw, range(1))                                          # a warm-up
+        seconds_per_step(generate, range(1))                                          # a warm-up
         yield dict(images=args.images, sampler_steps=args.steps, cfg_scale=scale,
-                   images_per_second=args.images / seconds_per_step(draw, range(1)))
+                   images_per_second=args.images / seconds_per_step(generate, range(1)))
 
 
 def print_tables(rows):

@@ -107,8 +107,9 @@ def estimate(cfg, batch_sizes, gpus):
         if gpus > 1:
             buckets = [torch.zeros_like(p) for p in trained]
         for k, size in enumerate([batch_sizes[0], *batch_sizes]):
-            for p, bucket in zip(trained, buckets, strict=gpus > 1):       # one GPU: no buckets
-                p.grad = bucket
+            if gpus > 1:
+                for p, bucket in zip(trained, buckets, strict=True):
+                    p.grad = bucket
             cfg.batch_size, tally.peak = size, tally.now
             train.run_step(m, cfg, k, random_batch(m, cfg, size // gpus), 0, gpus)
             peaks.append(tally.peak)

@@ -49,11 +49,10 @@ def image_folder(text):
         raise argparse.ArgumentTypeError(f"{e}{how_to_unpack(text, [Path(text).suffix.lower()])}") from None
 
 
-def list_images(folder, others=None):
+def list_images(folder):
     """Every image file under `folder`, sorted. Links are followed, but no folder is read twice; hidden files
-    and broken links are left out. others: a Counter, counts the suffixes of all other files. Raises UserError
-    where there are no images."""
-    found, others, seen = [], Counter() if others is None else others, set()
+    and broken links are left out. Raises UserError where there are no images."""
+    found, others, seen = [], Counter(), set()
 
     def scan(root):
         if os.path.realpath(root) in seen:
@@ -202,7 +201,7 @@ def read_latents(folder, i):
 class ImageFolder(Dataset):
     """The images of `list_classes`. An item is (uint8 image [3, R, R], label, error). The error is
     '' or says why the file is unreadable; the image is then the next readable one of about TRIES evenly
-    spaced files. With `cached`, a folder of `cache_latents`, a fourth value is the moments [2C, h, w], and
+    spaced files. With `cached`, a folder of data/latents.py, a fourth value is the moments [2C, h, w], and
     the image is empty unless `with_images`. Raises UserError where none of the files is readable."""
     cached, with_images = None, True
 
@@ -258,7 +257,7 @@ def open_data(cfg, processes):
 def held_out_images(cfg, dataset):
     """256 images of cfg.val_dir, else of the training data, uint8 [N, 3, R, R], and their labels [N] as the
     training data numbers its classes. Raises UserError for a class that it lacks, with cfg.eval_steps."""
-    held_out = ImageFolder(cfg.val_dir or cfg.data_dir, cfg.resolution)
+    held_out = ImageFolder(cfg.val_dir, cfg.resolution) if cfg.val_dir else dataset
     pixels, y = held_out.some(256)
     if len(dataset.classes) == 1:
         y = torch.zeros_like(y)

@@ -28,17 +28,25 @@ def write_latents(dataset, folder, numbers, encode, num_workers, show):
         write_atomic(images.chunk_file(folder, k), partial(torch.save, torch.cat(rows)))
 
 
-def cache_latents(dataset, output_dir, digest, encode, num_workers, processes):
-    """Write the posterior's moments of all images, float16 [1024, 2C, h, w] per file (NaN: an unreadable
-    image), the work split over the processes. Files of an earlier run stay, unless a checksum in them is
-    wrong. Returns the folder, whose name is a hash of VAE, settings and images. digest: hashlib's, of the VAE
-    and its settings. encode: images, uint8 [B, 3, R, R] -> moments [B, 2C, h, w]."""
+def use_cached_latents(dataset, vae, device, cfg, processes):
+    """Let an ImageFolder give the posterior's moments of a frozen VAE (an AutoencoderKL on this device),
+    computed in float32 as without a cache.
+
+    They are in files of 1024 images, float16 [1024, 2C, h, w] (NaN: an unreadable image), in a folder whose
+    name is a hash of VAE, resolution and images. Files of an earlier run stay, unless a checksum in them is
+    wrong; the others are written first, the work split over the processes."""
+    @torch.no_grad()
+    def encode(pixels):
+        return vae.encode(to_float(pixels.to(device, memory_format=memory_format(device)))).moments
+
     folder = None
     if processes.rank == 0:
+        digest = hash_tensors(vae)
+        digest.update(json.dumps([vae.config, cfg.resolution]).encode())
         for path in dataset.files:              # names, sizes, times of change (ctime cannot be set by hand)
             stat = os.stat(path)
             digest.update(path + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} ".encode())
-        folder = f"{output_dir}/latents-{digest.hexdigest()[:16]}"
+        folder = f"{cfg.output_dir}/latents-{digest.hexdigest()[:16]}"
     folder = processes.from_first(folder)
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     files = math.ceil(len(dataset) / images.CHUNK)
@@ -49,24 +57,12 @@ def cache_latents(dataset, output_dir, digest, encode, num_workers, processes):
         unchecked = [k for k in mine if k not in whole]
         bar = tqdm(unchecked, "checking latents", delay=2, disable=not show)
         missing = [k for k in bar if not is_whole_archive(images.chunk_file(folder, k))]
-        damaged = [file.name for file in (images.chunk_file(folder, k) for k in missing) if file.is_file()]
+        damaged = sum(images.chunk_file(folder, k).is_file() for k in missing)
         if damaged:
-            tqdm.write(f"{folder}: {len(damaged)} damaged files, written again: {', '.join(damaged[:5])}")
+            tqdm.write(f"{folder}: {damaged} damaged files, written again")
         if missing:
-            write_latents(dataset, folder, missing, encode, num_workers, show)
+            write_latents(dataset, folder, missing, encode, cfg.num_workers, show)
         whole.update(mine)
         processes.wait()
     processes.log(f"latents: read from {folder}")
-    return folder
-
-
-def use_cached_latents(dataset, vae, device, cfg, processes):
-    """Let an ImageFolder give the posterior's moments of a frozen VAE (an AutoencoderKL on this device),
-    computed first where they are missing. They are computed in float32, like latents without a cache."""
-    @torch.no_grad()
-    def encode(pixels):
-        return vae.encode(to_float(pixels.to(device, memory_format=memory_format(device)))).moments
-
-    digest = hash_tensors(vae)
-    digest.update(json.dumps([vae.config, cfg.resolution]).encode())
-    dataset.cached = cache_latents(dataset, cfg.output_dir, digest, encode, cfg.num_workers, processes)
+    dataset.cached = folder

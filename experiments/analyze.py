@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
 from data.images import list_classes, list_images, read_image
 from experiments.figures import chart_file, draw_strip, load_matplotlib, run_colours, save_figure
-from fid import ImageSet
+from fid import ImageSet, Reconstructions
 from repa import PatchFeatures
-from sample import check_finite, load_checkpoint
+from sample import load_checkpoint
 from sit import interpolate
 from support.checkpoints import read_checkpoint
 from support.commands import (
@@ -39,8 +40,8 @@ from support.commands import (
 )
 from support.devices import memory_format, pick_device
 from support.files import write_atomic
-from support.grids import image_grid, pca_rgb, save_png, to_float, to_uint8
-from vae import LPIPS, load_vae, psnr, reconstruct, ssim
+from support.grids import image_grid, pca_rgb, save_png, to_float
+from vae import LPIPS, load_vae
 
 NEIGHBOURS = 10                                                        # k of CKNNA, as in REPA
 MOST = 10_000                                                          # images that `evaluate` uses
@@ -71,12 +72,13 @@ def cknna(a, b, k=NEIGHBOURS):
 
 def labelled_images(folder, classes):
     """[(image file, label)] of a data set as train.py reads it, where `classes` are the training classes by
-    label. Raises UserError for a class that is none of them."""
+    label; a single class takes all. Raises UserError for a class that is none of them."""
     images = []
     for name, files in list_classes(folder).items():
-        require(name in classes,
+        require(name in classes or len(classes) == 1,
                 f"{folder}: class {name} is none of those that the checkpoint was trained on")
-        images += [(file, classes.index(name)) for file in files]
+        label = classes.index(name) if len(classes) > 1 else 0
+        images += [(file, label) for file in files]
     return images
 
 
@@ -121,8 +123,9 @@ def evaluate_command(args):
         sampler = load_checkpoint(ckpt, device, args.vae_ckpt)
         require(sampler.sit, f"{ckpt}: trained with --vae-only, it has no SiT to evaluate")
         saved = read_checkpoint(ckpt)["args"]                                   # as they are in the file
-        train_dir = args.data_dir or saved.get("data_dir") or "(--data-dir is not given)"
+        train_dir = args.data_dir or saved.get("data_dir")
         folder = args.val_dir or saved.get("val_dir") or train_dir
+        require(train_dir and folder, f"{ckpt}: does not name its data; give --data-dir")
         classes = saved.get("classes")
         if args.data_dir or not classes:
             classes = list(list_classes(train_dir))
@@ -243,11 +246,10 @@ def noise_command(args):
         z, noise, vae = encode_images(path, files, args)
         shares.append((noise / z.var((0, 2, 3), correction=0)).mean())
         if path == args.ckpt:
-            own, key = noise, "quant_conv.bias" if vae.config["quant_conv"] else "encoder.conv_out.bias"
-    factor = (shares[1] / shares[0]).sqrt()
-    ckpt = read_checkpoint(args.ckpt)
-    bias = ckpt["vae"][key]
-    bias[len(bias) // 2:] += 2 * factor.log()                                        # of the log-variance
+            own, changed = noise, vae
+    factor, ckpt = (shares[1] / shares[0]).sqrt(), read_checkpoint(args.ckpt)
+    changed.last_convolution().bias[changed.latent_channels:] += 2 * factor.log()       # of the log-variance
+    ckpt["vae"] = changed.cpu().state_dict()
     for state in (ckpt["model"], ckpt["ema"]):
         state["bn.running_var"] = state["bn.running_var"] + (factor.square() - 1) * own
     write_atomic(args.out, lambda tmp: torch.save(ckpt, tmp))
@@ -261,27 +263,22 @@ def reconstruct_command(args):
     mean); an image of the first 24 originals beside their reconstructions."""
     check_output(args.out, [args.images, args.vae])
     vae, device = open_vae(args.vae, args)
-    originals, shown = ImageSet(args.images, args.resolution), []
-    n = originals.n
-    require(n, f"{args.images}: statistics without images")
-    metrics = dict(PSNR=psnr, SSIM=ssim)
+    originals, measures, shown = ImageSet(args.images, args.resolution), {}, []
+    size, n = args.resolution, originals.n
+    require(n and originals.shape == (size, size),
+            f"{args.images}: no images of {size}x{size} pixels in it; see --resolution")
     try:
         lpips = LPIPS(args.lpips_ckpt, args.vgg_ckpt).to(device)
-        metrics["LPIPS"] = lambda y, x: lpips(y.to(device), x.to(device))
+        measures["lpips"] = lambda x, y: len(x) * lpips(y.to(device), x.to(device))
     except UserError as e:
         print(f"no LPIPS: {e}")
-    sums = dict.fromkeys(metrics, 0.0)
-    for i, image in enumerate(tqdm(originals.batches(range(n), 1), total=n, unit="img")):     # [1, 3, R, R]
-        y = reconstruct(vae, image)[1]
-        check_finite(y, f"{args.vae}: the reconstruction of image", [i])
-        x, rounded = to_float(image), to_float(to_uint8(y))
-        for name, metric in metrics.items():
-            sums[name] += metric(rounded, x).item()
-        if len(shown) < 48:
-            shown += [image[0], to_uint8(y)[0]]
-    save_png(image_grid(torch.stack(shown), 8, max(1, 64 // args.resolution)), args.out)
-    for name, total in sums.items():
-        print(f"  {name} {total / n:.4f}" + " dB" * (name == "PSNR"))
+    made = Reconstructions(args.vae, SimpleNamespace(vae=vae), originals, **measures)
+    for i, y in enumerate(tqdm(made.batches(range(n), 1), total=n, unit="img")):              # [1, 3, R, R]
+        if i < 24:
+            shown += [originals[i], y[0]]
+    save_png(image_grid(torch.stack(shown), 8, max(1, 64 // size)), args.out)
+    for name, total in made.sums.items():
+        print(f"  {name.upper()} {total / n:.4f}" + (" dB" if name == "psnr" else ""))
     print(f"{n} images; originals beside reconstructions in {args.out}")
 
 

@@ -38,12 +38,6 @@ COLUMNS = {"to_reconstructions": ("FD to reconstructions", 1), "cknna": ("CKNNA"
            "psnr": ("rPSNR, dB", 2)}                                                # title, decimal places
 
 
-def fd_file(run):
-    """The results of evaluate.py for a run; in older runs they are called judged.json."""
-    old = run / "judged.json"
-    return old if old.exists() else run / "fd.json"
-
-
 def read_json(file):
     try:
         return json.loads(file.read_text())
@@ -56,8 +50,8 @@ def read_run(run, settings):
     reconstructions by the run's VAE, CKNNA of the aligned block, rFD and PSNR of the reconstructions.
     settings: a set that takes (evaluation network, samples)."""
     row = {}
-    if fd_file(run).is_file():
-        record = read_json(fd_file(run))
+    if (run / "fd.json").is_file():                                          # of evaluate.py
+        record = read_json(run / "fd.json")
         settings.add((record["features"], record["samples"]))
         row = {int(step): value for step, value in record["fd"].items()}
         if "rfd" in record:

@@ -10,13 +10,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
-from experiments.figures import chart_file, load_matplotlib, run_colours, save_figure
+from experiments.figures import chart_file, load_matplotlib, run_colours, run_names, save_figure
 from support.commands import Parser, require, run_command
 from support.metrics import read_rows
 
-# No losses: only if asked for. Older runs logged the last three, or counted bad steps by the two before.
-NO_LOSSES = ("skipped", "zero_gradients", "skipped_in_a_row", "zero_gradients_in_a_row", "images_per_second",
-             "eval_seconds", "mfu")
+NO_LOSSES = ("skipped", "zero_gradients", "images_per_second", "eval_seconds")       # only if asked for
 
 
 def read_metrics(run):
@@ -80,10 +78,7 @@ def main():
     parser.add_argument("--out", type=chart_file, default="curves.png", help="the chart (curves.png)")
     args = parser.parse_args()
     load_matplotlib()
-    names = [Path(run).resolve().name for run in args.runs]
-    if len(set(names)) < len(names):                                       # equal names: the paths are shown
-        names = args.runs
-    runs = {name: read_metrics(run) for name, run in zip(names, args.runs, strict=True)}
+    runs = {name: read_metrics(run) for name, run in zip(run_names(args.runs), args.runs, strict=True)}
     found = list(dict.fromkeys(name for series in runs.values() for name in series))
     for name in args.metrics or []:
         require(name in found,

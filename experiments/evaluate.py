@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
-from experiments.compare import fd_file, read_json
+from experiments.compare import read_json
 from fid import ImageSet, PooledFeatures, Reconstructions, Samples, collect, frechet_distance
 from repa import LITE2
-from sample import load_checkpoint
+from sample import choose_labels, load_checkpoint
 from support.commands import Parser, existing_path, positive_int, require, run_command
 from support.devices import Processes, choose_precision, memory_format, pick_device
 from support.files import save_npz, write_atomic
@@ -42,7 +42,7 @@ def measure_once(file, images, net, device):
 def evaluate_run(run, points, args, net, device):
     """Write the run's FDs at the steps `points`. Raises UserError for a missing checkpoint, or if there are
     results with other settings."""
-    file = fd_file(run)
+    file = run / "fd.json"
     settings = dict(features=args.features, samples=args.samples, sampler_steps=args.num_steps)
     record = read_json(file) if file.is_file() else settings | dict(fd={})
     require(record | settings == record,
@@ -57,7 +57,8 @@ def evaluate_run(run, points, args, net, device):
         model = load_checkpoint(path, device)
         images = ImageSet(model.args["data_dir"], model.args["resolution"])
         real = measure_once(run.parent / f"images-{args.features}.npz", images, net, device)
-        sampled = measure(Samples(path, model, args.samples, sampler), net, device)
+        labels = choose_labels(args.samples, range(model.sit.num_classes))
+        sampled = measure(Samples(path, model, labels, sampler), net, device)
         record["fd"][str(step)] = frechet_distance(real, sampled)
         if step == last:
             source = Reconstructions(path, model, images)

@@ -12,6 +12,12 @@ REGIMES = dict(sit=0, repa=1, naive=2, noalign=3, repae=4, second=5, control=6, 
                nonorm=0, base=1, mine=5)                        # colours in all charts; repa's VAE is base's
 
 
+def run_names(runs):
+    """A name for each run's folder: the folder's own; the whole paths if two have the same."""
+    names = [Path(run).resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else runs
+
+
 def run_colours(names):
     """{name: colour} of a chart's runs ('repae', 'exps/compare/repae-1', 'repae 0000300'): a regime has the
     same colour in all charts, the others have those that are left."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))                                 # the six modules are there
-from experiments.figures import chart_file, draw_strip, load_matplotlib, save_figure
+from experiments.figures import chart_file, draw_strip, load_matplotlib, run_names, save_figure
 from support.commands import Parser, require, run_command
 
 
@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--out", type=chart_file, default="samples.png", help="the image (samples.png)")
     args = parser.parse_args()
     new_figure = load_matplotlib()
-    strips = {Path(run).resolve().name: top_of_last_grid(run) for run in args.runs}
+    strips = {name: top_of_last_grid(run) for name, run in zip(run_names(args.runs), args.runs, strict=True)}
     height = sum(8.2 * strip.height / strip.width for strip in strips.values())                    # inches
     figure = new_figure(figsize=(10, 1.1 * height), layout="constrained")
     axes = figure.subplots(len(strips), 1, squeeze=False).flatten()

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -27,13 +26,10 @@ def checkpoints(run):
 
 
 def newest_checkpoint(root="exps"):
-    """The last checkpoint of the newest run under `root`, the same on all processes. Raises UserError."""
+    """The last checkpoint of the newest run under `root`. Raises UserError."""
     found = [path for run in Path(root).glob("*") for path in checkpoints(run)[-1:]]
     require(found, f"no checkpoint under {root}/; run python train.py first, or give --ckpt FILE")
-    newest = [max(found, key=lambda path: path.stat().st_mtime)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(newest)
-    return newest[0]
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def newest_complete(run):
@@ -135,10 +131,8 @@ def read_checkpoint(file):
 
 def check_settings(path, old, new, immutable, classes, log):
     """Whether a run with the settings `old`, those of the checkpoint `path`, can resume with `new`. Raises
-    UserError if one of `immutable` or a class name (in any Unicode form) has changed; other changes are
-    logged by log(line)."""
-    trained = [unicodedata.normalize("NFC", name) for name in old.get("classes", classes)]
-    for label, (before, now) in enumerate(itertools.zip_longest(trained, classes)):
+    UserError if one of `immutable` or a class name has changed; other changes are logged by log(line)."""
+    for label, (before, now) in enumerate(itertools.zip_longest(old.get("classes", classes), classes)):
         require(before == now, f"{path} was trained with {before} as class {label}; in {new['data_dir']} "
                 f"that is {now}")
     for name, now in new.items():

@@ -153,30 +153,12 @@ class Processes:
             tqdm.write(line)
 
     def any(self, condition):
-        """Whether the condition is true on any process, as `agree`."""
-        return self.agree(condition, 0)[0]
-
-    def agree(self, condition, number):
-        """(Whether the condition is true on any process, the smallest number of all), the same answer on all;
-        waits for slow processes. Raises UserError, which names the ended ones, as soon as one has ended."""
+        """Whether the condition is true on any process; waits for slow ones."""
         if self.world == 1:
-            return bool(condition), number
-        answer = torch.tensor([bool(condition), -number], dtype=torch.float64)
-        try:
-            dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.host)
-        except RuntimeError as e:
-            ended = [str(rank) for rank in range(self.world) if rank != self.rank and self.ended(rank)]
-            reason = f"rank {', '.join(ended)} ended, see its output" if ended else one_line(e)
-            raise UserError(f"lost other processes of this run: {reason}") from None
-        return bool(answer[0]), -answer[1].item()
-
-    def ended(self, rank):
-        """Whether the connection to a process is closed."""
-        try:
-            dist.isend(torch.zeros(1), rank, group=self.host)
-        except RuntimeError:
-            return True
-        return False
+            return bool(condition)
+        answer = torch.tensor(float(bool(condition)))
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.host)
+        return bool(answer)
 
     def wait(self):
         """Wait for all other processes, hours if necessary."""

@@ -26,6 +26,7 @@ BAD_COMMANDS = [
     ("train", "--disc-weight 0.1 --resolution 20", "the discriminator needs 24 pixels"),
     ("train", "--vae f16d32 --vae-ckpt good.pt --data-dir few", "good.pt is an f4d8; leave --vae out"),
     ("train", "--cfg-prob 0", "needs label dropout"),
+    ("train", "--cfg-scale 0.5", "1 (no guidance) or more"),
     ("train", "--data-dir nowhere", "must be a folder that exists"),
     ("train", "--data-dir empty", "no images in it"),
     ("train", "--data-dir few --num-classes 12", "few has 1"),

@@ -32,6 +32,7 @@ def test_fds_of_a_run_equal_those_of_fid_py(image_dir, call, command, tmp_path):
 
     sampled = ["--ckpt", ckpt, "--num-samples", 20, "--num-steps", 2, "--mixed-precision", "auto"]
     assert record["fd"]["4"] == fid(image_dir, *sampled, "--metrics", "fid")
+    assert record["psnr"] == fid(image_dir, "--ckpt", ckpt, "--reconstruct", name="psnr")
     assert record["rfd"] == fid(image_dir, "--ckpt", ckpt, "--reconstruct", name="rfd_resnet18")
     command("sample", *sampled, "--out", "samples.npz", "--device", "cpu")
     model = load_checkpoint(ckpt)
@@ -42,8 +43,7 @@ def test_fds_of_a_run_equal_those_of_fid_py(image_dir, call, command, tmp_path):
     assert record["fd_to_reconstructions"] == fid(tmp_path / "made.npz", tmp_path / "samples.npz",
                                                   "--metrics", "fid")
 
-    (a / "fd.json").unlink()
-    (a / "judged.json").write_text(json.dumps(record | dict(fd={"4": 7.0})))    # the old name; not done again
+    (a / "fd.json").write_text(json.dumps(record | dict(fd={"4": 7.0})))               # not done again
     assert call(evaluate.main, *flags, 4).endswith(f"{a}: 4: 7.0\n")
     with pytest.raises(UserError, match="other settings"):
         call(evaluate.main, *flags, 4, "--samples", 21)

@@ -1,4 +1,6 @@
 """Evaluation while training: the values of fid.py, at the steps asked for, for any number of processes."""
+import math
+
 import pytest
 import torch
 
@@ -38,20 +40,19 @@ def test_distance_is_that_of_fid_py(evaluated, image_dir, command):
 
 
 def test_denoising_loss_is_the_mean_squared_error_of_the_velocity(tiny, evaluated, image_dir):
-    m, cfg, _ = tiny("--val-dir", str(image_dir))
+    m, cfg, _ = tiny("--val-dir", str(image_dir), "--path-type", "cosine")
     images, labels = ImageFolder(image_dir, 32).some(5)
     g = torch.Generator().manual_seed(0)
     noise, eps = torch.randn(2, 5, 8, 8, 8, generator=g)
-    t, losses = torch.rand(5, generator=g), []
+    t = torch.rand(5, generator=g)
+    a, s = (f(math.pi / 2 * t).view(5, 1, 1, 1) for f in (torch.cos, torch.sin))
     with torch.no_grad():
-        for x, y, n, e, t_i in zip(images, labels, noise, eps, t, strict=True):
-            mean, logvar = m.vae.encode(x[None] / 127.5 - 1).moments.chunk(2, 1)
-            z = (mean + (logvar / 2).exp() * n - m.ema.bn.running_mean.view(1, -1, 1, 1)) / (
-                m.ema.bn.running_var.view(1, -1, 1, 1) + 1e-4).sqrt()
-            v = m.ema((1 - t_i) * z + t_i * e, t_i[None], y[None])[0]
-            losses.append((v - (e - z)).square().mean().item())
+        mean, logvar = m.vae.encode(images / 127.5 - 1).moments.chunk(2, 1)
+        z = (mean + (logvar / 2).exp() * noise - m.ema.bn.running_mean.view(1, -1, 1, 1)) / (
+            m.ema.bn.running_var.view(1, -1, 1, 1) + 1e-4).sqrt()
+        error = m.ema(a * z + s * eps, t, labels)[0] - math.pi / 2 * (a * eps - s * z)
     found = fid.denoising_loss(Sampler(m.ema, m.vae, vars(cfg), 0, CPU), images, labels)
-    assert found == pytest.approx(sum(losses) / 5, rel=1e-4)
+    assert found == pytest.approx(error.square().mean().item(), rel=1e-4)
     assert 0 < metrics_of(evaluated / "exps/a")[-1]["train_denoising_loss"] < 10
 
 
@@ -90,6 +91,7 @@ def test_what_cannot_be_evaluated(image_dir, tmp_path, command):
     flags = ["--data-dir", image_dir, *FLAGS]
     one_line(command("train", *flags, "--vae-only", code=2), "--eval-steps: --vae-only trains no SiT")
     (tmp_path / "other").mkdir()
+    one_line(command("train", *flags, "--eval-ref", tmp_path / "other", code=2), "no images in it")
     (tmp_path / "other/three").symlink_to(image_dir / "one")
     (tmp_path / "other/two words").symlink_to(image_dir / "two words")
     one_line(command("train", *flags, "--val-dir", tmp_path / "other", code=2),

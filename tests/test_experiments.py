@@ -73,7 +73,8 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(images, tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("exps") / "repa/checkpoints/0000004.pt", enc_type=LITE0,
-                           encoder_depth=2, val_dir=str(images), classes=["extra", "two words", "one"])
+                           encoder_depth=2, val_dir=str(images), classes=["extra", "two words", "one"],
+                           path_type="cosine")
 
 
 def copy_with_args(checkpoint, file, **args):
@@ -101,11 +102,13 @@ def test_evaluate_measures_cknna_and_denoising_loss(checkpoint, images, call):
     z = (z - net.bn.running_mean.view(8, 1, 1)) / (net.bn.running_var.view(8, 1, 1) + 1e-4).sqrt()
     assert list(record["denoising_loss"]) == [f"0.{k}" for k in range(1, 10)]
     for t, value in record["denoising_loss"].items():
-        v = net((1 - float(t)) * z + float(t) * eps, torch.full((24,), float(t)), y)[0]
-        assert value == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-4)
+        cos, sin = math.cos(math.pi / 2 * float(t)), math.sin(math.pi / 2 * float(t))
+        v = net(cos * z + sin * eps, torch.full((24,), float(t)), y)[0]
+        error = v - math.pi / 2 * (cos * eps - sin * z)
+        assert value == pytest.approx(error.square().mean().item(), rel=1e-4)
 
     features = analyze.PatchFeatures(LITE0, 4)(x).mean(1)
-    h = net.x_embedder(0.5 * z + 0.5 * eps) + net.pos_embed
+    h = net.x_embedder(math.sqrt(0.5) * (z + eps)) + net.pos_embed
     c = net.t_embedder(torch.full((24,), 0.5)) + net.y_embedder(y)
     for block, value in zip(net.blocks, record["cknna"], strict=True):
         h = block(h, c)
@@ -115,11 +118,12 @@ def test_evaluate_measures_cknna_and_denoising_loss(checkpoint, images, call):
 def test_evaluate_matches_classes_by_name(checkpoint, images, tmp_path, call):
     assert [label for _,
             label in analyze.labelled_images(images, ["two words", "x", "one"])] == [2] * 12 + [0] * 12
+    assert [label for _, label in analyze.labelled_images(images, ["cats"])] == [0] * 24          # a single class
     older = copy_with_args(checkpoint, tmp_path / "a.pt", classes=None, data_dir=str(images))
     call(analyze.main, "evaluate", older)                                  # lists the training folder
     assert (tmp_path / "evaluation-a.json").is_file()
     for args, words in ((dict(classes=["one", "three"]), "class two words is none of those"),
-                        (dict(classes=None, data_dir=None, val_dir=None), "--data-dir is not given"),
+                        (dict(classes=None, data_dir=None, val_dir=None), "does not name its data; give --data-dir"),
                         (dict(vae_only=True), "no SiT to evaluate")):
         with pytest.raises(UserError, match=words):
             call(analyze.main, "evaluate", copy_with_args(checkpoint, tmp_path / "b.pt", **args))
@@ -184,6 +188,9 @@ def test_reconstruct_prints_psnr_and_draws_pairs(checkpoint, images, tmp_path, c
     pairs = np.asarray(Image.open(tmp_path / "r.png"))[::2, ::2]             # 4 pairs per row, doubled; gap 2
     assert np.array_equal(pairs[34:66, :32], x[4].permute(1, 2, 0))
     assert np.allclose(pairs[34:66, 34:66], y[4].permute(1, 2, 0), atol=1)
+    np.savez(tmp_path / "36.npz", arr_0=np.zeros((2, 36, 36, 3), np.uint8))
+    with pytest.raises(UserError, match="no images of 32x32 pixels"):
+        call(analyze.main, "reconstruct", checkpoint, tmp_path / "36.npz", "--resolution", 32)
 
 
 # --- charts -------------------------------------------------------------------------------------------------
@@ -192,6 +199,11 @@ def write_metrics(run, *rows):
     run.mkdir(exist_ok=True)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
+
+
+def test_runs_of_equal_names_are_told_apart():
+    assert figures.run_names(["exps/a/", "b"]) == ["a", "b"]
+    assert figures.run_names(["tour/a", "longer/a"]) == ["tour/a", "longer/a"]
 
 
 @needs("matplotlib")
@@ -213,11 +225,11 @@ def test_curves_and_table_of_runs(tmp_path, call):
 
 def write_run(run, distances, last, cknna, psnr):
     """Results as evaluate.py and analyze.py write them: `distances` at steps 100, 200, ..., `last` to
-    reconstructions; REPA-E's under the old name of the file."""
+    reconstructions."""
     run.mkdir(parents=True)
     fd = {str(100 * k): value for k, value in enumerate(distances, 1)}
     record = dict(features="net", samples=2000, fd=fd, fd_to_reconstructions=last, rfd=50.04, psnr=psnr)
-    (run / ("judged.json" if run.name == "repae-1" else "fd.json")).write_text(json.dumps(record))
+    (run / "fd.json").write_text(json.dumps(record))
     (run / f"evaluation-{100 * len(distances):07d}.json").write_text(json.dumps(dict(cknna=[0.5, cknna,
                                                                                             0.6])))
     (run / "args.json").write_text(json.dumps(dict(encoder_depth=2)))
@@ -245,9 +257,9 @@ def test_comparison_table(tmp_path, call):
     assert Image.open(tmp_path / "comparison.png").width > 600
     assert compare.steps_to_reach(199, [100, 200], [400, 200]) is None
 
-    file = tmp_path / "repae-1/judged.json"
+    file = tmp_path / "repae-1/fd.json"
     fewer = file.read_text().replace("2000", "1000")
-    for text, words in ((fewer, "numbers of samples"), ("{", "judged.json: damaged")):
+    for text, words in ((fewer, "numbers of samples"), ("{", "fd.json: damaged")):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             compare.read_runs(tmp_path, [1, 2])

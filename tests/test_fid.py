@@ -16,13 +16,11 @@ from scipy.linalg import sqrtm
 
 import fid
 import repa
-import sample
-import vae
 from conftest import CPU, close, nchw, needs, one_line, smooth_images
-from data.images import list_images, read_image
+from data.images import read_image
+from sample import choose_labels
 from support.commands import UserError
 from support.devices import Processes
-from support.grids import to_float, to_uint8
 
 FLAGS = ("--device", "cpu", "--num-workers", "0")
 
@@ -150,6 +148,8 @@ def test_samples_are_those_of_sample_py_bit_for_bit(short_run, tmp_path, command
     _, samples, _ = fid.open_sources(fid.parse_args(flags), CPU, Processes())
     assert torch.equal(torch.cat([*samples.batches(range(10), 7)]),
                        nchw(np.load(tmp_path / "x.npz")["arr_0"]))
+    by_default = fid.open_sources(fid.parse_args([*flags[:2], "--device", "cpu"]), CPU, Processes())[1]
+    assert by_default.n == 24                                                     # as the training images
     seen = {}
     hook = nn.modules.module.register_module_forward_hook(
         lambda module, *_: seen.setdefault(type(module).__name__, set()).add(switches()))
@@ -273,26 +273,6 @@ def test_command_line_on_folders_npz_and_statistics(tmp_path, command, inception
     one_line(printed, f"of {inception.id} (2048 features)", "(96 features)")
 
 
-def test_reconstructions_of_a_run(image_dir, short_run, command):
-    """Against its own data."""
-    ckpt = short_run / "exps/a/checkpoints/0000004.pt"
-    printed = command("fid", "--reconstruct", "--ckpt", ckpt, "--features", repa.LITE2, *FLAGS, "--json",
-                      "out.json",
-                      cwd=short_run)
-    found, model = json.loads((short_run / "out.json").read_text()), sample.load_checkpoint(ckpt)
-    images = torch.stack([read_image(path, 32) for path in list_images(image_dir)])
-    y = to_uint8(vae.reconstruct(model.vae, images)[1])
-    net = fid.PooledFeatures(repa.LITE2)
-    with torch.no_grad():
-        features = [net(x)["pool"].double() for x in (images, y)]
-    distance = fid.frechet_distance(*[(f.mean(0), torch.cov(f.T)) for f in features])
-    assert " rfd_efficientnet-lite2 " in printed and (found["n_reference"], found["n_samples"]) == (24, 24)
-    assert found["rfd_efficientnet-lite2"] == pytest.approx(distance, rel=1e-3)
-    x, y = to_float(images), to_float(y)
-    assert found["psnr"] == pytest.approx(vae.psnr(x, y).mean().item(), abs=0.01)
-    assert found["ssim"] == pytest.approx(vae.ssim(x, y).mean().item(), abs=1e-4)
-
-
 def test_long_names_are_printed_apart_from_their_values(tmp_path, command):
     np.savez(tmp_path / "a.npz", arr_0=noise(5))
     np.savez(tmp_path / "b.npz", arr_0=noise(5, seed=1))
@@ -338,11 +318,11 @@ def test_reconstructions_that_are_not_finite_are_refused(short_run, command):
 
 def test_few_samples_are_spread_over_the_classes(monkeypatch):
     """In any batches and processes, as by sample.py."""
-    model, classes = SimpleNamespace(args=dict(resolution=8), sit=SimpleNamespace(num_classes=10)), {}
+    model, classes = SimpleNamespace(args=dict(resolution=8)), {}
     monkeypatch.setattr(fid, "sample_images", lambda model, indices, labels,
                         **kw: classes.update(zip(indices, labels, strict=True)))
     for shard in (range(2, 4), range(2)):
-        list(fid.Samples(Path("x.pt"), model, 4, {}).batches(shard, 1))
+        list(fid.Samples(Path("x.pt"), model, choose_labels(4, range(10)), {}).batches(shard, 1))
     assert classes == {0: 0, 1: 2, 2: 5, 3: 7}
 
 
@@ -391,7 +371,7 @@ def test_statistics_of_unknown_origin(tmp_path):
     assert torch.equal(found[0], torch.ones(2048).double())
     with pytest.raises(UserError, match=r"of unknown \(2048 features\).*of resnet50 a \(2048"):
         check(other, **adm)
-    assert fid.given(check(other, arr_0=noise(4), **adm)[0], other, "pool") is None
+    assert fid.stored_statistics(check(other, arr_0=noise(4), **adm)[0], other, "pool") is None
 
 
 def test_saved_statistics_name_their_network(tmp_path, command, small):
@@ -399,6 +379,7 @@ def test_saved_statistics_name_their_network(tmp_path, command, small):
     command("fid", "ref", "--save-stats", "stats.npz", *small)
     stats = dict(np.load(tmp_path / "stats.npz"))
     np.savez(tmp_path / "samples.npz", arr_0=noise(6, 24))
+    assert "one is part of the other" in command("fid", "ref", "ref", "--metrics", "fid", *small)
     printed = command("fid", "stats.npz", "samples.npz", "--metrics", "fid", *small)
     assert "unknown origin" not in printed and "stats.npz: 6 images are too few" in printed
     assert "differ in size (height, width): [(16, 16), (24, 24)]" in printed

@@ -1,7 +1,6 @@
 """fid.py over several networks: one pass, statistics in one file, MIND, the ratio to held-out images,
 LPIPS."""
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 import fid
 import repa
 import vae
-from conftest import CPU, ROOT, one_line, run, slow, smooth_images, torchrun
+from conftest import one_line, smooth_images
 from data.images import list_images, read_image
 from sample import load_checkpoint
 from support.files import load_tensors
@@ -86,20 +85,6 @@ def test_statistics_of_several_networks_in_one_file(images, numbers, command, we
     one_line(out, "stats.npz: 0 image(s), statistics of test_", f"or statistics of {repa.LITE2} ")
 
 
-def test_statistics_of_an_older_version_are_read(images, numbers, command, weights):
-    """mu, sigma, features and the hash, of one network."""
-    network = ["--features", "test_resnet", "--features-weights", weights[0]]
-    expected = numbers("train.npz", "samples.npz", "--metrics", "fid", *network)
-    (net,) = fid.load_networks("test_resnet", CPU, weights=weights[0])
-    mu, sigma = fid.collect(fid.ImageSet(images / "train.npz"), [(net, "pool")], CPU, 64)[net.id, "pool"]
-    for file, sha256 in (("older.npz", net.sha256), ("other.npz", "0" * 64)):
-        np.savez(images / file, mu=mu, sigma=sigma, features="test_resnet", sha256=sha256, n=12,
-                 shape=(32, 32))
-    assert numbers("older.npz", "samples.npz", *network)["fd_test_resnet"] == expected["fd_test_resnet"]
-    one_line(command("fid", "other.npz", "samples.npz", *network, *FLAGS, code=2),
-             "test_resnet 00000000 (96 features)")
-
-
 def test_ratio_to_held_out_images(images, numbers, command, weights):
     """FDr: FD(samples, train) / FD(val, train) of each network, and their mean; of val itself 1."""
     networks = ["--features", "test_resnet,test_vit", "--features-weights", ",".join(weights), "--metrics",
@@ -123,19 +108,6 @@ def gaussians(n, d=64, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def test_mind_of_identical_sets_is_zero_and_mind_is_symmetric():
-    x, y = gaussians(500), gaussians(500, seed=1) + 0.5
-    assert fid.mind(x, x) == 0 and fid.mind(x, x.flip(0)) == 0
-    assert fid.mind(x, y) == fid.mind(y, x) > 0
-
-
-@pytest.mark.parametrize("mean", [1, 3])
-def test_mind_of_two_gaussians(mean):
-    """3 d mean^2: the squared distance of the means along a random direction is d mean^2 / d on average."""
-    x, y = gaussians(2000), gaussians(2000, seed=1) + mean
-    assert fid.mind(x, y, directions=500) == pytest.approx(3 * 64 * mean ** 2, rel=0.1)
-
-
 def test_mind_by_its_formula():
     """With the generator's order of torch-fidelity: a subset of the larger set, then the directions."""
     x, y = gaussians(40, 5).double(), (gaussians(60, 5, seed=1) * 2).double()
@@ -149,54 +121,9 @@ def test_mind_by_its_formula():
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
-def test_evaluation_in_a_program(short_run, image_dir, processes, tmp_path):
-    """As training calls it: the network and the reference are kept, several samplers are compared with it;
-    what fid.py prints, for any number of processes."""
-    program = tmp_path / "program.py"
-    program.write_text(f"""
-import json
-import sys
-from pathlib import Path
-import fid
-from sample import load_checkpoint
-from support.devices import pick_device, start_processes
-device = pick_device("cpu")
-processes = start_processes(device)
-settings = dict(device=device, batch_size=4, processes=processes)
-nets = fid.load_networks({repa.LITE2!r}, device)
-for start in range(2):
-    ref = fid.ImageSet({str(image_dir)!r}, 32) if start == 0 else fid.ImageSet("stats.npz")
-    fid.check_source(ref, nets)
-    reference = fid.collect(ref, [(net, "pool") for net in nets], **settings)
-    if processes.rank == 0:
-        fid.save_stats("stats.npz", ref, reference)
-    processes.wait()
-    for step in (2, 4):
-        sampler = load_checkpoint(f"exps/a/checkpoints/000000{{step}}.pt")
-        samples = fid.Samples(Path("samples"), sampler, 14, dict(num_steps=2))
-        values = fid.evaluate(reference, samples, [(net, "fid") for net in nets], **settings)
-        if processes.rank == 0:
-            Path(f"values-{{start}}-{{step}}.json").write_text(json.dumps(values))
-        else:
-            assert values == {{}}
-""")
-    launch = torchrun(processes) if processes > 1 else [sys.executable]
-    run(*launch, program, cwd=short_run)
-    run(sys.executable, ROOT / "fid.py", image_dir, "--ckpt", "exps/a/checkpoints/0000004.pt",
-        "--num-samples", "14",
-        "--num-steps", "2", "--features", repa.LITE2, "--metrics", "fid", "--json", "out.json", *FLAGS,
-        cwd=short_run)
-    key = f"fd_{repa.LITE2}"
-    printed = json.loads((short_run / "out.json").read_text())
-    for start in range(2):
-        values = json.loads((short_run / f"values-{start}-4.json").read_text())
-        assert set(values) == {key} and values[key] == pytest.approx(printed[key], rel=1e-4)
-    assert json.loads((short_run / "values-0-2.json").read_text())[key] > 0
-
-
-def test_lpips_of_reconstructions(short_run, image_dir, numbers, command):
-    """With the weights that the run was trained with; without them a line says so."""
+def test_reconstructions_are_evaluated(short_run, image_dir, numbers, command):
+    """Of a run against its own data; LPIPS with the weights that the run was trained with, without them a line
+    says so."""
     torch.manual_seed(0)
     lpips = vae.LPIPS(random=True)
     torch.save({f"features.{name}": tensor for name, tensor in lpips.vgg.state_dict().items()},
@@ -206,14 +133,19 @@ def test_lpips_of_reconstructions(short_run, image_dir, numbers, command):
     saved = load_tensors(short_run / "exps/a/checkpoints/0000004.pt")
     files = dict(perceptual="lpips", lpips_ckpt=str(short_run / "heads.pth"),
                  vgg_ckpt=str(short_run / "vgg.pth"))
-    flags = [image_dir, "--ckpt", "lpips.pt", "--reconstruct", "--features", repa.LITE2, "--batch-size", "5"]
+    flags = ["--ckpt", "lpips.pt", "--reconstruct", "--features", repa.LITE2, "--batch-size", "5"]
     torch.save(dict(saved, args=saved["args"] | files), short_run / "lpips.pt")
     found = numbers(*flags, cwd=short_run)
     images = torch.stack([read_image(file, 32) for file in list_images(image_dir)])
-    x = to_float(images)
-    y = to_float(to_uint8(vae.reconstruct(load_checkpoint(short_run / "lpips.pt").vae, images)[1]))
-    expected = np.mean([lpips(a[None], b[None]).item() for a, b in zip(x, y, strict=True)])
-    assert found["lpips"] == pytest.approx(expected, rel=1e-3) and found["lpips"] > 0
+    made = to_uint8(vae.reconstruct(load_checkpoint(short_run / "lpips.pt").vae, images)[1])
+    net, x, y = fid.PooledFeatures(repa.LITE2), to_float(images), to_float(made)
+    with torch.no_grad():
+        features = [net(pixels)["pool"].double() for pixels in (images, made)]
+    expected = {f"rfd_{repa.LITE2}": fid.frechet_distance(*[(f.mean(0), torch.cov(f.T)) for f in features]),
+                "psnr": vae.psnr(x, y).mean().item(), "ssim": vae.ssim(x, y).mean().item(),
+                "lpips": np.mean([lpips(a[None], b[None]).item() for a, b in zip(x, y, strict=True)]),
+                "n_reference": 24, "n_samples": 24}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
     (short_run / "vgg.pth").unlink()
     out = command("fid", *flags, *FLAGS, cwd=short_run)
     assert "no " in out and "vgg.pth" in out and "psnr" in out and "\n  lpips" not in out

@@ -160,7 +160,7 @@ def test_variants(measured, monkeypatch):
 def test_sampling_is_timed_after_a_warm_up(measured, monkeypatch):
     calls = []
 
-    def known_samples(model, indices, **settings):
+    def known_samples(model, indices, labels, **settings):
         calls.append((len(indices), settings["cfg_scale"], settings["num_steps"]))
         time.sleep(0.1 if len(calls) % 2 == 0 else 0.6)
 

@@ -15,13 +15,12 @@ import pytest
 import torch
 
 import repa
-import train
 import vae
 from conftest import ROOT, SHORT, flatten, losses, metrics_of, one_line, run, run_here, slow, torchrun
 from data import images
 from support import devices
 from support.checkpoints import checkpoints
-from support.commands import UserError, run_command
+from support.commands import run_command
 from support.files import load_tensors
 
 TRAIN = ["--data-dir", "data", *SHORT, "--max-train-steps", "6", "--checkpointing-steps", "3",
@@ -115,19 +114,6 @@ def test_two_machines_have_the_losses_of_one_process(trained):
     for name in ("grad_norm", "vae_grad_norm"):                      # of the mean gradient, not of each one's
         assert [row[name] for row in two[:2]] == pytest.approx([row[name] for row in one[:2]], rel=1e-3)
     assert [p.name for p in (trained / "node1").iterdir()] == ["data"]           # the first machine writes
-
-
-def wrapped(folder, rank):
-    torch.distributed.init_process_group("gloo")
-    m = train.build(train.parse_config([]), torch.device("cpu"))
-    train.wrap(m, train.parse_config([]), 2)
-    sizes = m.ddp_sit._get_ddp_logging_data()["bucket_cap_bytes"]
-    (folder / f"{rank}.txt").write_text(f"{sizes}")
-
-
-def test_gradients_are_sent_in_buckets_of_100_mb(tmp_path):
-    assert exit_codes(start(wrapped, 2, tmp_path)) == [0, 0]
-    assert (tmp_path / "0.txt").read_text() == str(100 * 2 ** 20)
 
 
 def test_gradients_of_the_discriminator_are_averaged_over_processes(trained):
@@ -225,6 +211,20 @@ def test_nan_on_one_process_skips_the_step_on_both(trained):
     assert not torch.equal(second["vae"]["quant_conv.weight"], third["vae"]["quant_conv.weight"])
 
 
+def test_machines_with_different_images_are_refused(trained):
+    for k in range(2):
+        shutil.copytree(trained / f"node{k}/data/one", trained / f"node{k}/few")
+    (trained / "node1/few/000.png").unlink()
+    for printed in two_machines(trained, "fid", "few", "data", "--features", repa.LITE2, "--device", "cpu",
+                                "--num-workers", 0, code=2):
+        one_line(printed, "the machines hold different images or weights")
+
+
+def test_checkpoints_on_one_machine_end_a_new_run_on_both(trained):
+    for printed in two_machines(trained, "train", "--exp-name", "a", *TRAIN, code=2):
+        one_line(printed, "exps/a holds checkpoints: --resume resumes")
+
+
 # --- Processes that are late, or dead -----------------------------------------------------------------------
 
 def late_or_dead(folder, ready, rank):
@@ -240,9 +240,7 @@ def late_or_dead(folder, ready, rank):
         assert processes.any(rank == 0)
         if rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        with pytest.raises(UserError, match="^lost other processes of this run: rank [01, ]*2 ended"):
-            processes.any(False)
-        torch.distributed.all_reduce(torch.zeros(1))                    # as when a process ends within a step
+        processes.any(False)
     run_command(main)
 
 

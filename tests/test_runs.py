@@ -28,7 +28,7 @@ from conftest import (
     torchrun,
 )
 from data.images import list_images, read_image
-from support.checkpoints import checkpoints, resume
+from support.checkpoints import checkpoints, newest_checkpoint, resume
 from support.commands import UserError
 from support.files import load_tensors
 from support.grids import to_float
@@ -141,6 +141,15 @@ def test_resume_is_exact(image_dir, short_run, command):
     assert type(newest(a)["args"]) is dict and newest(a)["steps"] == 4
 
 
+def test_newest_checkpoint_is_the_last_of_the_newest_run(tmp_path):
+    for file, age in (("a/checkpoints/0000009.pt", 9), ("a/checkpoints/0000010.pt", 8),
+                       ("b/checkpoints/0000099.pt", 7)):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+        os.utime(tmp_path / file, (age, age))
+    assert newest_checkpoint(tmp_path) == tmp_path / "a/checkpoints/0000010.pt"
+
+
 def start(*flags, cwd, processes=1):
     """A short training run in the background, its output in cwd/log."""
     command = [*([sys.executable] if processes == 1 else torchrun(processes)), ROOT / "train.py", *flags]
@@ -155,6 +164,7 @@ def test_signal_saves_a_checkpoint_to_resume_from(image_dir, tmp_path, processes
     flags, exp = ["--data-dir", image_dir, *SHORT, "--vae-only", "--max-train-steps"], tmp_path / "exps/tiny"
     process = start(*flags, 2000, "--num-workers", 1, cwd=tmp_path, processes=processes)
     wait_for_step(exp, 3, lambda: process.poll() is None)
+    one_line(command("train", *flags, 2000, "--resume", code=2), "another run is writing to it")
     for _ in range(processes):                                     # as a shell does, and torchrun
         os.killpg(process.pid, getattr(signal, name))
         time.sleep(0.05)

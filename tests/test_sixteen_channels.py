@@ -13,7 +13,7 @@ from support.commands import UserError
 from support.files import load_tensors
 
 SMALL = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(), latent_channels=16, quant_conv=False,
-             post_quant_conv=False)
+             post_quant_conv=False, groups=16)
 
 
 @pytest.fixture
@@ -80,6 +80,7 @@ def test_a_discriminator_for_a_vae_without_one(folder, image_dir, tmp_path, comm
     file = tmp_path / "exps/disc/checkpoints/0000004.pt"
     trained, before = load_tensors(file), vae.load_vae(folder)[0].state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained["vae"].items())
+    assert vae.load_vae(file)[0].config == vae.load_vae(folder)[0].config
     start = train.build(train.parse_config([str(flag) for flag in [*flags, "--vae-only"]]), CPU).disc
     assert not any(torch.equal(tensor, trained["discriminator"][name]) for name,
                    tensor in start.named_parameters())
