@@ -84,7 +84,7 @@ class Config:
     val_dir: str = option("", "held-out images for val_psnr and --eval-steps' loss; default: training "
                           "images, and the log has train_psnr", images.image_folder)
     resolution: int = option(256, "pixels", commands.positive_int)
-    num_classes: int = option(0, "0: as many as the data has; label N stands for none", commands.count)
+    num_classes: int = option(0, "checked against the data (0: not); label N stands for none", commands.count)
     batch_size: int = option(256, "global, over all processes", commands.positive_int)
     # the models
     model: str = option("SiT-XL/2", "SiT-SIZE/PATCH, SIZE of T S B L XL")
