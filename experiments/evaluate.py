@@ -82,7 +82,8 @@ def print_floor(folder, samples, net, device, repeats=5):
     print(f"{len(held_out)} held-out images to the {len(train):,} training images: "
           f"{fd_of_features(held_out, train):.1f}")
     rng = np.random.default_rng(0)
-    for n in (len(held_out), min(samples, len(train) // 2)):
+    for n in (len(held_out), samples):
+        n = min(n, len(train) // 2)
         orders = [torch.from_numpy(rng.permutation(len(train))) for _ in range(repeats)]
         values = [fd_of_features(train[order[:n]], train[order[n:]]) for order in orders]
         print(f"{n:,} training images to the other {len(train) - n:,}: {np.mean(values):.1f} "

@@ -3,12 +3,12 @@ import json
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 
 from conftest import save_checkpoint, slow
 from data.images import list_images, read_image
 from experiments import evaluate
+from fid import frechet_distance
 from repa import create_encoder
 from sample import load_checkpoint
 from support.commands import UserError
@@ -43,6 +43,13 @@ def test_fds_of_a_run_equal_those_of_fid_py(image_dir, call, command, tmp_path):
     assert record["fd_to_reconstructions"] == fid(tmp_path / "made.npz", tmp_path / "samples.npz",
                                                   "--metrics", "fid")
 
+    (tmp_path / "data").mkdir()
+    for part, name in (("train", "one"), ("val", "two words")):
+        (tmp_path / "data" / part).symlink_to(image_dir / name)
+    floor = fid(tmp_path / "data/train", tmp_path / "data/val", "--metrics", "fid").expected
+    assert f"12 held-out images to the 12 training images: {floor:.1f}\n" in call(
+        evaluate.main, "--floor", tmp_path / "data", "--samples", 4, *network)
+
     (a / "fd.json").write_text(json.dumps(record | dict(fd={"4": 7.0})))               # not done again
     assert call(evaluate.main, *flags, 4).endswith(f"{a}: 4: 7.0\n")
     with pytest.raises(UserError, match="other settings"):
@@ -51,7 +58,6 @@ def test_fds_of_a_run_equal_those_of_fid_py(image_dir, call, command, tmp_path):
 
 def test_fd_of_features_equals_its_formula():
     a, b = np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).random((30, 3)) ** 2
-    ca, cb = np.cov(a.T), np.cov(b.T)
-    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca + cb - 2
-                                                                 * scipy.linalg.sqrtm(ca @ cb).real)
-    assert evaluate.fd_of_features(*map(torch.tensor, (a, b))) == pytest.approx(expected, rel=1e-6)
+    pair = [(torch.tensor(f.mean(0)), torch.tensor(np.cov(f.T))) for f in (a, b)]
+    found = evaluate.fd_of_features(*map(torch.tensor, (a, b)))
+    assert found == pytest.approx(frechet_distance(*pair), rel=1e-6)
