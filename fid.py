@@ -214,6 +214,7 @@ class ImageSet:
 
     def open_npz(self):
         with np.load(self.path) as f:                                    # reads only the arrays asked for
+            require("sha256" not in f, f"{self.path}: of an older version; make it again by --save-stats")
             ids = {key.rpartition(" ")[0] for key in f.files}        # of networks; "" in a file like ADM's
             for id in ids - {""} or {""}:
                 for output, names in STATISTICS.items():
@@ -590,7 +591,7 @@ def load_lpips(model, processes):
     """{"lpips": a measure for `Reconstructions`}; {} if the run trained without LPIPS, or if its weights
     are missing here."""
     lpips, trained = None, model.args
-    if trained.get("perceptual", "lpips") == "lpips":
+    if trained.get("perceptual", "lpips") == "lpips" and trained.get("perceptual_weight", 1.0) > 0:
         try:
             lpips = LPIPS(trained.get("lpips_ckpt"), trained.get("vgg_ckpt")).to(model.device)
         except UserError as e:

@@ -304,7 +304,10 @@ def test_latent_statistics_are_those_of_the_whole_batch(two_steps):
     cfg, steps = two_steps
     for s in steps:
         mean, var = s.before["sit"]["bn.running_mean"], s.before["sit"]["bn.running_var"]
-        if cfg.vae_grad != "none" and not cfg.fixed_latent_stats:
+        moving = cfg.vae_grad != "none" and not cfg.fixed_latent_stats
+        counts = [when["sit"]["bn.num_batches_tracked"].item() for when in (s.before, s.after)]
+        assert counts[1] == counts[0] + moving
+        if moving:
             z = torch.cat(s.latents)
             mean, var = 0.9 * mean + 0.1 * z.mean((0, 2, 3)), 0.9 * var + 0.1 * z.var((0, 2, 3))
         assert torch.allclose(s.after["sit"]["bn.running_mean"], mean, rtol=1e-5, atol=1e-6)

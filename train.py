@@ -469,7 +469,7 @@ class Networks:
     encoders: list                           # frozen target encoders; [] where nothing is aligned
     perceptual: nn.Module | None
     optimizers: dict                         # of what trains, of "vae", "disc", "sit"
-    autocast: Callable                       # the context of train_step's forward passes but D's
+    autocast: Callable                       # the context of the forward passes; D leaves it
     device: torch.device
     latent_shape: tuple                      # C, h, w
     has_statistics: bool                     # whether latent statistics came with the VAE

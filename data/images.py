@@ -201,8 +201,9 @@ def read_latents(folder, i):
 class ImageFolder(Dataset):
     """The images of `list_classes`. An item is (uint8 image [3, R, R], label, error). The error is
     '' or says why the file is unreadable; the image is then the next readable one of about TRIES evenly
-    spaced files. With `cached`, a folder of data/latents.py, a fourth value is the moments [2C, h, w], and
-    the image is empty unless `with_images`. Raises UserError where none of the files is readable."""
+    spaced files. With `cached`, a folder that data/latents.py has written, a fourth value is the moments
+    [2C, h, w], and the image is empty unless `with_images`. Raises UserError where none of the files is
+    readable."""
     cached, with_images = None, True
 
     def __init__(self, folder, resolution):

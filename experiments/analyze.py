@@ -125,10 +125,9 @@ def evaluate_command(args):
         saved = read_checkpoint(ckpt)["args"]                                   # as they are in the file
         train_dir = args.data_dir or saved.get("data_dir")
         folder = args.val_dir or saved.get("val_dir") or train_dir
-        require(train_dir and folder, f"{ckpt}: does not name its data; give --data-dir")
-        classes = saved.get("classes")
-        if args.data_dir or not classes:
-            classes = list(list_classes(train_dir))
+        classes = None if args.data_dir else saved.get("classes")
+        require(folder and (classes or train_dir), f"{ckpt}: does not name its data; give --data-dir")
+        classes = classes or list(list_classes(train_dir))
         images = labelled_images(folder, classes[:sampler.sit.num_classes])
         require(len(images) > NEIGHBOURS,
                 f"{folder}: {len(images)} images; CKNNA needs more than {NEIGHBOURS}")

@@ -96,8 +96,8 @@ def run_command(main, less_memory="a smaller --batch-size"):
     except (UserError, OSError, RuntimeError, MemoryError) as e:
         about_a_file = isinstance(e, OSError) and (e.filename is not None or e.errno in DISK_ERRORS)
         line = str(e) if about_a_file or isinstance(e, UserError) else oom_message(e, less_memory)
-        if re.search("gloo/transport.* by peer", str(e)):
-            line = "another process of this run ended, see its output"
+        if "gloo/transport" in str(e):
+            line = "another process of this run ended or does not answer, see its output"
         if not line:
             raise
         rank = os.environ.get("RANK", "0")

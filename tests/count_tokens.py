@@ -1,4 +1,4 @@
-"""How many tokens each room has, without comments and docstrings: python tests/count_tokens.py"""
+"""How many tokens groups of files have, without comments and docstrings: python tests/count_tokens.py"""
 import tokenize
 from itertools import groupby
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = {tokenize.ENCODING, tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}
-ROOMS = {"six modules, data/, support/": "train.py vae.py sit.py repa.py sample.py fid.py data/*.py support/*.py",
-         "train.py": "train.py", "experiments/, benchmarks/": "experiments/*.py benchmarks/*.py",
-         "tests": "test_repae.py tests/*.py"}
+GROUPS = {"six modules, data/, support/": "train.py vae.py sit.py repa.py sample.py fid.py data/*.py support/*.py",
+          "train.py": "train.py", "experiments/, benchmarks/": "experiments/*.py benchmarks/*.py",
+          "tests": "test_repae.py tests/*.py"}
 
 
 def count_tokens(file):
@@ -19,6 +19,6 @@ def count_tokens(file):
     return sum(len(line) for line in lines if line != [tokenize.STRING])           # that alone is a docstring
 
 
-for room, patterns in ROOMS.items():
+for group, patterns in GROUPS.items():
     files = [file for pattern in patterns.split() for file in ROOT.glob(pattern)]
-    print(f"{room}: {sum(map(count_tokens, files)):,}")
+    print(f"{group}: {sum(map(count_tokens, files)):,}")

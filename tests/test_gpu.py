@@ -124,7 +124,7 @@ def test_training_resuming_profiling_and_sampling(image_dir, tmp_path):
         run(sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--num-samples", "8", "--num-steps", "4",
             "--out",
             "x.npz", *extra, cwd=tmp_path)
-    a, b = (sample.sample_images(sample.load_checkpoint(ckpt, device), range(4), range(4),
+    a, b = (sample.sample_images(sample.load_checkpoint(ckpt, device), range(4), [0, 1, 0, 1],
                                  num_steps=4).cpu().int() for device in ("cuda", "cpu"))
     assert (a - b).abs().float().mean() < 1                             # TF32
 

@@ -46,15 +46,15 @@ def test_steps_are_those_of_euler_and_of_the_reverse_sde(path_type):
     velocity = gaussian_velocity(path_type)
     start = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
     for mode, times in (("ode", [1, 2 / 3, 1 / 3, 0]), ("sde", [1, 0.52, 0.04, 0])):
-        x = start
+        x, draws = start, iter((0.3, -0.2))
         for t, t_next in pairwise(times):
             drift = velocity(x, t, False)
             if mode == "sde":
                 a, s, _, _ = coefficients(t, path_type)
                 drift = drift - t * (a * MEAN - x) / (a * a * STD ** 2 + s * s)
-                x = x + (2 * t * (t - t_next)) ** 0.5 * 0.3 * (t_next > 0)
+                x = x + (2 * t * (t - t_next)) ** 0.5 * (next(draws) if t_next else 0)
             x = x + drift * (t_next - t)
-        found = sample.integrate(velocity, start, mode, 3, path_type=path_type, noise=lambda: 0.3)
+        found = sample.integrate(velocity, start, mode, 3, False, path_type, iter((0.3, -0.2)).__next__)
         assert torch.allclose(found, x)
 
 

@@ -3,6 +3,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -53,12 +54,18 @@ def test_tour_sh_at_toy_size(tmp_path):
         one_line(start(runs, 2, **settings)[0], words)
 
 
-def test_strips_are_the_tops_of_the_last_grids(tmp_path):
-    (tmp_path / "images").mkdir()
-    for step, colour in ((100, "yellow"), (300, "red")):
-        grid = Image.new("RGB", (40, 40), "lime")
-        grid.paste(colour, (0, 0, 40, 10))
-        grid.save(tmp_path / f"images/samples-{step:07d}.png")
-    assert strips.top_of_last_grid(tmp_path) == Image.new("RGB", (40, 10), "red")
+@needs("matplotlib")
+def test_strips_are_the_tops_of_the_last_grids(tmp_path, call):
+    """In the order of the runs."""
+    for name, top in (("first", "red"), ("second", "blue")):
+        (tmp_path / name / "images").mkdir(parents=True)
+        for step, colour in ((100, "yellow"), (300, top)):
+            grid = Image.new("RGB", (40, 40), "lime")
+            grid.paste(colour, (0, 0, 40, 10))
+            grid.save(tmp_path / name / f"images/samples-{step:07d}.png")
+    call(strips.main, tmp_path / "first", tmp_path / "second", "--out", tmp_path / "strips.png")
+    column = np.asarray(Image.open(tmp_path / "strips.png").convert("RGB"))[:, 700].tolist()
+    colours = [colour for colour, before in zip(column, [None, *column], strict=False) if colour != before]
+    assert [c for c in colours if c != [255, 255, 255]] == [[255, 0, 0], [0, 0, 255]]
     with pytest.raises(UserError, match="no images/samples-"):
-        strips.top_of_last_grid(tmp_path / "images")
+        strips.top_of_last_grid(tmp_path)

@@ -1,4 +1,4 @@
-"""The rooms: imports go one way, and no other package of the same name wins over a folder of ours."""
+"""The layers: imports go one way, and no other package of the same name wins over a folder of ours."""
 import ast
 import sys
 
