@@ -591,7 +591,7 @@ def load_lpips(model, processes):
     """{"lpips": a measure for `Reconstructions`}; {} if the run trained without LPIPS, or if its weights
     are missing here."""
     lpips, trained = None, model.args
-    if trained.get("perceptual", "lpips") == "lpips" and trained.get("perceptual_weight", 1.0) > 0:
+    if trained.get("perceptual", "lpips") == "lpips":
         try:
             lpips = LPIPS(trained.get("lpips_ckpt"), trained.get("vgg_ckpt")).to(model.device)
         except UserError as e:

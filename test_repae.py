@@ -160,11 +160,8 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
         rec = v.decoder(v.post_quant_conv(z))
         prior = (mu ** 2 + torch.exp(logvar) + math.log(2 * math.pi)).sum() / 2 / len(x)
         entropy = (logvar + math.log(2 * math.pi * math.e)).sum() / 2 / len(x)
-        l1 = torch.abs(x - rec).mean()
-        loss = l1 + cfg.kl_weight * prior - cfg.entropy_weight * entropy
-        if cfg.perceptual_weight > 0:
-            losses["perceptual_loss"] = m.perceptual(rec, x)
-            loss = loss + cfg.perceptual_weight * losses["perceptual_loss"]
+        l1, perceptual = torch.abs(x - rec).mean(), m.perceptual(rec, x)
+        loss = l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * prior - cfg.entropy_weight * entropy
         if cfg.disc_weight > 0 and step >= cfg.disc_start:
             losses["gan_loss"] = -d(rec).mean()
             loss = loss + cfg.disc_weight * losses["gan_loss"]
@@ -174,7 +171,7 @@ def the_papers_step(m, cfg, step, mean, var, x, y, posterior_noise, eps, t, drop
                 loss, losses["vae_align_loss"] = loss + cfg.vae_align_proj_coeff * align, align
             if cfg.vae_grad != "repa":
                 loss, losses["vae_denoising_loss"] = loss + cfg.vae_denoising_coeff * denoising, denoising
-        losses |= dict(vae_loss=loss, l1_loss=l1, kl_loss=prior - entropy)
+        losses |= dict(vae_loss=loss, l1_loss=l1, perceptual_loss=perceptual, kl_loss=prior - entropy)
         differentiate("vae", v, loss)
         # 2. the discriminator
         if cfg.disc_weight > 0:
@@ -209,7 +206,7 @@ REGIMES = {                                                         # flags, mic
     "naive, cosine path, no GAN": ("--vae-grad diffusion --path-type cosine --disc-weight 0", 1),
     "both, entropy's own weight": ("--vae-grad both --entropy-weight 3e-3 --vae-denoising-coeff 0.3", 1),
     "naive, fixed posterior": ("--vae-grad diffusion --posterior-std 0.5", 1),
-    "repae, squared error, no perceptual distance": ("--align-loss mse --perceptual-weight 0", 1),
+    "repae, squared error": ("--align-loss mse", 1),
     "fixed statistics, two micro-batches": ("--fixed-latent-stats", 2),
     "vae alone": ("--vae-only", 1)}
 RATES = dict(vae=2e-3, sit=1e-3, disc=3e-3)
@@ -487,8 +484,8 @@ def test_what_does_not_train_is_not_built(small):
     assert set(frozen.parts()) == {"vae", "model", "ema",
                                    "opt"} and frozen.disc is None and frozen.perceptual is None
     assert all(torch.equal(t, alone.vae.state_dict()[name]) for name, t in whole.vae.state_dict().items())
-    no_gan = build("--disc-weight", "0", "--perceptual-weight", "0")
-    assert no_gan.disc is None and no_gan.perceptual is None
+    no_gan = build("--disc-weight", "0")
+    assert no_gan.disc is None
     assert all(torch.equal(t, no_gan.sit.state_dict()[name]) for name, t in whole.sit.state_dict().items())
 
 

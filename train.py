@@ -198,8 +198,7 @@ def train_step(m, cfg, step, x, y, frozen_z, posterior_noise, eps, t, drop, last
         with frozen(m.sit, m.disc):
             with m.autocast():
                 posterior, z, x_rec = m.ddp_vae(x, posterior_noise)         # q(z|x), z ~ q, x^ = decode(z)
-                l1 = (x - x_rec).abs().mean()
-                perceptual = m.perceptual(x_rec, x) if m.perceptual else 0.0
+                l1, perceptual = (x - x_rec).abs().mean(), m.perceptual(x_rec, x)
                 kl, entropy = posterior.kl().mean(), posterior.entropy().mean()
                 x_t, velocity = interpolate(m.sit.bn.normalize(z), t, eps, cfg.path_type)   # running stats
                 gan = align = diffusion = 0.0
@@ -540,11 +539,10 @@ def build(cfg, device):
     else:
         sit = nn.Module()
         sit.bn = LatentNorm(vae.latent_channels, fixed)
-    if train_vae and cfg.perceptual_weight > 0:
-        if cfg.perceptual == LITE0:
-            perceptual = EncoderDistance()
-        else:
-            perceptual = LPIPS(cfg.lpips_ckpt, cfg.vgg_ckpt, cfg.allow_random_weights)
+    if train_vae and cfg.perceptual == LITE0:
+        perceptual = EncoderDistance()
+    elif train_vae:
+        perceptual = LPIPS(cfg.lpips_ckpt, cfg.vgg_ckpt, cfg.allow_random_weights)
     sit.to(device)
     ema = copy.deepcopy(sit).requires_grad_(False)                           # on the device: faster
     if cfg.init_from and train_sit:
