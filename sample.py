@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.images import IMAGE_SUFFIXES, nfc
 from sit import SiT, infer_sit, interpolant
-from support.checkpoints import newest_checkpoint, read_checkpoint
+from support.checkpoints import newest_checkpoint, read_checkpoint, run_folder
 from support.commands import (
     Parser,
     UserError,
@@ -311,8 +311,7 @@ def main():
     if processes.rank > 0:
         list(batches)                                          # samples and sends: process 0 gets the images
     else:
-        run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
-        out = Path(args.out or run / f"samples-{ckpt.stem}.png")
+        out = Path(args.out or run_folder(ckpt) / f"samples-{ckpt.stem}.png")
         is_file = out.suffix in (".png", ".npz")
         require(is_file or out.suffix.lower() not in IMAGE_SUFFIXES,
                 f"--out {out}: write a .png, a .npz or a folder's name")

@@ -27,7 +27,7 @@ from fid import ImageSet, Reconstructions
 from repa import PatchFeatures
 from sample import load_checkpoint
 from sit import interpolate
-from support.checkpoints import read_checkpoint
+from support.checkpoints import read_checkpoint, run_folder
 from support.commands import (
     Parser,
     UserError,
@@ -138,8 +138,7 @@ def evaluate_command(args):
                                 saved.get("allow_random_weights", False)).to(device)
         alignment, losses = measure_alignment(sampler, encoder, images)
 
-        run = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
-        file, count = run / f"evaluation-{ckpt.stem}.json", min(len(images), MOST)
+        file, count = run_folder(ckpt) / f"evaluation-{ckpt.stem}.json", min(len(images), MOST)
         text = json.dumps(dict(images=count, encoder=name, cknna=alignment, denoising_loss=losses), indent=1)
         write_atomic(file, lambda tmp, text=text: tmp.write_text(text + "\n"))
         print(f"{ckpt}: {count} images of {folder}, {name} -> {file}")

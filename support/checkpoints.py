@@ -25,6 +25,11 @@ def checkpoints(run):
     return sorted(numbered, key=lambda path: int(path.stem))
 
 
+def run_folder(ckpt):
+    """The folder of a checkpoint's run; of one that lies in no run's folder its own."""
+    return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
+
+
 def newest_checkpoint(root="exps"):
     """The last checkpoint of the newest run under `root`. Raises UserError."""
     found = [path for run in Path(root).glob("*") for path in checkpoints(run)[-1:]]
